@@ -1,0 +1,1 @@
+"""qk-sniffer: the query and key vectors of every attention head, as Parquet files."""

@@ -1,0 +1,139 @@
+"""Which heads of which layers are captured: filters, grouped-query attention and random draws."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from qk_sniffer.capture.random import philox4x32
+from qk_sniffer.errors import UserError
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """The geometry of one self-attention layer, as its attention call shows it."""
+
+    layer_idx: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    sliding_window: int | None = None
+
+
+@dataclass(frozen=True)
+class CapturedHeads:
+    """The heads of one layer whose vectors are captured, in ascending order."""
+
+    layer: AttentionLayer
+    query: tuple[int, ...]
+    key: tuple[int, ...]
+
+
+class AttentionProbe:
+    """Stands in for a sniffer during one short forward and notes the geometry of every layer."""
+
+    def __init__(self, pre_rope: bool = False) -> None:
+        self.pre_rope = pre_rope
+        self.layers: list[AttentionLayer] = []
+
+    def capture(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        positions: Tensor,
+        sliding_window: int | None = None,
+    ) -> None:
+        """Note one attention call; the arguments are those of ``Sniffer.capture``."""
+        self.layers.append(
+            AttentionLayer(layer_idx, query.shape[1], key.shape[1], query.shape[3], sliding_window)
+        )
+
+
+def select_heads(
+    attention_layers: Sequence[AttentionLayer],
+    *,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    sample_count: int | None = None,
+    sample_seed: int = 0,
+    full_attention_only: bool = False,
+) -> dict[int, CapturedHeads]:
+    """Apply the filters, then the draw, then let the key heads follow.
+
+    Key head ``h // (num_attention_heads // num_key_value_heads)`` serves query head ``h``, so it is
+    captured when any query head of its group is.
+
+    Args:
+        attention_layers: Every self-attention layer of the model.
+        layers: Layers to keep; None keeps all.
+        heads: Query heads to keep in each layer; None keeps all.
+        sample_count: Query heads to draw over all layers that are left, at most; None keeps all.
+        sample_seed: Seed of the draw.
+        full_attention_only: Drop the layers with a sliding window.
+
+    Returns:
+        The captured heads by layer; layers without any are absent.
+
+    Raises:
+        UserError: A layer or head does not exist, or none is left.
+    """
+    known = {layer.layer_idx for layer in attention_layers}
+    _reject_unknown("layers", layers, known, "layer")
+    kept = [
+        layer
+        for layer in attention_layers
+        if (layers is None or layer.layer_idx in layers)
+        and not (full_attention_only and layer.sliding_window is not None)
+    ]
+    if not kept:
+        raise UserError(
+            "sniffer.capture.full_attention_only: every chosen layer has a sliding window, so nothing "
+            "is left to capture; set it to false"
+        )
+    widest = max(layer.num_attention_heads for layer in kept)
+    _reject_unknown("heads", heads, set(range(widest)), "query head")
+    candidates = [
+        (layer.layer_idx, head)
+        for layer in kept
+        for head in range(layer.num_attention_heads)
+        if heads is None or head in heads
+    ]
+    if sample_count is not None:
+        candidates = sorted(_draw(candidates, sample_count, sample_seed))
+    chosen = {layer.layer_idx: [h for idx, h in candidates if idx == layer.layer_idx] for layer in kept}
+    return {
+        layer.layer_idx: CapturedHeads(layer, tuple(query), _key_heads(layer, query))
+        for layer in kept
+        if (query := chosen[layer.layer_idx])
+    }
+
+
+def _key_heads(layer: AttentionLayer, query_heads: Sequence[int]) -> tuple[int, ...]:
+    group_size = layer.num_attention_heads // layer.num_key_value_heads
+    return tuple(sorted({head // group_size for head in query_heads}))
+
+
+def _draw(candidates: list[tuple[int, int]], count: int, seed: int) -> list[tuple[int, int]]:
+    """The ``count`` heads with the smallest hash, which no other head's presence changes."""
+
+    def rank(candidate: tuple[int, int]) -> tuple[int, ...]:
+        layer_idx, head = candidate
+        return tuple(int(word) for word in philox4x32((layer_idx, head, 0, 0), seed))
+
+    return sorted(candidates, key=rank)[:count]
+
+
+def _reject_unknown(field: str, wanted: Sequence[int] | None, known: set[int], what: str) -> None:
+    unknown = sorted(set(wanted or ()) - known)
+    if unknown:
+        raise UserError(
+            f"sniffer.capture.{field}: the model has no {what} {unknown[0]}; choose from {_span(known)}"
+        )
+
+
+def _span(indices: set[int]) -> str:
+    ordered = sorted(indices)
+    if ordered == list(range(ordered[0], ordered[-1] + 1)):
+        return f"{ordered[0]} to {ordered[-1]}"
+    return ", ".join(map(str, ordered))

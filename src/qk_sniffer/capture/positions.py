@@ -1,0 +1,48 @@
+"""Absolute token positions, counted on the host so that no kernel has to finish for them."""
+
+import torch
+from torch import Tensor
+
+from qk_sniffer.errors import UserError
+
+
+def compute_positions(
+    query_length: int,
+    key_length: int,
+    position_ids: Tensor | None = None,
+    cache_position: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Absolute positions of the queries and of the keys of one attention call.
+
+    Sequences are padded on the right, so every row of a batch has the same positions. Without
+    ``position_ids`` or ``cache_position`` the queries are the last ``query_length`` of the
+    ``key_length`` tokens, which holds for a plain forward and for one that extends a cache.
+
+    Args:
+        query_length: Number of queries, Q.
+        key_length: Number of keys, K >= Q; larger where a cache holds earlier tokens.
+        position_ids: Optional (B, Q) or (Q,) integers. Reading a tensor that is on an accelerator
+            waits for it, so pass it from the host or leave it out.
+        cache_position: Optional (Q,) integers; read like ``position_ids`` and preferred to it.
+
+    Returns:
+        int64 tensors on the CPU: (Q,) of the queries and (K,) of the keys. The last Q keys are those
+        of the queries' own tokens.
+
+    Raises:
+        UserError: The rows of ``position_ids`` differ, as left padding or packing makes them.
+    """
+    if cache_position is not None:
+        queries = cache_position.to("cpu", torch.int64).reshape(-1)
+    elif position_ids is not None:
+        rows = position_ids.to("cpu", torch.int64).reshape(-1, query_length)
+        if not torch.equal(rows, rows[:1].expand_as(rows)):
+            raise UserError(
+                "position_ids: the rows of the batch differ; pad sequences on the right and do not "
+                "pack them"
+            )
+        queries = rows[0]
+    else:
+        queries = torch.arange(key_length - query_length, key_length)
+    earlier = torch.arange(key_length - query_length) + (queries[0] - key_length + query_length)
+    return queries, torch.cat([earlier, queries])

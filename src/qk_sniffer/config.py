@@ -1,0 +1,143 @@
+"""The dataclasses that the YAML sections fill, with the checks that need no model and no data.
+
+The string under each field is its help text on the command line.
+"""
+
+from dataclasses import dataclass, field
+
+from qk_sniffer.errors import UserError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass
+class HeadSamplingConfig:
+    """A random draw of heads over the whole model."""
+
+    count: int
+    """How many query heads to draw over all layers (all of them where the model has fewer)."""
+    seed: int = 0
+    """Seed of the draw."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.count > 0,
+            f"sniffer.capture.head_sampling.count: must be at least 1, got {self.count}; "
+            "set head_sampling to null to capture every head",
+        )
+
+
+@dataclass
+class SamplerConfig:
+    """Which positions of each sequence are kept."""
+
+    type: str = "uniform"
+    """log_uniform, uniform, all, or the class path of a qk_sniffer.capture.Sampler subclass."""
+    base_rate: float = 1.0
+    """Expected rows kept in each bucket of a sequence, for every head; not used by all."""
+    seed: int = 0
+    """Seed of the random stream, from 0 to 2^64 - 1."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.base_rate > 0,
+            f"sniffer.capture.sampler.base_rate: must be above 0, got {self.base_rate}",
+        )
+        _require(
+            0 <= self.seed < 2**64,
+            f"sniffer.capture.sampler.seed: must lie between 0 and 2^64 - 1, got {self.seed}",
+        )
+
+
+@dataclass
+class CaptureConfig:
+    """What is captured: queries or keys, which layers and heads, which positions."""
+
+    capture_queries: bool = True
+    """Capture the query vectors."""
+    capture_keys: bool = True
+    """Capture the key vectors."""
+    layers: list[int] | None = None
+    """Layers to capture, counted from 0; null captures all."""
+    heads: list[int] | None = None
+    """Query heads to capture in each layer; key heads follow by GQA; null captures all."""
+    head_sampling: HeadSamplingConfig | None = None
+    """Draw query heads at random over all layers, key heads following; null captures all."""
+    full_attention_only: bool = False
+    """Leave out layers with a sliding window."""
+    capture_pre_rope: bool = False
+    """Store the vectors as they are before the rotary embedding."""
+    capture_token_strings: bool = False
+    """Store the token at each position in the column token_str."""
+    min_bucket_size: int = 8192
+    """Positions in a bucket of uniform; smallest bucket of log_uniform, rounded up to 2^i."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """Which positions are kept."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.capture_queries or self.capture_keys,
+            "sniffer.capture.capture_queries: set it or capture_keys to true, or nothing is captured",
+        )
+        _require(
+            0 < self.min_bucket_size <= 2**31,
+            f"sniffer.capture.min_bucket_size: must lie between 1 and 2^31, got {self.min_bucket_size}",
+        )
+        for name in ("layers", "heads"):
+            indices = getattr(self, name)
+            _require(
+                indices is None or len(indices) > 0,
+                f"sniffer.capture.{name}: the list is empty; set it to null to capture all",
+            )
+
+
+@dataclass
+class OutputConfig:
+    """Where the captured vectors go."""
+
+    data_root: str
+    """Directory of the per-head Parquet files; it must be new or empty."""
+    overwrite: bool = False
+    """Replace what an earlier run left in data_root."""
+    hf_repo_id: str | None = None
+    """Hub dataset that the data root is published to; this version only writes locally: null."""
+    hf_branch: str | None = None
+    """Branch of hf_repo_id that holds this model."""
+    private: bool = False
+    """Create hf_repo_id as a private dataset."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.data_root), "sniffer.output.data_root: name a directory")
+        _require(
+            self.hf_repo_id is None,
+            "sniffer.output.hf_repo_id: this version does not publish to the Hub; set it to null "
+            "and upload data_root with `hf upload`",
+        )
+
+
+@dataclass
+class TokenizerConfig:
+    """How text becomes tokens."""
+
+    name: str | None = None
+    """Hub id or local directory of the tokenizer; null uses the model's own."""
+    max_length: int | None = None
+    """Tokens kept from the start of each text; null keeps all."""
+    trust_remote_code: bool = False
+    """Run tokenizer code that comes with a Hub repository."""
+    padding_side: str = "right"
+    """Always right: the position of a token is then its index in the sequence."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.max_length is None or self.max_length > 0,
+            f"data.tokenizer.max_length: must be at least 1 or null, got {self.max_length}",
+        )
+        _require(
+            self.padding_side == "right",
+            f"data.tokenizer.padding_side: must be right, got {self.padding_side}; positions are "
+            "counted from the start of a sequence, so remove the key",
+        )

@@ -1,0 +1,334 @@
+"""TextDataModule: texts from a Hub dataset or local files as batches of tokens, with example ids."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qk_sniffer.config import TokenizerConfig
+from qk_sniffer.errors import UserError, first_line
+from qk_sniffer.ids import check_source_id, collision, example_id
+from qk_sniffer.models import ModelSource
+
+Row = dict[str, Any]
+Batch = dict[str, Any]
+
+
+class TextDataModule(pl.LightningDataModule):
+    """Reads texts, gives each an int32 id, tokenizes them and pads batches on the right.
+
+    In a notebook: ``dm = TextDataModule(path, tokenizer=TokenizerConfig(name=...))``,
+    ``dm.setup("predict")``, ``dm.predict_dataloader()``.
+
+    Each batch is a dictionary:
+
+    - ``input_ids`` (B, S) int64 and ``attention_mask`` (B, S) int64, 1 up to each text's length,
+    - ``example_ids`` (B,) int32 and ``sequence_lengths`` (B,) int64, in tokens,
+    - ``source_ids``, B strings: the ids as the dataset has them,
+    - ``truncated``, B booleans: whether ``tokenizer.max_length`` cut the text.
+
+    Args:
+        path: Hub dataset id, or a local directory or file (jsonl, parquet, csv or txt).
+        name: Configuration of a Hub dataset that has several.
+        revision: Branch, tag or commit of a Hub dataset.
+        split: Split to read; local files without splits are train.
+        text_column: Column with the texts; a txt file is one text in the column text.
+        id_column: Column with unique integer or string ids; null numbers the rows from 0.
+        max_samples: Rows to read from the start; null reads all.
+        streaming: Read the dataset while the model runs instead of downloading it first.
+        tokenizer: How text becomes tokens.
+        batch_size: Texts in a batch.
+        num_workers: Processes that prepare batches; 0 uses the main process.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        revision: str | None = None,
+        split: str = "train",
+        text_column: str = "text",
+        id_column: str | None = None,
+        max_samples: int | None = None,
+        streaming: bool = False,
+        tokenizer: TokenizerConfig = TokenizerConfig(),  # noqa: B008
+        batch_size: int = 1,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        for field, value in (("batch_size", batch_size), ("max_samples", max_samples)):
+            if value is not None and value < 1:
+                raise UserError(f"data.{field}: must be at least 1, got {value}")
+        self.save_hyperparameters()
+        self.path = path
+        self.name = name
+        self.revision = revision
+        self.split = split
+        self.text_column = text_column
+        self.id_column = id_column
+        self.max_samples = max_samples
+        self.streaming = streaming
+        self.tokenizer_config = tokenizer
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+
+    tokenizer: PreTrainedTokenizerBase
+    """The tokenizer, from ``setup`` on."""
+
+    def setup(self, stage: str) -> None:
+        """Load the tokenizer and the dataset; where it doesn't stream, check ids and tokenize it.
+
+        Raises:
+            UserError: The tokenizer, the dataset or a column is missing, an id is missing or shared,
+                a text is not a string, or there are no rows.
+        """
+        self.tokenizer = self._load_tokenizer()
+        dataset = self._load_dataset()
+        encode = _Encode(
+            self.tokenizer, self.text_column, self.id_column, self.tokenizer_config.max_length
+        )
+        self._dataset: torch.utils.data.Dataset[Any]
+        if self.streaming:
+            if self.max_samples is not None:
+                dataset = dataset.take(self.max_samples)
+            self._dataset = _StreamedBatches(dataset, encode, self.batch_size)
+            return
+        if self.max_samples is not None:
+            dataset = dataset.select(range(min(self.max_samples, len(dataset))))
+        if len(dataset) == 0:
+            raise UserError(f"data.path: {self.path} has no rows in split {self.split}")
+        _check_columns(dataset.column_names, self.text_column, self.id_column)
+        _check_collisions(dataset, self.id_column)
+        self._dataset = dataset.map(
+            encode,
+            batched=True,
+            with_indices=True,
+            remove_columns=dataset.column_names,
+            desc="Tokenizing",
+        )
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Batches in the order of the dataset."""
+        collate = _Collate(_pad_token_id(self.tokenizer))
+        batch_size = None if self.streaming else self.batch_size
+        return DataLoader(
+            self._dataset, batch_size=batch_size, num_workers=self.num_workers, collate_fn=collate
+        )
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        source = self._tokenizer_source()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(**source.kwargs())
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(
+                f"data.tokenizer.name: no tokenizer can be loaded from {source.name} "
+                f"({first_line(error)}); name a local directory or Hub id that has one"
+            ) from error
+        tokenizer.truncation_side = "right"
+        return tokenizer
+
+    def _tokenizer_source(self) -> ModelSource:
+        config = self.tokenizer_config
+        if config.name is not None:
+            return ModelSource(config.name, trust_remote_code=config.trust_remote_code)
+        source = getattr(getattr(self.trainer, "lightning_module", None), "source", None)
+        if not isinstance(source, ModelSource):
+            raise UserError(
+                "data.tokenizer.name: null takes the tokenizer of the trainer's SnifferModule, and "
+                "there is none here; name a tokenizer"
+            )
+        trust = source.trust_remote_code or config.trust_remote_code
+        return replace(source, trust_remote_code=trust)
+
+    def _load_dataset(self) -> Any:
+        path, options = _dataset_source(self.path)
+        try:
+            return datasets.load_dataset(
+                path,
+                self.name,
+                split=self.split,
+                revision=self.revision,
+                streaming=self.streaming,
+                **options,
+            )
+        except (OSError, ValueError) as error:
+            field = "split" if "split" in str(error).lower() else "path"
+            raise UserError(
+                f"data.{field}: {self.path} can't be read ({first_line(error)}); give a local file or "
+                "directory, or a Hub dataset that you can reach, and a split that it has"
+            ) from error
+
+
+def _dataset_source(path: str) -> tuple[str, dict[str, Any]]:
+    """Arguments of ``load_dataset`` for a path; each local txt file becomes one row."""
+    local = Path(path)
+    if local.is_file():
+        if ".txt" in local.suffixes:
+            return "text", {"data_files": [str(local)], "sample_by": "document"}
+        return str(local.resolve().parent), {"data_files": [local.name]}
+    texts = sorted(str(file) for file in local.rglob("*.txt*")) if local.is_dir() else []
+    if texts:
+        return "text", {"data_files": texts, "sample_by": "document"}
+    return path, {}
+
+
+def _check_columns(columns: list[str], text_column: str, id_column: str | None) -> None:
+    for field, column in (("text_column", text_column), ("id_column", id_column)):
+        if column is not None and column not in columns:
+            raise UserError(
+                f"data.{field}: the dataset has no column {column!r}; choose from {', '.join(columns)}"
+            )
+
+
+def _check_collisions(dataset: datasets.Dataset, id_column: str | None) -> None:
+    """Compare example ids as one int32 array; the source ids are read only for a message."""
+    if id_column is None:
+        return
+    hashed = dataset.map(
+        lambda ids, rows: {
+            "example_id": [example_id(check_source_id(i, r)) for i, r in zip(ids, rows, strict=True)]
+        },
+        batched=True,
+        with_indices=True,
+        input_columns=[id_column],
+        remove_columns=dataset.column_names,
+        desc="Checking ids",
+    )
+    numbers = hashed.with_format("numpy")["example_id"][:]
+    order = np.argsort(numbers, kind="stable")
+    repeats = np.flatnonzero(numbers[order][1:] == numbers[order][:-1])
+    if repeats.size:
+        first, second = order[repeats[0]], order[repeats[0] + 1]
+        raise collision(dataset[int(first)][id_column], dataset[int(second)][id_column])
+
+
+class _Encode:
+    """Turns columns of the dataset into token ids, example ids and what the examples table needs."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_column: str,
+        id_column: str | None,
+        max_length: int | None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.text_column = text_column
+        self.id_column = id_column
+        self.max_length = max_length
+
+    def __call__(self, columns: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
+        texts = columns[self.text_column]
+        for text, row in zip(texts, rows, strict=True):
+            if not isinstance(text, str):
+                raise UserError(
+                    f"data.text_column: row {row} has {_shorten(text)} in {self.text_column!r}, not a "
+                    "string; mend or drop the row, or name another column"
+                )
+        source_ids = rows if self.id_column is None else columns[self.id_column]
+        input_ids, truncated = self._tokenize(texts)
+        return {
+            "input_ids": input_ids,
+            "truncated": truncated,
+            "example_id": [
+                example_id(check_source_id(source_id, row))
+                for source_id, row in zip(source_ids, rows, strict=True)
+            ],
+            "source_id": [str(source_id) for source_id in source_ids],
+        }
+
+    def _tokenize(self, texts: list[str]) -> tuple[list[list[int]], list[bool]]:
+        whole = self.tokenizer(texts, verbose=False)["input_ids"]
+        if self.max_length is None:
+            return whole, [False] * len(whole)
+        truncated = [len(ids) > self.max_length for ids in whole]
+        # Tokenized again rather than cut, so that special tokens stay where the tokenizer puts them.
+        kept = [
+            self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"]
+            if cut
+            else ids
+            for text, ids, cut in zip(texts, whole, truncated, strict=True)
+        ]
+        return kept, truncated
+
+
+class _StreamedBatches(IterableDataset[list[Row]]):
+    """Rows of a streaming dataset in batches; each worker encodes its share of whole batches."""
+
+    def __init__(self, dataset: Any, encode: _Encode, batch_size: int) -> None:
+        self.dataset = dataset
+        self.encode = encode
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[Row]]:
+        worker = get_worker_info()
+        worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        seen: dict[int, int | str] = {}
+        rows = enumerate(self.dataset)
+        batch_number = 0
+        while batch := list(islice(rows, self.batch_size)):
+            indices = [index for index, _ in batch]
+            columns = {name: [row[name] for _, row in batch] for name in batch[0][1]}
+            _check_columns(list(columns), self.encode.text_column, self.encode.id_column)
+            self._check_collisions(columns, indices, seen)
+            if batch_number % num_workers == worker_id:
+                encoded = self.encode(columns, indices)
+                yield [
+                    dict(zip(encoded, values, strict=True))
+                    for values in zip(*encoded.values(), strict=True)
+                ]
+            batch_number += 1
+        if batch_number == 0:
+            raise UserError("data.path: the dataset has no rows in this split")
+
+    def _check_collisions(
+        self, columns: dict[str, list[Any]], rows: list[int], seen: dict[int, int | str]
+    ) -> None:
+        if self.encode.id_column is None:
+            return
+        for source_id, row in zip(columns[self.encode.id_column], rows, strict=True):
+            number = example_id(check_source_id(source_id, row))
+            if number in seen:
+                raise collision(seen[number], source_id)
+            seen[number] = source_id
+
+
+class _Collate:
+    """Pads encoded rows on the right to the longest of the batch."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: list[Row]) -> Batch:
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        # A batch of empty texts still needs one column for the forward.
+        padded_length = max(1, int(lengths.max()))
+        input_ids = torch.full((len(rows), padded_length), self.pad_token_id)
+        for index, row in enumerate(rows):
+            input_ids[index, : lengths[index]] = torch.tensor(row["input_ids"], dtype=torch.int64)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": (torch.arange(padded_length) < lengths[:, None]).to(torch.int64),
+            "example_ids": torch.tensor([row["example_id"] for row in rows], dtype=torch.int32),
+            "sequence_lengths": lengths,
+            "source_ids": [row["source_id"] for row in rows],
+            "truncated": [row["truncated"] for row in rows],
+        }
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any valid token: what stands in the padding reaches no row that is kept."""
+    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,1 @@
+"""The demo: a small model that this package trains itself, and the text it is captured on."""

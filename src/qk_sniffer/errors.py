@@ -1,0 +1,16 @@
+"""The one exception that stands for a user's mistake rather than a bug."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend.
+
+    The message is one line that begins with the config field or the file at fault and ends with the
+    remedy. The command line prints it alone and exits with status 2; any other exception is a bug
+    and keeps its traceback.
+    """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, for quoting a library inside a one-line message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,48 @@
+"""Example ids: int32 numbers that name a text, and the errors about them."""
+
+import hashlib
+from typing import Any
+
+from qk_sniffer.errors import UserError
+
+_INT32 = range(-(2**31), 2**31)
+_FIELD = "data.id_column"
+
+
+def example_id(source_id: int | str) -> int:
+    """The int32 id of a text.
+
+    An integer that fits int32 is kept. Anything else is the 4-byte Blake2b digest of its UTF-8 text
+    (of its decimal text, for a larger integer), read as a little-endian signed integer.
+    """
+    if isinstance(source_id, int) and source_id in _INT32:
+        return source_id
+    digest = hashlib.blake2b(str(source_id).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def check_source_id(source_id: Any, row: int) -> int | str:
+    """``source_id`` where it is an integer or a string.
+
+    Raises:
+        UserError: It is neither, null for example.
+    """
+    if isinstance(source_id, bool) or not isinstance(source_id, int | str):
+        raise UserError(
+            f"{_FIELD}: row {row} has the id {source_id!r}, which is neither an integer nor a string; "
+            "mend the row, or set id_column to null to number the rows"
+        )
+    return source_id
+
+
+def collision(first: int | str, second: int | str) -> UserError:
+    """The error for two rows whose source ids have one example id."""
+    if first == second:
+        return UserError(
+            f"{_FIELD}: the id {first!r} appears twice; make ids unique, or set id_column to null to "
+            "number the rows"
+        )
+    return UserError(
+        f"{_FIELD}: the ids {first!r} and {second!r} both become example_id {example_id(first)}; "
+        "rename one, use an integer column, or set id_column to null to number the rows"
+    )

@@ -1,0 +1,97 @@
+"""Loads a causal language model with its config changed as the user asks."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from qk_sniffer.errors import UserError, first_line
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from, as ``from_pretrained`` takes it; its tokenizer is there too."""
+
+    name: str
+    revision: str = "main"
+    gguf_file: str | None = None
+    trust_remote_code: bool = False
+
+    def kwargs(self) -> dict[str, Any]:
+        """Arguments of every ``from_pretrained`` call for this source."""
+        return {
+            "pretrained_model_name_or_path": self.name,
+            "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+        } | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
+
+
+def load_model(
+    source: ModelSource,
+    *,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    device_map: str | None = None,
+    config_overrides: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """The model of ``source`` in evaluation mode.
+
+    Raises:
+        UserError: The model can't be found or loaded, or an override names no field of its config.
+    """
+    try:
+        config = AutoConfig.from_pretrained(**source.kwargs())
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"model.name: {source.name} can't be loaded ({first_line(error)}); give a local directory "
+            "with a config.json or a Hub id that you can reach"
+        ) from error
+    for name, value in (config_overrides or {}).items():
+        override_config(config, name, value)
+    kwargs = source.kwargs() | {"config": config, "dtype": dtype, "device_map": device_map}
+    if attn_implementation is not None:
+        kwargs["attn_implementation"] = attn_implementation
+    if source.gguf_file is not None:
+        kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        return AutoModelForCausalLM.from_pretrained(**kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"model.name: {source.name} can't be loaded ({first_line(error)}); see the model section "
+            "of the config"
+        ) from error
+
+
+def override_config(config: PreTrainedConfig, name: str, value: Any) -> None:
+    """Set one field of a model's config; a mapping changes only the keys that it names.
+
+    ``rope_scaling`` is the older name of ``rope_parameters``, and merging keeps the model's own
+    ``rope_theta`` where the override doesn't give one.
+
+    Raises:
+        UserError: The config has no such field.
+    """
+    name = "rope_parameters" if name == "rope_scaling" else name
+    if not hasattr(config, name):
+        raise UserError(
+            f"model.config_overrides.{name}: {type(config).__name__} has no such field; see the "
+            "model's config.json"
+        )
+    current = getattr(config, name)
+    if isinstance(current, PreTrainedConfig):
+        for key, nested in value.items():
+            override_config(current, key, nested)
+    elif isinstance(current, dict) and isinstance(value, dict):
+        setattr(config, name, _merge(current, value))
+    else:
+        setattr(config, name, value)
+
+
+def _merge(current: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    return current | {
+        key: _merge(current[key], value)
+        if isinstance(value, dict) and isinstance(current.get(key), dict)
+        else value
+        for key, value in changes.items()
+    }

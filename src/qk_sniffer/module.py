@@ -1,0 +1,108 @@
+"""SnifferModule: loads a causal language model and runs its backbone over batches of tokens."""
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+from qk_sniffer.errors import UserError
+from qk_sniffer.models import ModelSource, capture_attention, decoder_backbone, load_model
+
+
+class SnifferModule(pl.LightningModule):
+    """A causal language model whose backbone reads text so that its attention can be captured.
+
+    Only the backbone runs: without cache, without mask (sequences are padded on the right) and
+    without the language-model head. The weights are loaded when the trainer asks for the model.
+
+    Args:
+        name: Hub id or local directory of the model.
+        revision: Branch, tag or commit of a Hub model.
+        gguf_file: GGUF file of the model, loaded with dequantized weights; null loads safetensors.
+        dtype: Number format of weights and activations; auto takes the checkpoint's own.
+        attn_implementation: Attention of transformers, such as eager or sdpa; null lets it choose.
+        trust_remote_code: Run model code that comes with a Hub repository.
+        device_map: Placement by accelerate, such as auto, in one process; null leaves it to trainer.
+        config_overrides: Values set on the model's config before it is built, such as rope_scaling.
+    """
+
+    backbone: nn.Module
+    """The decoder below the language-model head, from ``configure_model`` on."""
+
+    def __init__(
+        self,
+        name: str,
+        revision: str = "main",
+        gguf_file: str | None = None,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        device_map: str | None = None,
+        config_overrides: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.source = ModelSource(name, revision, gguf_file, trust_remote_code)
+
+    def setup(self, stage: str) -> None:
+        """Refuse trainer settings that would change the model's numbers."""
+        precision = self.trainer.precision
+        if precision != "32-true":
+            raise UserError(
+                f"trainer.precision: {precision} would also cast RoPE's frequencies; leave it at "
+                "32-true and set model.dtype"
+            )
+
+    def configure_model(self) -> None:
+        """Load the weights; a second call does nothing."""
+        if hasattr(self, "backbone"):
+            return
+        hparams = self.hparams
+        model = load_model(
+            self.source,
+            dtype=hparams["dtype"],
+            attn_implementation=hparams["attn_implementation"],
+            device_map=hparams["device_map"],
+            config_overrides=hparams["config_overrides"],
+        )
+        backbone = decoder_backbone(model)
+        if hparams["device_map"] is None:
+            self.backbone = backbone
+        else:
+            # Lightning moves a registered module to one device; accelerate's placement must stay.
+            object.__setattr__(self, "backbone", backbone)
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Check on the host that the batch is padded on the right and fits learned positions."""
+        padded_length = batch["input_ids"].shape[1]
+        config = self.backbone.config
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit and padded_length > limit and not getattr(config, "rope_parameters", None):
+            raise UserError(
+                f"data.tokenizer.max_length: a sequence has {padded_length} tokens and the model has "
+                f"{limit} learned positions; set max_length to {limit} or less"
+            )
+        expected = torch.arange(padded_length) < batch["sequence_lengths"][:, None]
+        if not torch.equal(batch["attention_mask"].bool(), expected):
+            raise UserError(
+                "attention_mask: a batch is not padded on the right up to its sequence_lengths; set "
+                "the tokenizer's padding_side to right"
+            )
+        return batch
+
+    def transfer_batch_to_device(
+        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Any]:
+        """Move the tokens alone: ids and lengths are read on the host, and no mask is used."""
+        return batch | {"input_ids": batch["input_ids"].to(device, non_blocking=True)}
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Run the backbone; an active sniffer captures what its attention sees.
+
+        Args:
+            batch: ``input_ids`` (B, S) int64 and what else ``TextDataModule`` puts in a batch.
+            batch_idx: Number of the batch.
+        """
+        with capture_attention(self.backbone):
+            self.backbone(input_ids=batch["input_ids"], use_cache=False)

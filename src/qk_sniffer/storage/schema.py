@@ -1,0 +1,43 @@
+"""Names and column types of everything in a data root."""
+
+from typing import Literal
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+DATA_FILE = "data.parquet"
+EXAMPLES_DIRECTORY = "examples"
+JOURNAL_DIRECTORY = ".journal"
+MANIFEST_FILE = "manifest.json"
+CARD_FILE = "README.md"
+CONFIG_FILE = "config.yaml"
+
+Kind = Literal["q", "k"]
+
+EXAMPLES_SCHEMA = pa.schema(
+    [
+        pa.field("example_id", pa.int32(), nullable=False),
+        pa.field("source_id", pa.string(), nullable=False),
+        pa.field("n_tokens", pa.int32(), nullable=False),
+        pa.field("truncated", pa.bool_(), nullable=False),
+    ]
+)
+
+
+def head_name(layer_idx: int, head: int, kind: Kind) -> str:
+    """Directory and dataset config of one head, such as l00h05q; keys count key-value heads."""
+    return f"l{layer_idx:02d}h{head:02d}{kind}"
+
+
+def head_schema(head_dim: int) -> pa.Schema:
+    """Columns of a head's Parquet file."""
+    return pa.schema(
+        [
+            ("bucket", pa.int32()),
+            ("example_id", pa.int32()),
+            ("position", pa.int32()),
+            ("vector", pa.list_(pa.field("element", pa.float32()), head_dim)),
+            ("sliding_window", pa.int32()),
+            ("token_str", pa.string()),
+        ]
+    )

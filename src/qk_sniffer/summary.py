@@ -1,0 +1,35 @@
+"""What a person sees while files are written and when a run has ended."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+
+def file_progress(files: Iterable[Any], total: int) -> Iterable[Any]:
+    """A bar over the files of a data root while they are written."""
+    return tqdm(files, total=total, desc="Writing", unit="file")  # type: ignore[no-any-return]
+
+
+def summary_table(data_root: Path, manifest: dict[str, Any], *, seconds: float) -> str:
+    """Heads, rows, bytes, seconds, place and load line of a finished data root.
+
+    Args:
+        data_root: Where it is.
+        manifest: Its manifest.
+        seconds: Wall time from the first batch to the last file.
+    """
+    heads = manifest["heads"]
+    rows = sum(head["rows"] for head in heads.values())
+    size = sum(head["bytes"] for head in heads.values())
+    first = next(iter(heads))
+    lines = {
+        "heads": f"{len(heads):,}",
+        "rows": f"{rows:,}",
+        "bytes": f"{size:,}",
+        "seconds": f"{seconds:.1f}",
+        "where": str(data_root),
+        "load": f'datasets.load_dataset("{data_root}", "{first}", split="train")',
+    }
+    return "\n".join(f"{name:<8} {value}" for name, value in lines.items())
