@@ -142,7 +142,18 @@ class SnifferCallback(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw the rows that this batch keeps."""
+        """Draw the rows that this batch keeps.
+
+        Raises:
+            UserError: The batch is not padded on the right.
+        """
+        lengths, mask = batch["sequence_lengths"], batch["attention_mask"]
+        expected = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
+        if not torch.equal(mask.bool(), expected):
+            raise UserError(
+                "attention_mask: a batch is not padded on the right up to its sequence_lengths; set "
+                "the tokenizer's padding_side to right"
+            )
         self._sniffer.begin_batch(batch["example_ids"].tolist(), batch["sequence_lengths"].tolist())
 
     def on_predict_batch_end(
@@ -217,7 +228,7 @@ class SnifferCallback(pl.Callback):
 
     def _show_progress(self, trainer: pl.Trainer) -> None:
         bar = getattr(trainer.progress_bar_callback, "predict_progress_bar", None)
-        if isinstance(bar, tqdm):
+        if bar is not None:
             rate = self._tokens_seen / (time.monotonic() - self._started)
             bar.set_postfix_str(f"{rate:,.0f} tokens/s, {self._sniffer.rows_kept:,} rows kept")
 

@@ -19,7 +19,15 @@ from qk_sniffer.ids import check_source_id, collision, example_id
 from qk_sniffer.models import ModelSource
 
 Row = dict[str, Any]
-Batch = dict[str, Any]
+
+
+class TokenBatch(dict[str, Any]):
+    """A batch of which only the tokens move to a device: ids, lengths and mask are read on the host."""
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        """The batch with ``input_ids`` on ``device``; Lightning calls this for every batch."""
+        input_ids = self["input_ids"].to(device, non_blocking=True)
+        return TokenBatch(self | {"input_ids": input_ids})
 
 
 class TextDataModule(pl.LightningDataModule):
@@ -120,7 +128,11 @@ class TextDataModule(pl.LightningDataModule):
         collate = _Collate(_pad_token_id(self.tokenizer))
         batch_size = None if self.streaming else self.batch_size
         return DataLoader(
-            self._dataset, batch_size=batch_size, num_workers=self.num_workers, collate_fn=collate
+            self._dataset,
+            batch_size=batch_size,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
         )
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -307,21 +319,21 @@ class _Collate:
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
 
-    def __call__(self, rows: list[Row]) -> Batch:
+    def __call__(self, rows: list[Row]) -> TokenBatch:
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         # A batch of empty texts still needs one column for the forward.
         padded_length = max(1, int(lengths.max()))
         input_ids = torch.full((len(rows), padded_length), self.pad_token_id)
         for index, row in enumerate(rows):
             input_ids[index, : lengths[index]] = torch.tensor(row["input_ids"], dtype=torch.int64)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": (torch.arange(padded_length) < lengths[:, None]).to(torch.int64),
-            "example_ids": torch.tensor([row["example_id"] for row in rows], dtype=torch.int32),
-            "sequence_lengths": lengths,
-            "source_ids": [row["source_id"] for row in rows],
-            "truncated": [row["truncated"] for row in rows],
-        }
+        return TokenBatch(
+            input_ids=input_ids,
+            attention_mask=(torch.arange(padded_length) < lengths[:, None]).to(torch.int64),
+            example_ids=torch.tensor([row["example_id"] for row in rows], dtype=torch.int32),
+            sequence_lengths=lengths,
+            source_ids=[row["source_id"] for row in rows],
+            truncated=[row["truncated"] for row in rows],
+        )
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

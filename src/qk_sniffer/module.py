@@ -3,8 +3,7 @@
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.models import ModelSource, capture_attention, decoder_backbone, load_model
@@ -73,36 +72,27 @@ class SnifferModule(pl.LightningModule):
             # Lightning moves a registered module to one device; accelerate's placement must stay.
             object.__setattr__(self, "backbone", backbone)
 
-    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Check on the host that the batch is padded on the right and fits learned positions."""
-        padded_length = batch["input_ids"].shape[1]
-        config = self.backbone.config
-        limit = getattr(config, "max_position_embeddings", None)
-        if limit and padded_length > limit and not getattr(config, "rope_parameters", None):
-            raise UserError(
-                f"data.tokenizer.max_length: a sequence has {padded_length} tokens and the model has "
-                f"{limit} learned positions; set max_length to {limit} or less"
-            )
-        expected = torch.arange(padded_length) < batch["sequence_lengths"][:, None]
-        if not torch.equal(batch["attention_mask"].bool(), expected):
-            raise UserError(
-                "attention_mask: a batch is not padded on the right up to its sequence_lengths; set "
-                "the tokenizer's padding_side to right"
-            )
-        return batch
-
-    def transfer_batch_to_device(
-        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
-    ) -> dict[str, Any]:
-        """Move the tokens alone: ids and lengths are read on the host, and no mask is used."""
-        return batch | {"input_ids": batch["input_ids"].to(device, non_blocking=True)}
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> int:
         """Run the backbone; an active sniffer captures what its attention sees.
 
         Args:
-            batch: ``input_ids`` (B, S) int64 and what else ``TextDataModule`` puts in a batch.
+            batch: ``input_ids`` (B, S) int64, padded on the right.
             batch_idx: Number of the batch.
+
+        Returns:
+            The number of tokens that were read, padding included.
+
+        Raises:
+            UserError: The sequences are longer than the model's learned positions.
         """
+        input_ids: Tensor = batch["input_ids"]
+        config = self.backbone.config
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit and input_ids.shape[1] > limit and not getattr(config, "rope_parameters", None):
+            raise UserError(
+                f"data.tokenizer.max_length: a sequence has {input_ids.shape[1]} tokens and the model "
+                f"has {limit} learned positions; set max_length to {limit} or less"
+            )
         with capture_attention(self.backbone):
-            self.backbone(input_ids=batch["input_ids"], use_cache=False)
+            self.backbone(input_ids=input_ids, use_cache=False)
+        return input_ids.numel()

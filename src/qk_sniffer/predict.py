@@ -3,18 +3,35 @@
 import logging
 import re
 import sys
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from qk_sniffer.callback import SnifferCallback
 from qk_sniffer.data import TextDataModule
-from qk_sniffer.errors import UserError
+from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.module import SnifferModule
 
+_PARSER_OPTIONS = {"exit_on_error": False, "allow_abbrev": False}
+_HELP = "`qk-sniffer predict --help` lists the fields"
+_EXPLANATIONS = (
+    (r"does not accept option '(.+)'", "{}: no such key; " + _HELP),
+    (r"unrecognized arguments: (.+)", "{}: no such option; " + _HELP),
+    (r"arguments are required: (.+)", "{}: required; set it in the config file or as an option"),
+    (r'Parser key "(.+?)":.*Option \'(.+?)\' is not accepted', "{}.{}: no such key; " + _HELP),
+    (
+        r'Parser key "(.+?)":.*Subtypes: \[(.+?)\]\n.*Given value: (.*)',
+        "{}: expected one of {}, got {}; " + _HELP,
+    ),
+    (r'Parser key "(.+?)":\s*Expected an? (.+?)\. Got value: (.*)', "{}: expected {}, got {}; " + _HELP),
+    (r'Parser key "config":(.*)', "--config: {}"),
+    (r"Problems parsing config: (.*)", "--config: not valid YAML: {}"),
+)
 _HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
 
 
@@ -52,7 +69,10 @@ class PredictCLI(LightningCLI):
             isinstance(callback, ProgressBar) for callback in callbacks
         ):
             callbacks = [*callbacks, TQDMProgressBar()]
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            raise UserError(f"trainer: {first_line(error)}; {_HELP}") from error
 
     def before_predict(self) -> None:
         """Check the data root before anything is loaded, and keep the resolved config for it."""
@@ -75,6 +95,7 @@ def predict(args: list[str]) -> None:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # Lightning's report of its devices and its tips would bury the run's own lines.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", module="lightning")
     # LightningCLI reads sys.argv, and so do the processes that a strategy launches.
     sys.argv[1:] = [
         "predict",
@@ -88,7 +109,27 @@ def predict(args: list[str]) -> None:
             seed_everything_default=False,
             auto_configure_optimizers=False,
             trainer_defaults={"logger": False, "enable_checkpointing": False},
-            parser_kwargs={"exit_on_error": False, "predict": {"exit_on_error": False}},
+            parser_kwargs={**_PARSER_OPTIONS, "predict": _PARSER_OPTIONS},
         )
     except ArgumentError as error:
-        raise UserError(str(error)) from error
+        raise UserError(explain(str(error))) from error
+
+
+def explain(message: str) -> str:
+    """One line with field and remedy for what jsonargparse says in several.
+
+    Args:
+        message: The text of an ``ArgumentError``.
+    """
+    for pattern, template in _EXPLANATIONS:
+        if found := re.search(pattern, message, re.DOTALL):
+            line = template.format(*(_readable(group) for group in found.groups()))
+            return " ".join(line.split())
+    return " ".join(message.split())
+
+
+def _readable(text: str) -> str:
+    """Types and keys as a person writes them in YAML."""
+    text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text)
+    text = text.replace("predict.", "").replace("typing.", "").replace("NoneType", "null")
+    return re.sub(r"^Literal\[(.*)\]$", r"one of \1", text)

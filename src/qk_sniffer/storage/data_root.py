@@ -92,7 +92,7 @@ def finalize(data_root: Path, progress: Progress, *, complete: bool) -> dict[str
     )
     n_files = sum(len(stream["heads"]) for stream in journal.header["streams"])
     heads = dict(progress(_write_heads(data_root, journal), n_files))
-    manifest = build_manifest(journal.header, examples, dict(sorted(heads.items())), complete=complete)
+    manifest = build_manifest(journal.header, examples, heads, complete=complete)
     write_text(data_root / CARD_FILE, render_card(manifest))
     write_manifest(data_root, manifest)
     del journal
