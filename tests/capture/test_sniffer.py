@@ -1,0 +1,134 @@
+"""The sniffer on tensors whose values say where they came from."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from qk_sniffer.capture import (
+    AttentionLayer,
+    CapturedHeads,
+    Chunk,
+    Sniffer,
+    active_sniffer,
+    build_sampler,
+    get_active_sniffer,
+)
+
+LAYERS = {
+    0: CapturedHeads(AttentionLayer(0, 4, 2, 3), query=(1, 3), key=(0, 1)),
+    2: CapturedHeads(AttentionLayer(2, 4, 2, 3), query=(0,), key=(0,)),
+}
+
+
+def states(batch: int, heads: int, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, H, S, 3): every vector is its own (batch row, head, position)."""
+    grid = torch.meshgrid(torch.arange(batch), torch.arange(heads), torch.arange(length), indexing="ij")
+    return torch.stack(grid, dim=-1).to(dtype)
+
+
+def sniff(
+    lengths: list[int], example_ids: list[int], base_rate: float = 1.0, **options: bool
+) -> tuple[Sniffer, list[Chunk]]:
+    chunks: list[Chunk] = []
+    sampler = build_sampler("uniform", base_rate, 4)
+    sniffer = Sniffer(LAYERS, sampler, 0, chunks.append, **options)
+    sniffer.begin_batch(example_ids, lengths)
+    length = max(lengths)
+    for layer in range(3):
+        sniffer.capture(
+            layer, states(len(lengths), 4, length), states(len(lengths), 2, length), torch.arange(length)
+        )
+    sniffer.flush_batch()
+    return sniffer, chunks
+
+
+def test_each_vector_is_that_of_its_head_text_and_position() -> None:
+    lengths, ids = [20, 9, 40], [70, -5, 3]
+    sniffer, chunks = sniff(lengths, ids)
+    assert [(c.layer_idx, c.kind) for c in chunks] == [(0, "q"), (0, "k"), (2, "q"), (2, "k")]
+    for chunk in chunks:
+        heads = LAYERS[chunk.layer_idx].query if chunk.kind == "q" else LAYERS[chunk.layer_idx].key
+        rows = [ids.index(i) for i in chunk.example_ids.tolist()]
+        assert all(p < lengths[r] for r, p in zip(rows, chunk.positions.tolist(), strict=True))
+        for head, vectors in zip(heads, chunk.vectors, strict=True):
+            expected = [[r, head, p] for r, p in zip(rows, chunk.positions.tolist(), strict=True)]
+            assert vectors.tolist() == expected
+        assert chunk.buckets.tolist() == [p // 4 for p in chunk.positions.tolist()]
+    assert sniffer.rows_kept == sum(c.vectors.shape[0] * c.vectors.shape[1] for c in chunks) > 0
+
+
+def test_layers_and_kinds_have_draws_of_their_own() -> None:
+    _, chunks = sniff([400], [0])
+    draws = {tuple(chunk.positions.tolist()) for chunk in chunks}
+    assert len(draws) == 4
+
+
+def test_all_positions_when_the_rate_is_that_of_the_bucket() -> None:
+    _, chunks = sniff([3, 5], [0, 1], base_rate=4.0)
+    assert chunks[0].example_ids.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+    assert chunks[0].positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("off", "left"), [("capture_queries", {"k"}), ("capture_keys", {"q"})])
+def test_queries_or_keys_alone(off: str, left: set[str]) -> None:
+    _, chunks = sniff([40], [0], **{off: False})
+    assert {chunk.kind for chunk in chunks} == left
+
+
+def test_the_dtype_of_the_model_is_kept() -> None:
+    chunks: list[Chunk] = []
+    sniffer = Sniffer({0: LAYERS[0]}, build_sampler("all", 1.0, 4), 0, chunks.append)
+    sniffer.begin_batch([0], [5])
+    query, key = states(1, 4, 5, torch.bfloat16), states(1, 2, 5, torch.bfloat16)
+    sniffer.capture(0, query, key, torch.arange(5))
+    sniffer.flush_batch()
+    assert {chunk.vectors.dtype for chunk in chunks} == {torch.bfloat16}
+
+
+def test_captured_rows_are_copies() -> None:
+    chunks: list[Chunk] = []
+    sniffer = Sniffer({0: LAYERS[0]}, build_sampler("all", 1.0, 4), 0, chunks.append)
+    sniffer.begin_batch([0], [5])
+    query, key = states(1, 4, 5), states(1, 2, 5)
+    sniffer.capture(0, query, key, torch.arange(5))
+    query.zero_()
+    key.zero_()
+    sniffer.flush_batch()
+    assert all(chunk.vectors[1, 4].tolist() == [0, h, 4] for chunk, h in zip(chunks, (3, 1), strict=True))
+
+
+def test_a_layer_that_runs_twice_or_not_at_all_is_a_bug() -> None:
+    for calls in (0, 2):
+        sniffer = Sniffer({0: LAYERS[0]}, build_sampler("all", 1.0, 4), 0, lambda chunk: None)
+        sniffer.begin_batch([0], [5])
+        for _ in range(calls):
+            sniffer.capture(0, states(1, 4, 5), states(1, 2, 5), torch.arange(5))
+        with pytest.raises(RuntimeError, match=f"layer 0 was captured {calls} times"):
+            sniffer.flush_batch()
+
+
+def test_a_call_that_misses_part_of_the_sequences_is_a_bug() -> None:
+    sniffer = Sniffer({0: LAYERS[0]}, build_sampler("all", 1.0, 4), 0, lambda chunk: None)
+    sniffer.begin_batch([0], [5])
+    with pytest.raises(RuntimeError, match="4 queries from position 0"):
+        sniffer.capture(0, states(1, 4, 4), states(1, 2, 4), torch.arange(4))
+
+
+def test_the_active_sniffer_ends_with_its_block() -> None:
+    sniffer, _ = sniff([3], [0])
+    with pytest.raises(ValueError, match="in the forward"), active_sniffer(sniffer):
+        assert get_active_sniffer() is sniffer
+        raise ValueError("in the forward")
+    assert get_active_sniffer() is None
+
+
+def test_capture_imports_neither_lightning_nor_arrow_nor_transformers() -> None:
+    code = (
+        "import sys, qk_sniffer.capture; "
+        "print(sorted({'lightning', 'pyarrow', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,120 @@
+"""Tiny real models, real text, and the command line as a user calls it."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import yaml
+from families import FAMILIES, tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from qk_sniffer.cli import main
+
+Run = Callable[..., int]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _private_dataset_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture(autouse=True)
+def _command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["qk-sniffer"])
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Directory of the tiny model of a family, with a tokenizer of one token for each byte."""
+    made: dict[str, Path] = {}
+
+    def directory(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            tiny_model(FAMILIES[family]).save_pretrained(made[family])
+            byte_tokenizer().save_pretrained(made[family])
+        return made[family]
+
+    return directory
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "<bos>": 1} | {byte: 2 + i for i, byte in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>")
+
+
+LENGTHS = (37, 5, 61, 24, 1, 48, 13)
+"""Tokens in each of the texts below: unequal, and one of a single token."""
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[dict[str, Any]]:
+    """Rows with a string id and text from the language reference."""
+    passages = [topics[name] for name in ("assert", "break", "class", "del", "for", "if", "with")]
+    return [
+        {"id": f"topic-{i}", "text": passage[:length].encode("ascii", "replace").decode()}
+        for i, (passage, length) in enumerate(zip(passages, LENGTHS, strict=True))
+    ]
+
+
+@pytest.fixture(scope="session")
+def text_file(texts: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("texts") / "texts.jsonl", texts)
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def predict(model_dir: Callable[[str], Path], text_file: Path, tmp_path: Path) -> Run:
+    """Run ``qk-sniffer predict --config FILE`` with some sections changed; gives the exit status."""
+
+    def run(root: str = "root", *, family: str = "llama", **sections: dict[str, Any]) -> int:
+        config: dict[str, Any] = {
+            "model": {"name": str(model_dir(family))},
+            "data": {"path": str(text_file), "id_column": "id", "batch_size": 3},
+            "sniffer": {
+                "capture": {"sampler": {"type": "all"}},
+                "output": {"data_root": str(tmp_path / root)},
+            },
+            "trainer": {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False},
+        }
+        for section, changes in sections.items():
+            _update(config[section], changes)
+        file = tmp_path / f"{root}.yaml"
+        file.write_text(yaml.safe_dump(config))
+        return main(["predict", "--config", str(file)])
+
+    return run
+
+
+def _update(config: dict[str, Any], changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(config.get(key), dict):
+            _update(config[key], value)
+        else:
+            config[key] = value
+
+
+@pytest.fixture(autouse=True)
+def _fixed_threads() -> None:
+    torch.set_num_threads(2)

@@ -1,0 +1,61 @@
+"""Tiny random models of eight families, from their real config classes."""
+
+import math
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    Glm4Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+from transformers.pytorch_utils import Conv1D
+
+_SIZE = dict(
+    vocab_size=300,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=1,
+)
+_MIXED = ["sliding_attention", "full_attention"] * 2
+
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**_SIZE),
+    "mistral": MistralConfig(**_SIZE, sliding_window=8),
+    "qwen2": Qwen2Config(**_SIZE),
+    "qwen3": Qwen3Config(**_SIZE, head_dim=24),
+    "gemma3": Gemma3TextConfig(**_SIZE, head_dim=16, sliding_window=8, layer_types=_MIXED),
+    "smollm3": SmolLM3Config(**_SIZE, no_rope_layers=[1, 0, 1, 0]),
+    "glm4": Glm4Config(**_SIZE, head_dim=16, partial_rotary_factor=0.5),
+    "gpt2": GPT2Config(
+        vocab_size=300, n_embd=64, n_layer=4, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=1
+    ),
+}
+
+
+def tiny_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model whose attention is far from uniform, as the usual small initial weights would make it."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=1.3 / math.sqrt(module.in_features))
+        elif isinstance(module, Conv1D):
+            nn.init.normal_(module.weight, std=1.3 / math.sqrt(module.nx))
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+    return model
