@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import datasets
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qk_sniffer.config import TokenizerConfig
@@ -54,7 +54,7 @@ class TextDataModule(pl.LightningDataModule):
         streaming: Read the dataset while the model runs instead of downloading it first.
         tokenizer: How text becomes tokens.
         batch_size: Texts in a batch.
-        num_workers: Processes that prepare batches; 0 uses the main process.
+        num_workers: Processes that prepare batches, at most one for a stream; 0 uses the main process.
     """
 
     def __init__(
@@ -125,13 +125,13 @@ class TextDataModule(pl.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches in the order of the dataset."""
-        collate = _Collate(_pad_token_id(self.tokenizer))
-        batch_size = None if self.streaming else self.batch_size
+        # Several workers would each see some of a stream's files, and the order of rows would change.
+        num_workers = min(self.num_workers, 1) if self.streaming else self.num_workers
         return DataLoader(
             self._dataset,
-            batch_size=batch_size,
-            num_workers=self.num_workers,
-            collate_fn=collate,
+            batch_size=None if self.streaming else self.batch_size,
+            num_workers=num_workers,
+            collate_fn=_Collate(_pad_token_id(self.tokenizer)),
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -273,7 +273,7 @@ class _Encode:
 
 
 class _StreamedBatches(IterableDataset[list[Row]]):
-    """Rows of a streaming dataset in batches; each worker encodes its share of whole batches."""
+    """Rows of a streaming dataset in batches, in the order of the stream."""
 
     def __init__(self, dataset: Any, encode: _Encode, batch_size: int) -> None:
         self.dataset = dataset
@@ -281,25 +281,22 @@ class _StreamedBatches(IterableDataset[list[Row]]):
         self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[list[Row]]:
-        worker = get_worker_info()
-        worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         seen: dict[int, int | str] = {}
         rows = enumerate(self.dataset)
-        batch_number = 0
+        first = next(rows, None)
+        if first is None:
+            raise UserError("data.path: the dataset has no rows in this split")
+        rows = chain([first], rows)
         while batch := list(islice(rows, self.batch_size)):
             indices = [index for index, _ in batch]
             columns = {name: [row[name] for _, row in batch] for name in batch[0][1]}
             _check_columns(list(columns), self.encode.text_column, self.encode.id_column)
             self._check_collisions(columns, indices, seen)
-            if batch_number % num_workers == worker_id:
-                encoded = self.encode(columns, indices)
-                yield [
-                    dict(zip(encoded, values, strict=True))
-                    for values in zip(*encoded.values(), strict=True)
-                ]
-            batch_number += 1
-        if batch_number == 0:
-            raise UserError("data.path: the dataset has no rows in this split")
+            encoded = self.encode(columns, indices)
+            yield [
+                dict(zip(encoded, values, strict=True))
+                for values in zip(*encoded.values(), strict=True)
+            ]
 
     def _check_collisions(
         self, columns: dict[str, list[Any]], rows: list[int], seen: dict[int, int | str]

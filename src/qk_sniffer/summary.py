@@ -32,4 +32,10 @@ def summary_table(data_root: Path, manifest: dict[str, Any], *, seconds: float) 
         "where": str(data_root),
         "load": f'datasets.load_dataset("{data_root}", "{first}", split="train")',
     }
-    return "\n".join(f"{name:<8} {value}" for name, value in lines.items())
+    table = "\n".join(f"{name:<8} {value}" for name, value in lines.items())
+    if rows == 0:
+        table += (
+            "\nno rows were kept; raise sniffer.capture.sampler.base_rate or lower "
+            "sniffer.capture.min_bucket_size"
+        )
+    return table

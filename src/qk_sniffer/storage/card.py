@@ -19,15 +19,18 @@ _SCHEMA_TABLE = """\
 
 def render_card(manifest: dict[str, Any]) -> str:
     """The card of a data root, from its manifest."""
-    names = [*manifest["heads"], EXAMPLES_DIRECTORY]
+    files = manifest["heads"] | {EXAMPLES_DIRECTORY: manifest["examples"]}
     front_matter = DatasetCardData(
         tags=["attention", "interpretability", "qk-sniffer"],
         configs=[
             {
                 "config_name": name,
                 "data_files": [{"split": "train", "path": f"{name}/{DATA_FILE}"}],
+                # load_dataset caches a local directory under its base name and these configs alone:
+                # without the digest it would serve the rows of an older or a namesake data root.
+                "description": f"sha256 {file['sha256']}",
             }
-            for name in names
+            for name, file in files.items()
         ],
     ).to_yaml()
     return f"---\n{front_matter}\n---\n\n{_body(manifest)}"
