@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qk_sniffer.errors import UserError
+from qk_sniffer.secrets import redact
 
 _USAGE = """\
 usage: qk-sniffer COMMAND ...
@@ -57,6 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         # A DataLoader worker wraps the message in its own traceback; the message is the last line.
         message = str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]
-        sys.stderr.write(f"qk-sniffer: error: {message}\n")
+        sys.stderr.write(f"qk-sniffer: error: {redact(message)}\n")
         return 2
     return 0

@@ -22,13 +22,6 @@ class HeadSamplingConfig:
     seed: int = 0
     """Seed of the draw."""
 
-    def __post_init__(self) -> None:
-        _require(
-            self.count > 0,
-            f"sniffer.capture.head_sampling.count: must be at least 1, got {self.count}; "
-            "set head_sampling to null to capture every head",
-        )
-
 
 @dataclass
 class SamplerConfig:
@@ -85,6 +78,12 @@ class CaptureConfig:
         _require(
             0 < self.min_bucket_size <= 2**31,
             f"sniffer.capture.min_bucket_size: must lie between 1 and 2^31, got {self.min_bucket_size}",
+        )
+        # Checked here: jsonargparse would bury an error of the optional dataclass itself.
+        _require(
+            self.head_sampling is None or self.head_sampling.count > 0,
+            "sniffer.capture.head_sampling.count: must be at least 1; set head_sampling to null to "
+            "capture every head",
         )
         for name in ("layers", "heads"):
             indices = getattr(self, name)

@@ -1,8 +1,9 @@
 """TextDataModule: texts from a Hub dataset or local files as batches of tokens, with example ids."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import datasets
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from datasets.exceptions import DatasetsError
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -19,6 +21,9 @@ from qk_sniffer.ids import check_source_id, collision, example_id
 from qk_sniffer.models import ModelSource
 
 Row = dict[str, Any]
+
+_READ_ERRORS = (OSError, ValueError, StopIteration, DatasetsError)
+_EMPTY = ("corresponds to no data", "No columns to parse", "BatchSize must be greater than 0")
 
 
 class TokenBatch(dict[str, Any]):
@@ -107,12 +112,13 @@ class TextDataModule(pl.LightningDataModule):
         if self.streaming:
             if self.max_samples is not None:
                 dataset = dataset.take(self.max_samples)
-            self._dataset = _StreamedBatches(dataset, encode, self.batch_size)
+            rows = _StreamedRows(dataset, self.path, self.split)
+            self._dataset = _StreamedBatches(rows, encode, self.batch_size)
             return
         if self.max_samples is not None:
             dataset = dataset.select(range(min(self.max_samples, len(dataset))))
         if len(dataset) == 0:
-            raise UserError(f"data.path: {self.path} has no rows in split {self.split}")
+            raise _no_rows(self.path, self.split)
         _check_columns(dataset.column_names, self.text_column, self.id_column)
         _check_collisions(dataset, self.id_column)
         self._dataset = dataset.map(
@@ -137,12 +143,13 @@ class TextDataModule(pl.LightningDataModule):
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         source = self._tokenizer_source()
+        field = "model.name" if self.tokenizer_config.name is None else "data.tokenizer.name"
         try:
             tokenizer = AutoTokenizer.from_pretrained(**source.kwargs())
         except (OSError, ValueError, ImportError) as error:
             raise UserError(
-                f"data.tokenizer.name: no tokenizer can be loaded from {source.name} "
-                f"({first_line(error)}); name a local directory or Hub id that has one"
+                f"{field}: no tokenizer can be loaded from {source.name} ({first_line(error)}); name a "
+                "local directory or a Hub id that you can reach and that has one"
             ) from error
         tokenizer.truncation_side = "right"
         return tokenizer
@@ -171,12 +178,8 @@ class TextDataModule(pl.LightningDataModule):
                 streaming=self.streaming,
                 **options,
             )
-        except (OSError, ValueError) as error:
-            field = "split" if "split" in str(error).lower() else "path"
-            raise UserError(
-                f"data.{field}: {self.path} can't be read ({first_line(error)}); give a local file or "
-                "directory, or a Hub dataset that you can reach, and a split that it has"
-            ) from error
+        except _READ_ERRORS as error:
+            raise _unreadable(self.path, self.split, error) from error
 
 
 def _dataset_source(path: str) -> tuple[str, dict[str, Any]]:
@@ -190,6 +193,22 @@ def _dataset_source(path: str) -> tuple[str, dict[str, Any]]:
     if texts:
         return "text", {"data_files": texts, "sample_by": "document"}
     return path, {}
+
+
+def _no_rows(path: str, split: str) -> UserError:
+    return UserError(f"data.path: {path} has no rows in split {split}; name another file or split")
+
+
+def _unreadable(path: str, split: str, error: Exception) -> UserError:
+    """The error for a dataset that can't be loaded; an empty file shows in several odd ways."""
+    reason = first_line(error.__cause__ or error)
+    if isinstance(error, StopIteration) or any(words in reason for words in _EMPTY):
+        return _no_rows(path, split)
+    field = "split" if re.match(r"(Unknown|Bad) split", reason) else "path"
+    return UserError(
+        f"data.{field}: {path} can't be read ({reason}); give a local file or directory, or a Hub "
+        "dataset that you can reach, and a split that it has"
+    )
 
 
 def _check_columns(columns: list[str], text_column: str, id_column: str | None) -> None:
@@ -272,21 +291,36 @@ class _Encode:
         return kept, truncated
 
 
+class _StreamedRows:
+    """The numbered rows of a streaming dataset, with its errors in the user's terms."""
+
+    def __init__(self, dataset: datasets.IterableDataset, path: str, split: str) -> None:
+        self.dataset = dataset
+        self.path = path
+        self.split = split
+
+    def __iter__(self) -> Iterator[tuple[int, Row]]:
+        index = -1
+        try:
+            for index, row in enumerate(self.dataset):
+                yield index, row
+        except _READ_ERRORS as error:
+            raise _unreadable(self.path, self.split, error) from error
+        if index == -1:
+            raise _no_rows(self.path, self.split)
+
+
 class _StreamedBatches(IterableDataset[list[Row]]):
     """Rows of a streaming dataset in batches, in the order of the stream."""
 
-    def __init__(self, dataset: Any, encode: _Encode, batch_size: int) -> None:
-        self.dataset = dataset
+    def __init__(self, rows: _StreamedRows, encode: _Encode, batch_size: int) -> None:
+        self.rows = rows
         self.encode = encode
         self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[list[Row]]:
         seen: dict[int, int | str] = {}
-        rows = enumerate(self.dataset)
-        first = next(rows, None)
-        if first is None:
-            raise UserError("data.path: the dataset has no rows in this split")
-        rows = chain([first], rows)
+        rows = iter(self.rows)
         while batch := list(islice(rows, self.batch_size)):
             indices = [index for index, _ in batch]
             columns = {name: [row[name] for _, row in batch] for name in batch[0][1]}

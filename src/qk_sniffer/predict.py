@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from qk_sniffer.callback import SnifferCallback
 from qk_sniffer.data import TextDataModule
@@ -28,11 +28,13 @@ _EXPLANATIONS = (
         r'Parser key "(.+?)":.*Subtypes: \[(.+?)\]\n.*Given value: (.*)',
         "{}: expected one of {}, got {}; " + _HELP,
     ),
-    (r'Parser key "(.+?)":\s*Expected an? (.+?)\. Got value: (.*)', "{}: expected {}, got {}; " + _HELP),
+    (
+        r'Parser key "(.+?)":\s*Expected an? (.+?)\. Got value: (.*)',
+        "{}: expected {}, got {}; " + _HELP,
+    ),
     (r'Parser key "config":(.*)', "--config: {}"),
     (r"Problems parsing config: (.*)", "--config: not valid YAML: {}"),
 )
-_HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
 
 
 class PredictCLI(LightningCLI):
@@ -78,8 +80,8 @@ class PredictCLI(LightningCLI):
         """Check the data root before anything is loaded, and keep the resolved config for it."""
         sniffer: SnifferCallback = self._get(self.config_init, "sniffer")
         sniffer.check_output()
-        resolved = self._parser("predict").dump(self.config["predict"], skip_none=False)
-        sniffer.config_yaml = _HUB_TOKEN.sub("<token>", resolved)
+        config = self.config["predict"]
+        sniffer.config_yaml = self._parser("predict").dump(config, skip_none=False)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # The trainer's default accumulates every prediction in memory.

@@ -5,9 +5,12 @@ be shipped with the package. This module makes the model in between: a Llama-typ
 enough to train on two CPU cores within minutes, and large enough to grow previous-token and
 induction heads. The same machine and library versions give the same weights to the last bit.
 
-A share of the training rows is no text: it is random tokens, repeated. The text alone is too short
-for induction heads to form in the few minutes the training may take; repeated rows reward exactly
-that mechanism. The reported scores are measured on other random rows than those trained on.
+Half of the short training rows are no text: they are random tokens, repeated, because text this
+short gives a model little reason to look up what followed an earlier occurrence. The repeated
+tokens come from a few common ones first and from the whole vocabulary later, which is easier to
+learn. The scores are measured on text and on random rows that were not trained on. They are
+reported as they come out: a previous-token head is plain to see, induction is only partly learned
+in the few minutes the training may take.
 """
 
 from __future__ import annotations
@@ -37,21 +40,27 @@ VOCAB_SIZE = 2048
 MAX_LENGTH = 2048
 SEED = 0
 THREADS = 2
+BYTE_TOKENS = 256
 IGNORED_LABEL = -100
+SCORED_PERIODS = (32, 128)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How the model is trained; lengths are in tokens and include the leading BOS."""
 
-    steps: int = 1000
+    steps: int = 1400
     batch_tokens: int = 2048
-    row_length: int = 256
-    long_every: int = 8
-    """Every n-th step uses rows of `MAX_LENGTH` tokens, so that far positions are trained too."""
-    repeated_share: float = 0.25
-    min_period: int = 8
-    peak_lr: float = 3e-3
+    row_length: int = 128
+    long_every: int = 16
+    """Every n-th step is one text row of `MAX_LENGTH` tokens, to train far positions too."""
+    repeated_share: float = 0.5
+    min_period: int = 4
+    first_choices: int = 128
+    """How many different tokens the repeated rows are drawn from in the beginning."""
+    growth_share: float = 0.4
+    """The share of the steps after which they are drawn from the whole vocabulary."""
+    peak_lr: float = 2e-3
     final_lr_share: float = 0.05
     warmup_share: float = 0.05
     weight_decay: float = 0.1
@@ -114,6 +123,33 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+@dataclass(frozen=True)
+class RandomTokens:
+    """Draws repeated random tokens from the ids behind the special ones."""
+
+    bos_id: int
+    first_plain_id: int
+
+    @property
+    def plain_count(self) -> int:
+        """How many tokens are not special."""
+        return VOCAB_SIZE - self.first_plain_id
+
+    def repeated(
+        self, period: int, length: int, choices: int, generator: torch.Generator
+    ) -> Tensor:
+        """Return int64 [1 + length]: BOS, then `period` random tokens tiled up to `length`.
+
+        The tokens are drawn evenly from the `choices` most common ones.
+        """
+        rank = torch.randint(choices, (period,), generator=generator)
+        # Ids begin with the single bytes, most of which are rare in text, and go on with the
+        # merges, common ones first: counting from the merges puts the bytes last.
+        unit = self.first_plain_id + (BYTE_TOKENS + rank) % self.plain_count
+        tiled = unit.repeat(math.ceil(length / period))[:length]
+        return torch.cat([torch.tensor([self.bos_id]), tiled])
+
+
 @dataclass
 class RowSampler:
     """Draws training rows: windows of the packed text, and repeated random tokens.
@@ -122,8 +158,7 @@ class RowSampler:
     """
 
     stream: Tensor
-    bos_id: int
-    first_plain_id: int
+    source: RandomTokens
     recipe: Recipe
     generator: torch.Generator = field(default_factory=torch.Generator)
 
@@ -132,23 +167,28 @@ class RowSampler:
         last_start = len(self.stream) - (length - 1)
         start = int(torch.randint(last_start + 1, (1,), generator=self.generator))
         window = self.stream[start : start + length - 1]
-        row = torch.cat([torch.tensor([self.bos_id]), window])
+        row = torch.cat([torch.tensor([self.source.bos_id]), window])
         return row, row.clone()
 
-    def repeated_row(self, length: int) -> tuple[Tensor, Tensor]:
+    def repeated_row(self, length: int, choices: int) -> tuple[Tensor, Tensor]:
         """Return input ids and labels, int64 [length] each: BOS and a repeated random sequence.
 
         The first occurrence cannot be predicted, so that only the repetitions carry labels.
         """
-        longest = (length - 1) // 2
-        draw = torch.randint(self.recipe.min_period, longest + 1, (1,), generator=self.generator)
-        period = int(draw)
-        row = repeated_tokens(
-            period, length - 1, self.bos_id, self.first_plain_id, self.generator
-        )
+        shortest, longest = self.recipe.min_period, (length - 1) // 2
+        drawn = float(torch.rand(1, generator=self.generator))
+        # Even on a log scale, so that the easily learned short periods are not rare.
+        period = round(shortest * (longest / shortest) ** drawn)
+        row = self.source.repeated(period, length - 1, choices, self.generator)
         labels = row.clone()
         labels[: 1 + period] = IGNORED_LABEL
         return row, labels
+
+    def choices(self, step: int) -> int:
+        """Return how many different tokens the step's repeated rows are drawn from."""
+        growth = min(1.0, step / (self.recipe.steps * self.recipe.growth_share))
+        first = self.recipe.first_choices
+        return round(first * (self.source.plain_count / first) ** growth)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield input ids and labels, int64 [rows, length] each, one pair per step."""
@@ -159,18 +199,11 @@ class RowSampler:
             rows = []
             for _ in range(recipe.batch_tokens // length):
                 drawn = float(torch.rand(1, generator=self.generator))
-                repeated = drawn < recipe.repeated_share
-                rows.append(self.repeated_row(length) if repeated else self.text_row(length))
+                if not is_long and drawn < recipe.repeated_share:
+                    rows.append(self.repeated_row(length, self.choices(step)))
+                else:
+                    rows.append(self.text_row(length))
             yield torch.stack([ids for ids, _ in rows]), torch.stack([kept for _, kept in rows])
-
-
-def repeated_tokens(
-    period: int, length: int, bos_id: int, first_plain_id: int, generator: torch.Generator
-) -> Tensor:
-    """Return int64 [1 + length]: BOS, then `period` random tokens tiled up to `length`."""
-    unit = torch.randint(first_plain_id, VOCAB_SIZE, (period,), generator=generator)
-    tiled = unit.repeat(math.ceil(length / period))[:length]
-    return torch.cat([torch.tensor([bos_id]), tiled])
 
 
 def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
@@ -280,18 +313,18 @@ def previous_token_scores(
 
 
 def induction_scores(
-    model: LlamaForCausalLM, bos_id: int, first_plain_id: int, period: int = 128, rows: int = 16
+    model: LlamaForCausalLM, source: RandomTokens, period: int, rows: int = 16
 ) -> Tensor:
-    """Return each head's induction score on random tokens, repeated once: [layers, query heads].
+    """Return each head's induction score: float32 [layers, query heads].
 
-    The score is the mean attention from the second occurrence's tokens to the token after their
-    first occurrence. The last token has no such successor within the row's first half, but its
-    target is the second half's first token, which follows it just as well.
+    The rows are `period` random tokens of the whole vocabulary, repeated once. The score is the
+    mean attention from the second occurrence's tokens to the token after their first occurrence;
+    for the last token this is the second occurrence's own first token, which follows it as well.
+    Even attention would score between 1 / (2 * period) and 1 / period.
     """
     generator = torch.Generator().manual_seed(SEED + 1)
     drawn = [
-        repeated_tokens(period, 2 * period, bos_id, first_plain_id, generator)
-        for _ in range(rows)
+        source.repeated(period, 2 * period, source.plain_count, generator) for _ in range(rows)
     ]
     return attention_to_offset(
         model, torch.stack(drawn), offset=period - 1, first_query=1 + period
@@ -343,12 +376,13 @@ def make_model(output: Path, recipe: Recipe) -> None:
         len(stream),
         sum(map(len, held_out)),
     )
-    first_plain_id = len(tokenizer.all_special_ids)
+    source = RandomTokens(tokenizer.bos_token_id, len(tokenizer.all_special_ids))
     generator = torch.Generator().manual_seed(SEED)
-    sampler = RowSampler(stream, tokenizer.bos_token_id, first_plain_id, recipe, generator)
-    train(model, sampler, held_out, recipe)
+    train(model, RowSampler(stream, source, recipe, generator), held_out, recipe)
     log_best_head("previous-token", previous_token_scores(model, held_out))
-    log_best_head("induction", induction_scores(model, tokenizer.bos_token_id, first_plain_id))
+    for period in SCORED_PERIODS:
+        scores = induction_scores(model, source, period)
+        log_best_head(f"induction, period {period},", scores)
     save(model, tokenizer, output)
     logger.info("wrote %s", output)
 

@@ -14,8 +14,9 @@ import pyarrow as pa
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.storage.card import render_card
+from qk_sniffer.storage.files import write_text
 from qk_sniffer.storage.journal import JournalReader
-from qk_sniffer.storage.manifest import build_manifest, write_manifest, write_text
+from qk_sniffer.storage.manifest import build_manifest, write_manifest
 from qk_sniffer.storage.parquet import FileFacts, Tokens, sorted_runs, write_head, write_table
 from qk_sniffer.storage.schema import (
     CARD_FILE,

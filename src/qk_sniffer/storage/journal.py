@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from qk_sniffer.storage.files import write_text
 from qk_sniffer.storage.schema import EXAMPLES_SCHEMA, Kind
 
 _BLOCKS, _COMMITS, _HEADER = "blocks.arrow", "commits.jsonl", "header.json"
@@ -66,7 +67,7 @@ class JournalWriter:
 
     def __init__(self, directory: Path, header: dict[str, Any]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / _HEADER).write_text(json.dumps(header))
+        write_text(directory / _HEADER, json.dumps(header))
         self._blocks = pa.OSFile(str(directory / _BLOCKS), "wb")
         self._commits = (directory / _COMMITS).open("w")
         self._uncommitted: list[dict[str, Any]] = []

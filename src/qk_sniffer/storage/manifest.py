@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qk_sniffer.storage.parquet import FileFacts, replacing
+from qk_sniffer.storage.files import write_text
+from qk_sniffer.storage.parquet import FileFacts
 from qk_sniffer.storage.schema import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
@@ -36,12 +37,6 @@ def build_manifest(
         "examples": examples,
         "heads": heads,
     }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that appears under its name only when it is complete."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def write_manifest(data_root: Path, manifest: Mapping[str, Any]) -> None:

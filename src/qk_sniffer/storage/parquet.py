@@ -1,9 +1,7 @@
 """Per-head Parquet files from the blocks of a journal, a bounded number of rows at a time."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from qk_sniffer.storage.files import replacing
 from qk_sniffer.storage.journal import Block
 from qk_sniffer.storage.schema import head_schema
 
@@ -21,20 +20,6 @@ ROW_GROUP_BYTES = 32 * 2**20
 Tokens = dict[int, pa.Array]
 FileFacts = dict[str, Any]
 Runs = npt.NDArray[np.int64]
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its name once it is written and synced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def sorted_runs(blocks: Sequence[Block]) -> Runs:
