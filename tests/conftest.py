@@ -17,10 +17,10 @@ import datasets
 import pytest
 import torch
 import yaml
-from families import FAMILIES, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from families import FAMILIES, tiny_model
 from qk_sniffer.cli import main
 
 Run = Callable[..., int]

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import write_jsonl
-from test_data import colliding_pair
 
+from conftest import write_jsonl
 from qk_sniffer.cli import main
+from test_data import colliding_pair
 
 Predict = Callable[..., int]
 TOKENIZER = "stands for the tiny model's tokenizer"
@@ -87,11 +87,17 @@ def test_a_mistake_in_the_config_is_one_line(
     ("rows", "message"),
     [
         ([], "data.path: "),
-        ([{"id": "a", "text": "x"}, {"id": "a", "text": "y"}], "data.id_column: the id 'a' appears twice"),
+        (
+            [{"id": "a", "text": "x"}, {"id": "a", "text": "y"}],
+            "data.id_column: the id 'a' appears twice",
+        ),
         ([{"id": i, "text": "x"} for i in colliding_pair()], "both become example_id"),
         ([{"id": "a", "text": "x"}, {"id": "b", "text": None}], "data.text_column: row 1 has None"),
         ([{"id": "a", "text": 7}], "data.text_column: row 0 has 7 in 'text', not a string"),
-        ([{"id": None, "text": "x"}, {"id": "b", "text": "x"}], "data.id_column: row 0 has the id None"),
+        (
+            [{"id": None, "text": "x"}, {"id": "b", "text": "x"}],
+            "data.id_column: row 0 has the id None",
+        ),
     ],
 )
 @pytest.mark.parametrize("data", [{}, {"streaming": True}, {"streaming": True, "num_workers": 1}])
@@ -127,7 +133,9 @@ def test_a_data_root_in_use_is_refused_and_left_alone(
     line = error_line(capsys)
     assert line.startswith("sniffer.output.data_root: ")
     assert "set sniffer.output.overwrite to true" in line
-    assert {path: path.read_bytes() for path in (tmp_path / "root").rglob("*") if path.is_file()} == files
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "root").rglob("*") if path.is_file()
+    } == files
 
 
 def test_overwrite_replaces_the_run_and_nothing_else(predict: Predict, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import LENGTHS, write_jsonl
 
+from conftest import LENGTHS, write_jsonl
 from qk_sniffer.config import TokenizerConfig
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.errors import UserError
@@ -100,7 +100,9 @@ def test_ids_are_kept_where_they_fit_and_hashed_where_they_do_not() -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "json", "parquet", "csv", "txt", "directory", "txts"])
+@pytest.mark.parametrize(
+    "form", ["jsonl", "jsonl.gz", "json", "parquet", "csv", "txt", "directory", "txts"]
+)
 def test_local_formats(
     batches: Batches, texts: list[dict], tmp_path: Path, form: str, streaming: bool
 ) -> None:
@@ -154,7 +156,11 @@ def colliding_pair() -> tuple[str, str]:
     ("rows", "options", "message"),
     [
         ([{"body": "a"}], {}, r"data\.text_column: .* no column 'text'; choose from body"),
-        ([{"text": "a"}], {"id_column": "key"}, r"data\.id_column: .* no column 'key'; choose from text"),
+        (
+            [{"text": "a"}],
+            {"id_column": "key"},
+            r"data\.id_column: .* no column 'key'; choose from text",
+        ),
         (
             [{"text": "a"}, {"text": None}],
             {},

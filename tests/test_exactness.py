@@ -10,10 +10,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
-from families import FAMILIES, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from families import FAMILIES, tiny_model
 from qk_sniffer.capture import AttentionProbe, active_sniffer
 from qk_sniffer.ids import example_id
 from qk_sniffer.models import capture_attention, decoder_backbone

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import LENGTHS
 
+from conftest import LENGTHS
 from qk_sniffer.ids import example_id
 from qk_sniffer.storage.journal import Block
 from qk_sniffer.storage.parquet import sorted_runs, write_head

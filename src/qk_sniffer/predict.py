@@ -8,9 +8,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import ArgumentError, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from qk_sniffer.callback import SnifferCallback
 from qk_sniffer.data import TextDataModule

@@ -1,5 +1,6 @@
 """Sampling: exact buckets, the formula's probabilities, and independence of everything but the key."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -81,7 +82,7 @@ def test_log_uniform_segments_have_the_probability_of_their_bucket(
     segments = sampler.segments(length)
     assert segments[0].start == 0
     assert segments[-1].stop == length
-    for segment, following in zip(segments, segments[1:], strict=False):
+    for segment, following in itertools.pairwise(segments):
         assert segment.stop == following.start
     for segment in segments:
         ends = torch.tensor([segment.start, segment.stop - 1])
@@ -111,7 +112,10 @@ def test_kept_fractions_match_the_formula(
     buckets = sampler.buckets(torch.arange(length))
     # Uniform has thousands of small buckets of one probability; they are tested as ten groups.
     groups = buckets if sampler_type == "log_uniform" else buckets * 10 // (int(buckets.max()) + 1)
-    sizes, counts = torch.bincount(groups), torch.bincount(groups[kept], minlength=int(groups.max()) + 1)
+    sizes, counts = (
+        torch.bincount(groups),
+        torch.bincount(groups[kept], minlength=int(groups.max()) + 1),
+    )
     tested = torch.nonzero(sizes).squeeze(1).tolist()
     for group in tested:
         if sampler_type == "log_uniform":
@@ -125,11 +129,11 @@ def test_kept_fractions_match_the_formula(
 def test_gaps_are_geometric() -> None:
     probability = 1 / 50
     rows = draw(build_sampler("uniform", 1.0, 50), [50_000] * 100)
-    gaps = [b - a - 1 for row in rows for a, b in zip(row, row[1:], strict=False)]
+    gaps = [b - a - 1 for row in rows for a, b in itertools.pairwise(row)]
     edges = [*range(0, 200, 5), 10**9]
-    observed = [sum(low <= gap < high for gap in gaps) for low, high in zip(edges, edges[1:], strict=False)]
+    observed = [sum(low <= gap < high for gap in gaps) for low, high in itertools.pairwise(edges)]
     survival = [(1 - probability) ** edge for edge in edges]
-    expected = [(a - b) * len(gaps) for a, b in zip(survival, survival[1:], strict=False)]
+    expected = [(a - b) * len(gaps) for a, b in itertools.pairwise(survival)]
     expected[-1] += len(gaps) - sum(expected)
     assert chisquare(observed, expected).pvalue > ERROR_RATE
 

@@ -39,7 +39,10 @@ def sniff(
     length = max(lengths)
     for layer in range(3):
         sniffer.capture(
-            layer, states(len(lengths), 4, length), states(len(lengths), 2, length), torch.arange(length)
+            layer,
+            states(len(lengths), 4, length),
+            states(len(lengths), 2, length),
+            torch.arange(length),
         )
     sniffer.flush_batch()
     return sniffer, chunks
@@ -97,7 +100,9 @@ def test_captured_rows_are_copies() -> None:
     query.zero_()
     key.zero_()
     sniffer.flush_batch()
-    assert all(chunk.vectors[1, 4].tolist() == [0, h, 4] for chunk, h in zip(chunks, (3, 1), strict=True))
+    assert all(
+        chunk.vectors[1, 4].tolist() == [0, h, 4] for chunk, h in zip(chunks, (3, 1), strict=True)
+    )
 
 
 def test_a_layer_that_runs_twice_or_not_at_all_is_a_bug() -> None:

@@ -135,9 +135,7 @@ class RandomTokens:
         """How many tokens are not special."""
         return VOCAB_SIZE - self.first_plain_id
 
-    def repeated(
-        self, period: int, length: int, choices: int, generator: torch.Generator
-    ) -> Tensor:
+    def repeated(self, period: int, length: int, choices: int, generator: torch.Generator) -> Tensor:
         """Return int64 [1 + length]: BOS, then `period` random tokens tiled up to `length`.
 
         The tokens are drawn evenly from the `choices` most common ones.
@@ -280,9 +278,7 @@ def held_out_loss(model: LlamaForCausalLM, documents: Sequence[Tensor]) -> float
 
 
 @torch.no_grad()
-def attention_to_offset(
-    model: LlamaForCausalLM, rows: Tensor, offset: int, first_query: int
-) -> Tensor:
+def attention_to_offset(model: LlamaForCausalLM, rows: Tensor, offset: int, first_query: int) -> Tensor:
     """Return how much each head attends `offset` tokens back: float32 [layers, query heads].
 
     `rows` is int64 [rows, tokens]; the mean runs over rows and over queries from `first_query` on.
@@ -323,12 +319,8 @@ def induction_scores(
     Even attention would score between 1 / (2 * period) and 1 / period.
     """
     generator = torch.Generator().manual_seed(SEED + 1)
-    drawn = [
-        source.repeated(period, 2 * period, source.plain_count, generator) for _ in range(rows)
-    ]
-    return attention_to_offset(
-        model, torch.stack(drawn), offset=period - 1, first_query=1 + period
-    )
+    drawn = [source.repeated(period, 2 * period, source.plain_count, generator) for _ in range(rows)]
+    return attention_to_offset(model, torch.stack(drawn), offset=period - 1, first_query=1 + period)
 
 
 def log_best_head(name: str, scores: Tensor) -> None:

@@ -1,0 +1,36 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help install demo test lint format bench clean
+
+help: ## Show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-9s %s\n", $$1, $$2}'
+
+install: $(INSTALLED) ## Install the package and its tools into .venv
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gguf,device-map]'
+	touch $@
+
+demo: $(INSTALLED) ## Capture the demo model on the demo text, without a hub
+	HF_HUB_OFFLINE=1 $(BIN)/qk-sniffer predict --config configs/demo.yaml
+
+test: lint ## Run lint and tests
+	$(BIN)/pytest
+
+lint: $(INSTALLED) ## Check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## Format the code
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(INSTALLED) ## Time capture against the bare forward of SmolLM2-135M
+	$(BIN)/python tests/bench.py
+
+clean: ## Remove what the other targets made
+	rm -rf .venv .cache data build dist .pytest_cache .mypy_cache .ruff_cache

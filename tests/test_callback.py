@@ -1,0 +1,227 @@
+"""The callback in a trainer of one's own, and what an interrupted run leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lightning.pytorch as pl
+import pyarrow.parquet as pq
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
+
+from conftest import LENGTHS, write_jsonl
+from qk_sniffer.callback import SnifferCallback
+from qk_sniffer.capture import get_active_sniffer
+from qk_sniffer.cli import main
+from qk_sniffer.config import CaptureConfig, OutputConfig, SamplerConfig
+from qk_sniffer.data import TextDataModule
+from qk_sniffer.errors import UserError
+from qk_sniffer.module import SnifferModule
+
+Predict = Callable[..., int]
+ModelDir = Callable[[str], Path]
+ALL = CaptureConfig(sampler=SamplerConfig(type="all"))
+
+
+def trainer(*callbacks: Callback, **options: Any) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=list(callbacks),
+        **options,
+    )
+
+
+def test_a_trainer_in_python_writes_what_the_command_writes(
+    predict: Predict, model_dir: ModelDir, text_file: Path, tmp_path: Path
+) -> None:
+    assert predict("command") == 0
+    sniffer = SnifferCallback(OutputConfig(str(tmp_path / "python")), ALL)
+    module = SnifferModule(str(model_dir("llama")))
+    data = TextDataModule(str(text_file), id_column="id", batch_size=3)
+    trainer(sniffer).predict(module, datamodule=data, return_predictions=False)
+    files = sorted((tmp_path / "command").glob("*/data.parquet"))
+    assert len(files) == 25
+    for file in files:
+        other = tmp_path / "python" / file.relative_to(tmp_path / "command")
+        assert other.read_bytes() == file.read_bytes()
+    settings = json.loads((tmp_path / "python" / "manifest.json").read_text())["settings"]
+    assert settings == json.loads((tmp_path / "command" / "manifest.json").read_text())["settings"]
+
+
+def plain_batch(mask: list[list[int]]) -> dict[str, Any]:
+    """A batch as someone's own loader might make it, without the class of TextDataModule."""
+    attention_mask = torch.tensor(mask)
+    return {
+        "input_ids": torch.arange(2, 2 + attention_mask.numel()).reshape(attention_mask.shape),
+        "attention_mask": attention_mask,
+        "example_ids": torch.arange(len(mask), dtype=torch.int32),
+        "sequence_lengths": attention_mask.sum(1),
+        "source_ids": [f"text-{i}" for i in range(len(mask))],
+        "truncated": [False] * len(mask),
+    }
+
+
+def test_a_loader_of_ones_own(model_dir: ModelDir, tmp_path: Path) -> None:
+    loader = DataLoader([plain_batch([[1, 1, 1], [1, 0, 0]])], batch_size=None)
+    sniffer = SnifferCallback(OutputConfig(str(tmp_path / "root")), ALL)
+    trainer(sniffer).predict(SnifferModule(str(model_dir("llama"))), loader, return_predictions=False)
+    table = pq.read_table(tmp_path / "root" / "l00h00q" / "data.parquet")
+    assert table["example_id"].to_pylist() == [0, 0, 0, 1]
+    assert table["position"].to_pylist() == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("mask", [[[0, 1, 1], [1, 1, 1]], [[1, 0, 1]]])
+def test_batches_not_padded_on_the_right_are_refused(
+    model_dir: ModelDir, tmp_path: Path, mask: list[list[int]]
+) -> None:
+    loader = DataLoader([plain_batch(mask)], batch_size=None)
+    sniffer = SnifferCallback(OutputConfig(str(tmp_path / "root")), ALL)
+    with pytest.raises(UserError, match=r"^attention_mask: .*padding_side to right"):
+        trainer(sniffer).predict(SnifferModule(str(model_dir("llama"))), loader)
+    assert get_active_sniffer() is None
+
+
+def test_token_strings_need_the_data_modules_tokenizer(model_dir: ModelDir, tmp_path: Path) -> None:
+    loader = DataLoader([plain_batch([[1, 1]])], batch_size=None)
+    capture = CaptureConfig(capture_token_strings=True)
+    sniffer = SnifferCallback(OutputConfig(str(tmp_path / "root")), capture)
+    with pytest.raises(UserError, match=r"^sniffer\.capture\.capture_token_strings: "):
+        trainer(sniffer).predict(SnifferModule(str(model_dir("llama"))), loader)
+
+
+def test_the_backbone_runs_without_head_cache_or_mask(
+    model_dir: ModelDir, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = SnifferModule(str(model_dir("llama")))
+    module.configure_model()
+    assert type(module.backbone).__name__ == "LlamaModel"
+    assert not any("lm_head" in name for name, _ in module.named_parameters())
+    calls: list[dict[str, Any]] = []
+    grad: list[bool] = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        calls.append(kwargs)
+        grad.append(torch.is_inference_mode_enabled())
+
+    module.backbone.register_forward_pre_hook(note, with_kwargs=True)
+    data = TextDataModule(str(text_file), batch_size=4)
+    predictions = trainer().predict(module, datamodule=data)
+    assert [set(call) for call in calls] == [{"input_ids", "use_cache"}] * 2
+    assert all(call["use_cache"] is False for call in calls)
+    assert all(grad)
+    assert predictions == [4 * 61, 3 * 48]
+
+
+class FailAt(Callback):
+    """Raises after a number of batches."""
+
+    def __init__(self, batch: int, error: BaseException) -> None:
+        self.batch = batch
+        self.error = error
+
+    def on_predict_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx + 1 == self.batch:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of luck"), KeyboardInterrupt()])
+def test_what_an_interrupted_run_captured_can_be_written(
+    model_dir: ModelDir,
+    text_file: Path,
+    tmp_path: Path,
+    error: BaseException,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = tmp_path / "root"
+    sniffer = SnifferCallback(OutputConfig(str(root)), ALL)
+    data = TextDataModule(str(text_file), id_column="id", batch_size=2)
+    with pytest.raises((type(error), SystemExit)):
+        trainer(sniffer, FailAt(2, error)).predict(
+            SnifferModule(str(model_dir("llama"))), datamodule=data, return_predictions=False
+        )
+    assert get_active_sniffer() is None
+    assert not list(root.glob("l*"))
+    assert f"qk-sniffer finalize {root}" in caplog.text
+
+    assert main(["finalize", str(root)]) == 0
+    assert "heads    24" in capsys.readouterr().out
+    table = pq.read_table(root / "l00h00q" / "data.parquet")
+    assert table.num_rows == sum(LENGTHS[:4])
+    assert datasets.load_dataset(str(root), "l03h01k", split="train").num_rows == table.num_rows
+    assert json.loads((root / "manifest.json").read_text())["complete"] is False
+    assert "The run was interrupted" in (root / "README.md").read_text()
+    assert not (root / ".journal").exists()
+
+
+def test_finalize_needs_an_interrupted_run(
+    predict: Predict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict() == 0
+    for root in (tmp_path / "root", tmp_path / "nowhere"):
+        assert main(["finalize", str(root)]) == 2
+        assert f"{root}: no interrupted run is here" in capsys.readouterr().err
+    assert main(["finalize"]) == 2
+
+
+def test_batches_flushed_before_a_kill_are_kept(
+    model_dir: ModelDir, texts: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    rows = [{"text": texts[2]["text"]} for _ in range(100_000)]
+    path = write_jsonl(tmp_path / "many.jsonl", rows)
+    command = [str(Path(sys.executable).with_name("qk-sniffer")), "predict"]
+    command += ["--model.name", str(model_dir("llama")), "--data.path", str(path)]
+    command += ["--data.streaming", "true", "--sniffer.output.data_root", str(root)]
+    command += ["--sniffer.capture.sampler.type", "all", "--trainer.accelerator", "cpu"]
+    commits = root / ".journal" / "commits.jsonl"
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not (commits.exists() and commits.read_text().count("\n") >= 20):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+    committed = commits.read_text().count("\n")
+    assert main(["finalize", str(root)]) == 0
+    table = pq.read_table(root / "l03h01k" / "data.parquet")
+    assert table["example_id"].unique().to_pylist() == list(range(committed))
+    assert table.num_rows == committed * LENGTHS[2]
+
+
+def test_several_processes_are_refused(model_dir: ModelDir, text_file: Path, tmp_path: Path) -> None:
+    sniffer = SnifferCallback(OutputConfig(str(tmp_path / "root")), ALL)
+    two = pl.Trainer(accelerator="cpu", devices=2, logger=False, callbacks=[sniffer])
+    with pytest.raises(UserError, match=r"^trainer\.devices: 2 processes"):
+        sniffer.setup(two, SnifferModule(str(model_dir("llama"))), "predict")
+
+
+def test_a_placement_by_accelerate_writes_the_same_files(predict: Predict, tmp_path: Path) -> None:
+    assert predict("plain") == 0
+    assert predict("placed", model={"device_map": "cpu"}) == 0
+    for file in (tmp_path / "plain").glob("l*/data.parquet"):
+        other = tmp_path / "placed" / file.relative_to(tmp_path / "plain")
+        assert other.read_bytes() == file.read_bytes()
+
+
+def test_importing_the_package_changes_nothing() -> None:
+    code = (
+        "from transformers.modeling_utils import AttentionInterface as A; before = A.get_interface; "
+        "import qk_sniffer.predict; assert A.get_interface is before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
