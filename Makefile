@@ -30,7 +30,7 @@ format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff format
 
 bench: $(INSTALLED) ## Time capture against the bare forward of SmolLM2-135M
-	$(BIN)/python tests/bench.py
+	TQDM_DISABLE=1 $(BIN)/python tests/bench.py
 
 clean: ## Remove what the other targets made
 	rm -rf .venv .cache data build dist .pytest_cache .mypy_cache .ruff_cache

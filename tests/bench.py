@@ -5,6 +5,9 @@ repetition runs the bare loop and each capture loop after it in turn, and the ra
 neighbours, so that a machine whose speed drifts does not tilt them.
 """
 
+import contextlib
+import io
+import logging
 import subprocess
 import sys
 import tempfile
@@ -77,7 +80,8 @@ def run(
             enable_progress_bar=False,
             callbacks=callbacks,
         )
-        trainer.predict(module, datamodule=data, return_predictions=False)
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.predict(module, datamodule=data, return_predictions=False)
         return timer.seconds, time.perf_counter() - timer._started - timer.seconds
 
 
@@ -90,6 +94,7 @@ def write_documents(directory: Path) -> None:
 
 
 def main() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     path = gguf_file()
     module = SnifferModule(str(path.parent), gguf_file=path.name, dtype="float32")
     with tempfile.TemporaryDirectory() as directory:

@@ -52,7 +52,8 @@ def load_model(
     kwargs = source.kwargs() | {"config": config, "dtype": dtype, "device_map": device_map}
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
-    if source.gguf_file is not None:
+    # Before it had GgufConfig, transformers always dequantized.
+    if source.gguf_file is not None and hasattr(transformers, "GgufConfig"):
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         return AutoModelForCausalLM.from_pretrained(**kwargs)

@@ -1,0 +1,122 @@
+"""The demo, and the README's code run as it stands against it."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+
+from qk_sniffer.cli import main
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory like a checkout in which the demo has run, as the working directory."""
+    directory = tmp_path_factory.mktemp("checkout")
+    for name in ("src", "configs"):
+        (directory / name).symlink_to(REPOSITORY / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        patch.setattr("sys.argv", ["qk-sniffer"])
+        assert main(["predict", "--config", "configs/demo.yaml"]) == 0
+        yield directory
+
+
+def test_the_demo_can_be_run_again(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "--config", "configs/demo.yaml"]) == 0
+    table = capsys.readouterr().out.splitlines()[-6:]
+    assert [line.split()[0] for line in table] == ["heads", "rows", "bytes", "seconds", "where", "load"]
+    assert table[-1].endswith('datasets.load_dataset("data/demo", "l00h00q", split="train")')
+
+
+def test_the_demo_shows_a_head_that_looks_at_the_previous_token(demo: Path) -> None:
+    """The weights are trained ones: random weights attend to the previous token like to any other."""
+    assert (
+        main(
+            [
+                "predict",
+                "--config",
+                "configs/demo.yaml",
+                "--data.max_samples",
+                "4",
+                "--sniffer.capture.sampler.type",
+                "all",
+                "--sniffer.output.data_root",
+                "data/all",
+            ]
+        )
+        == 0
+    )
+    best = max(previous_token_attention(layer, head) for layer in range(4) for head in range(6))
+    assert best > 0.3
+
+
+def previous_token_attention(layer: int, head: int) -> float:
+    """Mean probability of the token before, over the positions of one text of the demo."""
+    query, key = (
+        datasets.load_dataset("data/all", f"l{layer:02d}h{index:02d}{kind}", split="train").with_format(
+            "torch"
+        )
+        for kind, index in (("q", head), ("k", head // 3))
+    )
+    text = query["example_id"][:] == query["example_id"][0]
+    query, key = query["vector"][:][text], key["vector"][:][text]
+    scores = query @ key.T * query.shape[1] ** -0.5
+    probabilities = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf).softmax(-1)
+    return probabilities.diagonal(-1)[1:].mean().item()
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_the_readmes_python_runs(demo: Path, number: int) -> None:
+    names: dict[str, object] = {}
+    needs_data_module = "datamodule=dm" in BLOCKS[number]
+    source = next(block for block in BLOCKS if "dm.setup" in block) if needs_data_module else ""
+    exec(source + BLOCKS[number], names)
+    if "vectors" in names:
+        vectors = names["vectors"]
+        assert isinstance(vectors, torch.Tensor)
+        assert vectors.dtype == torch.float32
+        assert vectors.ndim == 2
+    if "batch" in names:
+        documented = re.search(r"# (input_ids.*)", README)
+        assert documented is not None
+        assert list(names["batch"]) == documented.group(1).split(", ")  # type: ignore[call-overload]
+
+
+def test_the_readmes_config_is_the_shipped_one() -> None:
+    block = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert block is not None
+    shown = yaml.safe_load(block.group(1))
+    shipped = yaml.safe_load((REPOSITORY / "configs" / "qwen3-8b.yaml").read_text())
+    shipped["data"].pop("batch_size")
+    assert shown == shipped
+
+
+@pytest.mark.parametrize(
+    "config", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_shipped_configs_parse(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", "--config", str(config), "--print_config"])
+    assert stop.value.code == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    for section, fields in yaml.safe_load(config.read_text()).items():
+        assert fields.items() <= resolved[section].items() or section in ("data", "sniffer")
+
+
+def test_the_readmes_paths_exist() -> None:
+    tree = README.split("## The code")[1]
+    for name in re.findall(r"^  ((?:[\w/]+(?:\.py)? ?)+)  ", tree, re.MULTILINE):
+        for part in name.split():
+            assert (REPOSITORY / "src" / "qk_sniffer" / part).exists(), part
+
+
+def test_the_readme_is_as_long_as_it_should_be() -> None:
+    assert 500 <= len(README.split()) <= 1200
