@@ -121,6 +121,7 @@ def test_local_formats(
     elif form == "directory":
         path.mkdir()
         write_jsonl(path / "train.jsonl", rows)
+        (path / "LICENSE.txt").write_text("not a text to read")
     else:
         path.mkdir()
         for row in rows:

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from families import FAMILIES, tiny_model
@@ -39,8 +39,10 @@ def read_layer(root: Path, layer: int, heads: int, kind: str, source_id: str) ->
     )
 
 
-def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    return [module for module in model.modules() if hasattr(module, "scaling")]
+def attention_scalings(model: PreTrainedModel) -> list[float]:
+    """The factor of q·k in each layer; GPT-2 of older releases does not keep it on the module."""
+    modules = [m for m in model.modules() if type(m).__name__.endswith("Attention")]
+    return [getattr(module, "scaling", None) or module.head_dim**-0.5 for module in modules]
 
 
 def probabilities(query: Tensor, key: Tensor, scaling: float, window: int | None) -> Tensor:
@@ -71,14 +73,13 @@ def test_files_reproduce_the_attention_probabilities(
         inputs = tokenizer(row["text"], return_tensors="pt")
         with torch.inference_mode():
             attentions = model(input_ids=inputs["input_ids"], output_attentions=True).attentions
-        for layer, (expected, module) in enumerate(
-            zip(attentions, attention_modules(model), strict=True)
-        ):
+        scalings = attention_scalings(model)
+        for layer, (expected, scaling) in enumerate(zip(attentions, scalings, strict=True)):
             window = WINDOW if layer in SLIDING_LAYERS.get(family, set()) else None
             actual = probabilities(
                 read_layer(tmp_path / "root", layer, heads, "q", row["id"]),
                 read_layer(tmp_path / "root", layer, key_heads, "k", row["id"]),
-                module.scaling,
+                scaling,
                 window,
             )
             torch.testing.assert_close(actual, expected[0], atol=TOLERANCE, rtol=0)

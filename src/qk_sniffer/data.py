@@ -22,6 +22,8 @@ from qk_sniffer.models import ModelSource
 
 Row = dict[str, Any]
 
+_TEXT_FILE = re.compile(r"\.txt(\.(gz|bz2|xz|zst))?$")
+_TABLE_FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow)(\.(gz|bz2|xz|zst))?$")
 _READ_ERRORS = (OSError, ValueError, StopIteration, DatasetsError)
 _EMPTY = ("corresponds to no data", "No columns to parse", "BatchSize must be greater than 0")
 
@@ -185,13 +187,15 @@ class TextDataModule(pl.LightningDataModule):
 def _dataset_source(path: str) -> tuple[str, dict[str, Any]]:
     """Arguments of ``load_dataset`` for a path; each local txt file becomes one row."""
     local = Path(path)
-    if local.is_file():
-        if ".txt" in local.suffixes:
+    if local.is_dir():
+        files = sorted(str(file) for file in local.rglob("*"))
+        texts = [file for file in files if _TEXT_FILE.search(file)]
+        if texts and not any(_TABLE_FILE.search(file) for file in files):
+            return "text", {"data_files": texts, "sample_by": "document"}
+    elif local.is_file():
+        if _TEXT_FILE.search(path):
             return "text", {"data_files": [str(local)], "sample_by": "document"}
         return str(local.resolve().parent), {"data_files": [local.name]}
-    texts = sorted(str(file) for file in local.rglob("*.txt*")) if local.is_dir() else []
-    if texts:
-        return "text", {"data_files": texts, "sample_by": "document"}
     return path, {}
 
 
