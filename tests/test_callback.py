@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from qk_sniffer.config import CaptureConfig, OutputConfig, SamplerConfig
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.errors import UserError
 from qk_sniffer.module import SnifferModule
+from qk_sniffer.storage import JournalWriter
 
 Predict = Callable[..., int]
 ModelDir = Callable[[str], Path]
@@ -158,6 +160,8 @@ def test_what_an_interrupted_run_captured_can_be_written(
     assert get_active_sniffer() is None
     assert not list(root.glob("l*"))
     assert f"qk-sniffer finalize {root}" in caplog.text
+    with pytest.raises(UserError, match="holds an interrupted run; write what it captured"):
+        sniffer.check_output()
 
     assert main(["finalize", str(root)]) == 0
     assert "heads    24" in capsys.readouterr().out
@@ -167,6 +171,31 @@ def test_what_an_interrupted_run_captured_can_be_written(
     assert json.loads((root / "manifest.json").read_text())["complete"] is False
     assert "The run was interrupted" in (root / "README.md").read_text()
     assert not (root / ".journal").exists()
+
+
+def test_a_failure_while_files_are_written_loses_nothing(
+    predict: Predict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    with monkeypatch.context() as patch:
+        # A directory where a file must go: the last head of the first layer can't be renamed there.
+        patch.setattr("qk_sniffer.callback.JournalWriter", _blocking(root / "l00h03q" / "data.parquet"))
+        with pytest.raises(IsADirectoryError):
+            predict()
+    assert not (root / "manifest.json").exists()
+    shutil.rmtree(root / "l00h03q")
+    assert main(["finalize", str(root)]) == 0
+    assert json.loads((root / "manifest.json").read_text())["complete"] is True
+    assert len(list(root.glob("l*/data.parquet"))) == 24
+
+
+def _blocking(path: Path) -> type[JournalWriter]:
+    class Blocking(JournalWriter):
+        def close(self) -> None:
+            (path / "in the way").mkdir(parents=True, exist_ok=True)
+            super().close()
+
+    return Blocking
 
 
 def test_finalize_needs_an_interrupted_run(

@@ -173,8 +173,9 @@ class SnifferCallback(pl.Callback):
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the Parquet files, the card and the manifest, and print what there is."""
+        self._journal.mark_complete()
         self._running.close()
-        manifest = finalize(self.data_root, file_progress, complete=True)
+        manifest = finalize(self.data_root, file_progress)
         seconds = time.monotonic() - self._started
         tqdm.write(summary_table(self.data_root, manifest, seconds=seconds))
 

@@ -34,7 +34,7 @@ def _finalize(args: list[str]) -> None:
     from qk_sniffer.summary import file_progress, summary_table
 
     data_root, started = Path(args[0]), time.monotonic()
-    manifest = finalize(data_root, file_progress, complete=False)
+    manifest = finalize(data_root, file_progress)
     sys.stdout.write(summary_table(data_root, manifest, seconds=time.monotonic() - started) + "\n")
 
 

@@ -39,18 +39,18 @@ def render_card(manifest: dict[str, Any]) -> str:
 def _body(manifest: dict[str, Any]) -> str:
     settings = manifest["settings"]
     model, data, capture = settings["model"], settings["data"], settings["capture"]
-    sampler = capture["sampler"]
+    name, sampler = model.get("name", "a causal language model"), capture["sampler"]
     rope = "before" if capture["capture_pre_rope"] else "after"
     partial = "" if manifest["complete"] else "The run was interrupted: this is part of its texts.\n\n"
     first_head = next(iter(manifest["heads"]))
     rows = sum(head["rows"] for head in manifest["heads"].values())
     return f"""\
-# Queries and keys of {model["name"]}
+# Queries and keys of {name}
 
-Query (`q`) and key (`k`) vectors of the attention heads of `{model["name"]}` while it read text from
+Query (`q`) and key (`k`) vectors of the attention heads of `{name}` while it read text from
 `{data.get("path")}`, {rope} the rotary embedding where the model has one.
 
-{partial}- model: `{model["name"]}`, revision `{model.get("revision")}`, dtype `{model.get("dtype")}`
+{partial}- model: `{name}`, revision `{model.get("revision")}`, dtype `{model.get("dtype")}`
 - text: `{data.get("path")}`, split `{data.get("split")}`, {manifest["examples"]["rows"]} examples
 - positions: sampler `{sampler["type"]}`, base rate {sampler["base_rate"]}, buckets from
   {capture["min_bucket_size"]}, seed {sampler["seed"]}

@@ -51,11 +51,18 @@ def check_data_root(data_root: Path, overwrite: bool) -> None:
             f"sniffer.output.data_root: {data_root} is not writable ({error.strerror}); name another "
             "directory or change its permissions"
         ) from error
-    if not overwrite and any(data_root.iterdir()):
+    if overwrite or not any(data_root.iterdir()):
+        return
+    if (data_root / JOURNAL_DIRECTORY).exists():
         raise UserError(
-            f"sniffer.output.data_root: {data_root} is not empty; name a new directory, or set "
-            "sniffer.output.overwrite to true to replace the run that it holds"
+            f"sniffer.output.data_root: {data_root} holds an interrupted run; write what it captured "
+            f"with `qk-sniffer finalize {data_root}`, or set "
+            "sniffer.output.overwrite to true to replace it"
         )
+    raise UserError(
+        f"sniffer.output.data_root: {data_root} is not empty; name a new directory, or set "
+        "sniffer.output.overwrite to true to replace the run that it holds"
+    )
 
 
 def clear_data_root(data_root: Path) -> None:
@@ -69,13 +76,12 @@ def clear_data_root(data_root: Path) -> None:
             entry.unlink()
 
 
-def finalize(data_root: Path, progress: Progress, *, complete: bool) -> dict[str, Any]:
+def finalize(data_root: Path, progress: Progress) -> dict[str, Any]:
     """Turn the journal of a data root into its Parquet files, card and manifest.
 
     Args:
         data_root: Has a journal whose writer is closed.
         progress: Wraps the iteration over the finished head files, given their number.
-        complete: Whether the run read every text; the manifest and the card say so.
 
     Returns:
         The manifest. The journal is gone.
@@ -93,7 +99,7 @@ def finalize(data_root: Path, progress: Progress, *, complete: bool) -> dict[str
     )
     n_files = sum(len(stream["heads"]) for stream in journal.header["streams"])
     heads = dict(progress(_write_heads(data_root, journal), n_files))
-    manifest = build_manifest(journal.header, examples, heads, complete=complete)
+    manifest = build_manifest(journal.header, examples, heads, complete=journal.complete)
     write_text(data_root / CARD_FILE, render_card(manifest))
     write_manifest(data_root, manifest)
     del journal

@@ -2,8 +2,9 @@
 
 ``blocks.arrow`` is a sequence of Arrow IPC messages: for every layer and kind of a batch one tensor
 of row numbers and one of vectors in the model's dtype, and for every batch one stream with its
-examples. ``commits.jsonl`` has one line for each batch with the offsets of its messages, and
-``header.json`` says what is captured. Reading is by memory map, without copies.
+examples. ``commits.jsonl`` has one line for each batch with the offsets of its messages, and a last
+one when every text was read. ``header.json`` says what is captured. Reading is by memory map, without
+copies.
 """
 
 import json
@@ -92,15 +93,21 @@ class JournalWriter:
         with pa.ipc.new_stream(self._blocks, _TOKENS_SCHEMA) as stream:
             stream.write_table(table)
         self._blocks.flush()
-        json.dump({"examples": offset, "blocks": self._uncommitted}, self._commits)
-        self._commits.write("\n")
-        self._commits.flush()
+        self._write_commit({"examples": offset, "blocks": self._uncommitted})
         self._uncommitted = []
+
+    def mark_complete(self) -> None:
+        """Note that every text has been read."""
+        self._write_commit({"complete": True})
 
     def close(self) -> None:
         """Close the files; what was committed stays readable."""
         self._blocks.close()
         self._commits.close()
+
+    def _write_commit(self, commit: dict[str, Any]) -> None:
+        self._commits.write(json.dumps(commit) + "\n")
+        self._commits.flush()
 
 
 class JournalReader:
@@ -110,11 +117,16 @@ class JournalReader:
         self.header: dict[str, Any] = json.loads((directory / _HEADER).read_text())
         self._entries: dict[tuple[int, Kind], list[dict[str, Any]]] = defaultdict(list)
         self._example_offsets: list[int] = []
+        self.complete = False
+        """Whether the run read every text."""
         with (directory / _COMMITS).open() as commits:
             for line in commits:
                 if not line.endswith("\n"):
                     break  # the process died while it wrote this commit
                 commit = json.loads(line)
+                if "complete" in commit:
+                    self.complete = True
+                    continue
                 self._example_offsets.append(commit["examples"])
                 for entry in commit["blocks"]:
                     self._entries[entry["layer_idx"], entry["kind"]].append(entry)
