@@ -1,7 +1,6 @@
 """The callback in a trainer of one's own, and what an interrupted run leaves behind."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -208,8 +207,9 @@ def test_finalize_needs_an_interrupted_run(
     assert main(["finalize"]) == 2
 
 
-def test_batches_flushed_before_a_kill_are_kept(
-    model_dir: ModelDir, texts: list[dict[str, Any]], tmp_path: Path
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_whole_batches(
+    model_dir: ModelDir, texts: list[dict[str, Any]], tmp_path: Path, sent: signal.Signals
 ) -> None:
     root = tmp_path / "root"
     rows = [{"text": texts[2]["text"]} for _ in range(100_000)]
@@ -219,13 +219,17 @@ def test_batches_flushed_before_a_kill_are_kept(
     command += ["--data.streaming", "true", "--sniffer.output.data_root", str(root)]
     command += ["--sniffer.capture.sampler.type", "all", "--trainer.accelerator", "cpu"]
     commits = root / ".journal" / "commits.jsonl"
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
         while not (commits.exists() and commits.read_text().count("\n") >= 20):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        os.kill(process.pid, signal.SIGKILL)
+        process.send_signal(sent)
+        _, printed = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 1}[sent]
+    assert "Traceback" not in printed
+    assert (f"qk-sniffer finalize {root}" in printed) == (sent != signal.SIGKILL)
     committed = commits.read_text().count("\n")
     assert main(["finalize", str(root)]) == 0
     table = pq.read_table(root / "l03h01k" / "data.parquet")

@@ -4,6 +4,7 @@ import importlib.metadata
 import logging
 import platform
 import shlex
+import signal
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, is_dataclass
@@ -165,11 +166,14 @@ class SnifferCallback(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Move the batch's rows to the journal."""
+        """Move the batch's rows to the journal, and stop after it where a SIGTERM asks for that."""
         self._sniffer.flush_batch()
         self._journal.commit(self._examples(batch))
         self._tokens_seen += int(batch["sequence_lengths"].sum())
         self._show_progress(trainer)
+        if trainer.received_sigterm:
+            # Lightning notes the signal and would predict on to the end.
+            raise SystemExit(128 + signal.SIGTERM)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the Parquet files, the card and the manifest, and print what there is."""
