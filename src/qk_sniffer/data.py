@@ -1,17 +1,12 @@
 """TextDataModule: texts from a Hub dataset or local files as batches of tokens, with example ids."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-import datasets
 import lightning.pytorch as pl
-import numpy as np
 import torch
-from datasets.exceptions import DatasetsError
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -19,13 +14,7 @@ from qk_sniffer.config import TokenizerConfig
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.ids import check_source_id, collision, example_id
 from qk_sniffer.models import ModelSource
-
-Row = dict[str, Any]
-
-_TEXT_FILE = re.compile(r"\.txt(\.(gz|bz2|xz|zst))?$")
-_TABLE_FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow)(\.(gz|bz2|xz|zst))?$")
-_READ_ERRORS = (OSError, ValueError, StopIteration, DatasetsError)
-_EMPTY = ("corresponds to no data", "No columns to parse", "BatchSize must be greater than 0")
+from qk_sniffer.texts import Row, StreamedRows, TextSource, check_collisions, check_columns
 
 
 class TokenBatch(dict[str, Any]):
@@ -106,23 +95,18 @@ class TextDataModule(pl.LightningDataModule):
                 a text is not a string, or there are no rows.
         """
         self.tokenizer = self._load_tokenizer()
-        dataset = self._load_dataset()
+        source = TextSource(self.path, self.name, self.revision, self.split)
         encode = _Encode(
             self.tokenizer, self.text_column, self.id_column, self.tokenizer_config.max_length
         )
         self._dataset: torch.utils.data.Dataset[Any]
         if self.streaming:
-            if self.max_samples is not None:
-                dataset = dataset.take(self.max_samples)
-            rows = _StreamedRows(dataset, self.path, self.split)
+            rows = source.stream(self.max_samples)
             self._dataset = _StreamedBatches(rows, encode, self.batch_size)
             return
-        if self.max_samples is not None:
-            dataset = dataset.select(range(min(self.max_samples, len(dataset))))
-        if len(dataset) == 0:
-            raise _no_rows(self.path, self.split)
-        _check_columns(dataset.column_names, self.text_column, self.id_column)
-        _check_collisions(dataset, self.id_column)
+        dataset = source.load(self.max_samples)
+        check_columns(dataset.column_names, self.text_column, self.id_column)
+        check_collisions(dataset, self.id_column)
         self._dataset = dataset.map(
             encode,
             batched=True,
@@ -168,81 +152,6 @@ class TextDataModule(pl.LightningDataModule):
             )
         trust = source.trust_remote_code or config.trust_remote_code
         return replace(source, trust_remote_code=trust)
-
-    def _load_dataset(self) -> Any:
-        path, options = _dataset_source(self.path)
-        try:
-            return datasets.load_dataset(
-                path,
-                self.name,
-                split=self.split,
-                revision=self.revision,
-                streaming=self.streaming,
-                **options,
-            )
-        except _READ_ERRORS as error:
-            raise _unreadable(self.path, self.split, error) from error
-
-
-def _dataset_source(path: str) -> tuple[str, dict[str, Any]]:
-    """Arguments of ``load_dataset`` for a path; each local txt file becomes one row."""
-    local = Path(path)
-    if local.is_dir():
-        files = sorted(str(file) for file in local.rglob("*"))
-        texts = [file for file in files if _TEXT_FILE.search(file)]
-        if texts and not any(_TABLE_FILE.search(file) for file in files):
-            return "text", {"data_files": texts, "sample_by": "document"}
-    elif local.is_file():
-        if _TEXT_FILE.search(path):
-            return "text", {"data_files": [str(local)], "sample_by": "document"}
-        return str(local.resolve().parent), {"data_files": [local.name]}
-    return path, {}
-
-
-def _no_rows(path: str, split: str) -> UserError:
-    return UserError(f"data.path: {path} has no rows in split {split}; name another file or split")
-
-
-def _unreadable(path: str, split: str, error: Exception) -> UserError:
-    """The error for a dataset that can't be loaded; an empty file shows in several odd ways."""
-    reason = first_line(error.__cause__ or error)
-    if isinstance(error, StopIteration) or any(words in reason for words in _EMPTY):
-        return _no_rows(path, split)
-    field = "split" if re.match(r"(Unknown|Bad) split", reason) else "path"
-    return UserError(
-        f"data.{field}: {path} can't be read ({reason}); give a local file or directory, or a Hub "
-        "dataset that you can reach, and a split that it has"
-    )
-
-
-def _check_columns(columns: list[str], text_column: str, id_column: str | None) -> None:
-    for field, column in (("text_column", text_column), ("id_column", id_column)):
-        if column is not None and column not in columns:
-            raise UserError(
-                f"data.{field}: the dataset has no column {column!r}; choose from {', '.join(columns)}"
-            )
-
-
-def _check_collisions(dataset: datasets.Dataset, id_column: str | None) -> None:
-    """Compare example ids as one int32 array; the source ids are read only for a message."""
-    if id_column is None:
-        return
-    hashed = dataset.map(
-        lambda ids, rows: {
-            "example_id": [example_id(check_source_id(i, r)) for i, r in zip(ids, rows, strict=True)]
-        },
-        batched=True,
-        with_indices=True,
-        input_columns=[id_column],
-        remove_columns=dataset.column_names,
-        desc="Checking ids",
-    )
-    numbers = hashed.with_format("numpy")["example_id"][:]
-    order = np.argsort(numbers, kind="stable")
-    repeats = np.flatnonzero(numbers[order][1:] == numbers[order][:-1])
-    if repeats.size:
-        first, second = order[repeats[0]], order[repeats[0] + 1]
-        raise collision(dataset[int(first)][id_column], dataset[int(second)][id_column])
 
 
 class _Encode:
@@ -295,29 +204,10 @@ class _Encode:
         return kept, truncated
 
 
-class _StreamedRows:
-    """The numbered rows of a streaming dataset, with its errors in the user's terms."""
-
-    def __init__(self, dataset: datasets.IterableDataset, path: str, split: str) -> None:
-        self.dataset = dataset
-        self.path = path
-        self.split = split
-
-    def __iter__(self) -> Iterator[tuple[int, Row]]:
-        index = -1
-        try:
-            for index, row in enumerate(self.dataset):
-                yield index, row
-        except _READ_ERRORS as error:
-            raise _unreadable(self.path, self.split, error) from error
-        if index == -1:
-            raise _no_rows(self.path, self.split)
-
-
 class _StreamedBatches(IterableDataset[list[Row]]):
     """Rows of a streaming dataset in batches, in the order of the stream."""
 
-    def __init__(self, rows: _StreamedRows, encode: _Encode, batch_size: int) -> None:
+    def __init__(self, rows: StreamedRows, encode: _Encode, batch_size: int) -> None:
         self.rows = rows
         self.encode = encode
         self.batch_size = batch_size
@@ -328,7 +218,7 @@ class _StreamedBatches(IterableDataset[list[Row]]):
         while batch := list(islice(rows, self.batch_size)):
             indices = [index for index, _ in batch]
             columns = {name: [row[name] for _, row in batch] for name in batch[0][1]}
-            _check_columns(list(columns), self.encode.text_column, self.encode.id_column)
+            check_columns(list(columns), self.encode.text_column, self.encode.id_column)
             self._check_collisions(columns, indices, seen)
             encoded = self.encode(columns, indices)
             yield [

@@ -1,0 +1,156 @@
+"""Where texts come from: Hub datasets and local files, and what can be wrong with them."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets.exceptions import DatasetsError
+
+from qk_sniffer.errors import UserError, first_line
+from qk_sniffer.ids import check_source_id, collision, example_id
+
+Row = dict[str, Any]
+
+_TEXT_FILE = re.compile(r"\.txt(\.(gz|bz2|xz|zst))?$")
+_TABLE_FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow)(\.(gz|bz2|xz|zst))?$")
+_READ_ERRORS = (OSError, ValueError, StopIteration, DatasetsError)
+_EMPTY = ("corresponds to no data", "No columns to parse", "BatchSize must be greater than 0")
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A split of a Hub dataset, or of a local directory or file."""
+
+    path: str
+    name: str | None
+    revision: str | None
+    split: str
+
+    def load(self, max_samples: int | None) -> datasets.Dataset:
+        """The rows as a map-style dataset, the first ``max_samples`` of them where that is given.
+
+        Raises:
+            UserError: The dataset can't be read, or has no rows.
+        """
+        dataset = self._open(streaming=False)
+        if len(dataset) == 0:
+            raise self.no_rows()
+        if max_samples is not None:
+            dataset = dataset.select(range(min(max_samples, len(dataset))))
+        return dataset
+
+    def stream(self, max_samples: int | None) -> "StreamedRows":
+        """The same rows, read as they are asked for.
+
+        Raises:
+            UserError: The dataset can't be opened.
+        """
+        dataset = self._open(streaming=True)
+        return StreamedRows(self, dataset if max_samples is None else dataset.take(max_samples))
+
+    def no_rows(self) -> UserError:
+        """The error for an empty dataset."""
+        return UserError(
+            f"data.path: {self.path} has no rows in split {self.split}; name another file or split"
+        )
+
+    def unreadable(self, error: Exception) -> UserError:
+        """The error for a dataset that can't be read; an empty file shows in several odd ways."""
+        reason = first_line(error.__cause__ or error)
+        if isinstance(error, StopIteration) or any(words in reason for words in _EMPTY):
+            return self.no_rows()
+        field = "split" if re.match(r"(Unknown|Bad) split", reason) else "path"
+        return UserError(
+            f"data.{field}: {self.path} can't be read ({reason}); give a local file or directory, or a "
+            "Hub dataset that you can reach, and a split that it has"
+        )
+
+    def _open(self, *, streaming: bool) -> Any:
+        path, options = _builder_arguments(self.path)
+        try:
+            return datasets.load_dataset(
+                path,
+                self.name,
+                split=self.split,
+                revision=self.revision,
+                streaming=streaming,
+                **options,
+            )
+        except _READ_ERRORS as error:
+            raise self.unreadable(error) from error
+
+
+class StreamedRows:
+    """The numbered rows of a stream.
+
+    Raises:
+        UserError: While iterating: a row can't be read, or there are none.
+    """
+
+    def __init__(self, source: TextSource, dataset: datasets.IterableDataset) -> None:
+        self.source = source
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[tuple[int, Row]]:
+        index = -1
+        try:
+            for index, row in enumerate(self.dataset):
+                yield index, row
+        except _READ_ERRORS as error:
+            raise self.source.unreadable(error) from error
+        if index == -1:
+            raise self.source.no_rows()
+
+
+def _builder_arguments(path: str) -> tuple[str, dict[str, Any]]:
+    """Arguments of ``load_dataset`` for a path; each local txt file becomes one row."""
+    local = Path(path)
+    if local.is_dir():
+        files = sorted(str(file) for file in local.rglob("*"))
+        texts = [file for file in files if _TEXT_FILE.search(file)]
+        if texts and not any(_TABLE_FILE.search(file) for file in files):
+            return "text", {"data_files": texts, "sample_by": "document"}
+    elif local.is_file():
+        if _TEXT_FILE.search(path):
+            return "text", {"data_files": [str(local)], "sample_by": "document"}
+        return str(local.resolve().parent), {"data_files": [local.name]}
+    return path, {}
+
+
+def check_columns(columns: list[str], text_column: str, id_column: str | None) -> None:
+    """Refuse a dataset that lacks a column that the config names."""
+    for field, column in (("text_column", text_column), ("id_column", id_column)):
+        if column is not None and column not in columns:
+            raise UserError(
+                f"data.{field}: the dataset has no column {column!r}; choose from {', '.join(columns)}"
+            )
+
+
+def check_collisions(dataset: datasets.Dataset, id_column: str | None) -> None:
+    """Refuse a dataset in which two rows have one example id.
+
+    Ids are compared as one int32 array, so that memory holds 4 bytes a row; the source ids are read
+    for the message alone.
+    """
+    if id_column is None:
+        return
+    hashed = dataset.map(
+        lambda ids, rows: {
+            "example_id": [example_id(check_source_id(i, r)) for i, r in zip(ids, rows, strict=True)]
+        },
+        batched=True,
+        with_indices=True,
+        input_columns=[id_column],
+        remove_columns=dataset.column_names,
+        desc="Checking ids",
+    )
+    numbers = hashed.with_format("numpy")["example_id"][:]
+    order = np.argsort(numbers, kind="stable")
+    repeats = np.flatnonzero(numbers[order][1:] == numbers[order][:-1])
+    if repeats.size:
+        first, second = order[repeats[0]], order[repeats[0] + 1]
+        raise collision(dataset[int(first)][id_column], dataset[int(second)][id_column])
