@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from qk_sniffer.cli import main
+from readers import assert_readers_agree
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
@@ -34,6 +35,12 @@ def test_the_demo_can_be_run_again(demo: Path, capsys: pytest.CaptureFixture[str
     table = capsys.readouterr().out.splitlines()[-6:]
     assert [line.split()[0] for line in table] == ["heads", "rows", "bytes", "seconds", "where", "load"]
     assert table[-1].endswith('datasets.load_dataset("data/demo", "l00h00q", split="train")')
+
+
+def test_the_demos_files_are_the_same_to_every_reader(demo: Path) -> None:
+    for head in ("l00h00q", "l03h05q", "l03h01k"):
+        table = assert_readers_agree(demo / "data" / "demo", head, head_dim=32)
+        assert table.num_rows > 1000
 
 
 def test_the_demo_shows_a_head_that_looks_at_the_previous_token(demo: Path) -> None:

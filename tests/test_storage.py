@@ -6,9 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
-import duckdb
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -18,50 +16,16 @@ from conftest import LENGTHS
 from qk_sniffer.ids import example_id
 from qk_sniffer.storage.journal import Block
 from qk_sniffer.storage.parquet import sorted_runs, write_head
+from readers import assert_readers_agree, schema
 
 Predict = Callable[..., int]
-VECTOR = pa.list_(pa.field("element", pa.float32()), 16)
-SCHEMA = [
-    ("bucket", pa.int32()),
-    ("example_id", pa.int32()),
-    ("position", pa.int32()),
-    ("vector", VECTOR),
-    ("sliding_window", pa.int32()),
-    ("token_str", pa.string()),
-]
 
 
 def test_datasets_duckdb_and_pyarrow_read_the_same_rows(predict: Predict, tmp_path: Path) -> None:
     assert predict(sniffer={"capture": {"capture_token_strings": True}}) == 0
-    root = tmp_path / "root"
     for head in ("l00h00q", "l03h03q", "l03h01k"):
-        table = pq.read_table(root / head / "data.parquet")
-        assert [(field.name, field.type) for field in table.schema] == SCHEMA
+        table = assert_readers_agree(tmp_path / "root", head, head_dim=16)
         assert table.num_rows == sum(LENGTHS)
-
-        loaded = datasets.load_dataset(str(root), head, split="train")
-        assert loaded.features == datasets.Features(
-            bucket=datasets.Value("int32"),
-            example_id=datasets.Value("int32"),
-            position=datasets.Value("int32"),
-            vector=datasets.List(datasets.Value("float32"), length=16),
-            sliding_window=datasets.Value("int32"),
-            token_str=datasets.Value("string"),
-        )
-        assert loaded.to_list() == table.to_pylist()
-
-        names = [field.name for field in table.schema]
-        queried = duckdb.sql(f"SELECT {', '.join(names)} FROM '{root}/{head}/data.parquet'")
-        assert [str(t) for t in queried.types] == [
-            "INTEGER",
-            "INTEGER",
-            "INTEGER",
-            "FLOAT[]",
-            "INTEGER",
-            "VARCHAR",
-        ]
-        rows = [dict(zip(names, row, strict=True)) for row in queried.fetchall()]
-        assert rows == table.to_pylist()
 
 
 def test_rows_are_sorted_and_unique(predict: Predict, tmp_path: Path) -> None:
@@ -177,7 +141,7 @@ def test_a_sample_that_keeps_nothing_says_so(
     assert predict(sniffer={"capture": capture}) == 0
     table = pq.read_table(tmp_path / "root" / "l00h00q" / "data.parquet")
     assert table.num_rows == 0
-    assert [(field.name, field.type) for field in table.schema] == SCHEMA
+    assert [(field.name, field.type) for field in table.schema] == schema(16)
     assert "no rows were kept; raise sniffer.capture.sampler.base_rate" in capsys.readouterr().out
 
 

@@ -1,0 +1,43 @@
+"""Independent readers of a head's file, and the types they must all see."""
+
+from pathlib import Path
+
+import datasets
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def schema(head_dim: int) -> list[tuple[str, pa.DataType]]:
+    return [
+        ("bucket", pa.int32()),
+        ("example_id", pa.int32()),
+        ("position", pa.int32()),
+        ("vector", pa.list_(pa.field("element", pa.float32()), head_dim)),
+        ("sliding_window", pa.int32()),
+        ("token_str", pa.string()),
+    ]
+
+
+def assert_readers_agree(root: Path, head: str, head_dim: int) -> pa.Table:
+    """pyarrow, datasets and DuckDB see the same rows, in the exact types of the schema."""
+    table = pq.read_table(root / head / "data.parquet")
+    assert [(field.name, field.type) for field in table.schema] == schema(head_dim)
+
+    loaded = datasets.load_dataset(str(root), head, split="train")
+    assert loaded.features == datasets.Features(
+        bucket=datasets.Value("int32"),
+        example_id=datasets.Value("int32"),
+        position=datasets.Value("int32"),
+        vector=datasets.List(datasets.Value("float32"), length=head_dim),
+        sliding_window=datasets.Value("int32"),
+        token_str=datasets.Value("string"),
+    )
+    assert loaded.to_list() == table.to_pylist()
+
+    columns = ", ".join(table.column_names)
+    queried = duckdb.sql(f"SELECT {columns} FROM '{root}/{head}/data.parquet'")
+    assert [str(t) for t in queried.types] == ["INTEGER"] * 3 + ["FLOAT[]", "INTEGER", "VARCHAR"]
+    rows = [dict(zip(table.column_names, row, strict=True)) for row in queried.fetchall()]
+    assert rows == table.to_pylist()
+    return table
