@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -28,7 +29,7 @@ from qk_sniffer.module import SnifferModule
 
 CACHE = Path(".cache")
 REPETITIONS = 5
-DOCUMENTS, TOKENS, BATCH_SIZE = 4, 1024, 2
+DOCUMENTS, TOKENS, BATCH_SIZE = 8, 1024, 2
 SAMPLERS = {
     "uniform, buckets of 128": CaptureConfig(
         min_bucket_size=128, sampler=SamplerConfig(type="uniform")
@@ -95,6 +96,7 @@ def write_documents(directory: Path) -> None:
 
 def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
     path = gguf_file()
     module = SnifferModule(str(path.parent), gguf_file=path.name, dtype="float32")
     with tempfile.TemporaryDirectory() as directory:
@@ -123,13 +125,13 @@ def compare(module: SnifferModule, data: TextDataModule) -> None:
             closes[name].append(close)
             ratios[name].append(2 * loop / (bare[-1] + following))
             bare.append(following)
-    print(f"\n{'':26}{'loop, s':>10}{'/ bare':>9}{'close, s':>10}{'/ bare':>9}")
+    print(f"\n{'':26}{'loop, s':>10}{'/ bare':>9}{'close, s':>10}{'both / bare':>13}")
     print(f"{'bare forward':26}{median(bare):10.2f}{1:9.3f}")
     for name in SAMPLERS:
-        close = median(closes[name])
+        close, ratio = median(closes[name]), median(ratios[name])
         print(
-            f"{name:26}{median(loops[name]):10.2f}{median(ratios[name]):9.3f}"
-            f"{close:10.2f}{close / median(bare):9.3f}"
+            f"{name:26}{median(loops[name]):10.2f}{ratio:9.3f}"
+            f"{close:10.2f}{ratio + close / median(bare):13.3f}"
         )
 
 

@@ -6,9 +6,9 @@ enough to train on two CPU cores within minutes, and large enough to grow previo
 The same machine and library versions give the same weights to the last bit.
 
 A quarter of the training rows is no text: it is random tokens, repeated, which reward looking up
-what followed an earlier occurrence. Even so the few minutes of training only begin to grow an
-induction head. The run ends with the heads' scores, on text and random rows that were not trained
-on, so that nobody has to take the model for more than it is.
+what followed an earlier occurrence. Even so the few minutes of training grow no induction head.
+The run ends with scores for both kinds of head, on text and random rows that were not trained on,
+so that nobody has to take the model for more than it is.
 """
 
 from __future__ import annotations
@@ -274,18 +274,25 @@ def previous_token_scores(
 def induction_scores(
     model: LlamaForCausalLM, bos_id: int, first_plain_id: int, period: int, rows: int = 16
 ) -> Tensor:
-    """Return each head's induction score: float32 [layers, query heads].
+    """Return each head's induction score, float32 [layers, query heads]: at most 1, 0 for none.
 
-    The rows are BOS and `period` random tokens, repeated once; special tokens have the ids below
-    `first_plain_id` and are not drawn. The score is the mean attention from the second
+    Rows of BOS and `period` random tokens, repeated once, give the mean attention from the second
     occurrence's tokens to the token after their first occurrence; for the last token this is the
-    second occurrence's own first token, which follows it as well. Even attention would score
-    between 1 / (2 * period) and 1 / period.
+    second occurrence's own first token, which follows it as well. Special tokens have the ids
+    below `first_plain_id` and are not drawn.
+
+    The score is how much more this is than at the same distance in rows that repeat nothing:
+    a head may look that far back whatever stands there, which is not induction.
     """
     generator = torch.Generator().manual_seed(SEED + 1)
-    unit = torch.randint(first_plain_id, VOCAB_SIZE, (rows, period), generator=generator)
-    repeated = torch.cat([torch.full((rows, 1), bos_id), unit, unit], dim=1)
-    return attention_to_offset(model, repeated, offset=period - 1, first_query=1 + period)
+    halves = torch.randint(first_plain_id, VOCAB_SIZE, (2, rows, period), generator=generator)
+    bos = torch.full((rows, 1), bos_id)
+    repeated = torch.cat([bos, halves[0], halves[0]], dim=1)
+    unrelated = torch.cat([bos, halves[1], halves[0]], dim=1)
+    offset, first_query = period - 1, 1 + period
+    return attention_to_offset(model, repeated, offset, first_query) - attention_to_offset(
+        model, unrelated, offset, first_query
+    )
 
 
 def log_best_head(name: str, scores: Tensor) -> None:
