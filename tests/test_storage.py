@@ -1,6 +1,7 @@
 """Data roots as independent readers see them."""
 
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_the_manifest_describes_every_file(predict: Predict, tmp_path: Path) -> 
     assert manifest["complete"] is True
     assert manifest["settings"]["capture"]["sampler"]["type"] == "all"
     assert manifest["settings"]["data"]["batch_size"] == 3
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"] == importlib.metadata.version("torch")
 
 
 def test_the_card_lists_every_head_as_a_config(predict: Predict, tmp_path: Path) -> None:
