@@ -220,17 +220,22 @@ def test_a_signal_leaves_whole_batches(
     command += ["--sniffer.capture.sampler.type", "all", "--trainer.accelerator", "cpu"]
     commits = root / ".journal" / "commits.jsonl"
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
-        while not (commits.exists() and commits.read_text().count("\n") >= 20):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(sent)
-        _, printed = process.communicate(timeout=60)
+        try:
+            deadline = time.monotonic() + 120
+            while not (commits.exists() and commits.read_text().count("\n") >= 20):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(sent)
+            _, printed = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 1}[sent]
     assert "Traceback" not in printed
     assert (f"qk-sniffer finalize {root}" in printed) == (sent != signal.SIGKILL)
     committed = commits.read_text().count("\n")
+    with commits.open("a") as torn:
+        torn.write('{"examples": 12')
     assert main(["finalize", str(root)]) == 0
     table = pq.read_table(root / "l03h01k" / "data.parquet")
     assert table["example_id"].unique().to_pylist() == list(range(committed))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import MambaConfig
 
 from conftest import write_jsonl
 from qk_sniffer.cli import main
@@ -121,6 +122,19 @@ def test_more_tokens_than_learned_positions(
     assert predict(family="gpt2", data={"path": str(path)}) == 2
     line = error_line(capsys)
     assert line.startswith("data.tokenizer.max_length: a sequence has 129 tokens and the model has 128")
+
+
+def test_a_model_whose_attention_is_out_of_reach_is_refused_by_name(
+    predict: Predict,
+    capsys: pytest.CaptureFixture[str],
+    model_dir: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    config = MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4)
+    tiny_model(config).save_pretrained(tmp_path / "mamba")
+    model, tokenizer = {"name": str(tmp_path / "mamba")}, {"name": str(model_dir("llama"))}
+    assert predict(model=model, data={"tokenizer": tokenizer}) == 2
+    assert error_line(capsys).startswith("model.name: MambaModel calls no attention")
 
 
 def test_a_data_root_in_use_is_refused_and_left_alone(
