@@ -12,6 +12,7 @@ import yaml
 from transformers import MambaConfig
 
 from conftest import write_jsonl
+from families import tiny_model
 from qk_sniffer.cli import main
 from test_data import colliding_pair
 
