@@ -146,9 +146,8 @@ def colliding_pair() -> tuple[str, str]:
     seen: dict[int, str] = {}
     for number in range(10**6):
         name = f"document-{number}"
-        if other := seen.setdefault(example_id(name), name) != name:
-            return seen[example_id(name)], name
-        del other
+        if (first := seen.setdefault(example_id(name), name)) != name:
+            return first, name
     raise AssertionError("no collision found")
 
 

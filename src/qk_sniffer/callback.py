@@ -155,7 +155,7 @@ class SnifferCallback(pl.Callback):
                 "attention_mask: a batch is not padded on the right up to its sequence_lengths; set "
                 "the tokenizer's padding_side to right"
             )
-        self._sniffer.begin_batch(batch["example_ids"].tolist(), batch["sequence_lengths"].tolist())
+        self._sniffer.begin_batch(batch["example_ids"].tolist(), lengths.tolist())
 
     def on_predict_batch_end(
         self,

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qk_sniffer.config import TokenizerConfig
-from qk_sniffer.errors import UserError, first_line
-from qk_sniffer.ids import check_source_id, collision, example_id
+from qk_sniffer.errors import UserError, explained_loading
+from qk_sniffer.ids import collision, hash_ids
 from qk_sniffer.models import ModelSource
 from qk_sniffer.texts import Row, StreamedRows, TextSource, check_collisions, check_columns
 
@@ -130,13 +130,11 @@ class TextDataModule(pl.LightningDataModule):
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         source = self._tokenizer_source()
         field = "model.name" if self.tokenizer_config.name is None else "data.tokenizer.name"
-        try:
+        with explained_loading(
+            f"{field}: no tokenizer can be loaded from {source.name}",
+            "name a local directory or a Hub id that you can reach and that has one",
+        ):
             tokenizer = AutoTokenizer.from_pretrained(**source.kwargs())
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(
-                f"{field}: no tokenizer can be loaded from {source.name} ({first_line(error)}); name a "
-                "local directory or a Hub id that you can reach and that has one"
-            ) from error
         tokenizer.truncation_side = "right"
         return tokenizer
 
@@ -182,10 +180,7 @@ class _Encode:
         return {
             "input_ids": input_ids,
             "truncated": truncated,
-            "example_id": [
-                example_id(check_source_id(source_id, row))
-                for source_id, row in zip(source_ids, rows, strict=True)
-            ],
+            "example_id": hash_ids(source_ids, rows),
             "source_id": [str(source_id) for source_id in source_ids],
         }
 
@@ -231,8 +226,8 @@ class _StreamedBatches(IterableDataset[list[Row]]):
     ) -> None:
         if self.encode.id_column is None:
             return
-        for source_id, row in zip(columns[self.encode.id_column], rows, strict=True):
-            number = example_id(check_source_id(source_id, row))
+        source_ids = columns[self.encode.id_column]
+        for source_id, number in zip(source_ids, hash_ids(source_ids, rows), strict=True):
             if number in seen:
                 raise collision(seen[number], source_id)
             seen[number] = source_id

@@ -1,6 +1,7 @@
 """Example ids: int32 numbers that name a text, and the errors about them."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 from qk_sniffer.errors import UserError
@@ -21,18 +22,19 @@ def example_id(source_id: int | str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def check_source_id(source_id: Any, row: int) -> int | str:
-    """``source_id`` where it is an integer or a string.
+def hash_ids(source_ids: Sequence[Any], rows: Sequence[int]) -> list[int]:
+    """The example ids of some rows of the dataset, given their source ids and numbers.
 
     Raises:
-        UserError: It is neither, null for example.
+        UserError: A source id is neither an integer nor a string, null for example.
     """
-    if isinstance(source_id, bool) or not isinstance(source_id, int | str):
-        raise UserError(
-            f"{_FIELD}: row {row} has the id {source_id!r}, which is neither an integer nor a string; "
-            "mend the row, or set id_column to null to number the rows"
-        )
-    return source_id
+    for source_id, row in zip(source_ids, rows, strict=True):
+        if isinstance(source_id, bool) or not isinstance(source_id, int | str):
+            raise UserError(
+                f"{_FIELD}: row {row} has the id {source_id!r}, which is neither an integer nor a "
+                "string; mend the row, or set id_column to null to number the rows"
+            )
+    return [example_id(source_id) for source_id in source_ids]
 
 
 def collision(first: int | str, second: int | str) -> UserError:

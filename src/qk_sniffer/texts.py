@@ -11,7 +11,7 @@ import numpy as np
 from datasets.exceptions import DatasetsError
 
 from qk_sniffer.errors import UserError, first_line
-from qk_sniffer.ids import check_source_id, collision, example_id
+from qk_sniffer.ids import collision, hash_ids
 
 Row = dict[str, Any]
 
@@ -139,9 +139,7 @@ def check_collisions(dataset: datasets.Dataset, id_column: str | None) -> None:
     if id_column is None:
         return
     hashed = dataset.map(
-        lambda ids, rows: {
-            "example_id": [example_id(check_source_id(i, r)) for i, r in zip(ids, rows, strict=True)]
-        },
+        lambda source_ids, rows: {"example_id": hash_ids(source_ids, rows)},
         batched=True,
         with_indices=True,
         input_columns=[id_column],

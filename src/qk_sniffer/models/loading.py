@@ -6,7 +6,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from qk_sniffer.errors import UserError, first_line
+from qk_sniffer.errors import UserError, explained_loading
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,10 @@ def load_model(
     Raises:
         UserError: The model can't be found or loaded, or an override names no field of its config.
     """
-    try:
+    problem = f"model.name: {source.name} can't be loaded"
+    remedy = "give a local directory with a config.json or a Hub id that you can reach"
+    with explained_loading(problem, remedy):
         config = AutoConfig.from_pretrained(**source.kwargs())
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"model.name: {source.name} can't be loaded ({first_line(error)}); give a local directory "
-            "with a config.json or a Hub id that you can reach"
-        ) from error
     for name, value in (config_overrides or {}).items():
         override_config(config, name, value)
     kwargs = source.kwargs() | {"config": config, "dtype": dtype, "device_map": device_map}
@@ -55,13 +52,8 @@ def load_model(
     # Before it had GgufConfig, transformers always dequantized.
     if source.gguf_file is not None and hasattr(transformers, "GgufConfig"):
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
+    with explained_loading(problem, "see the model section of the config"):
         return AutoModelForCausalLM.from_pretrained(**kwargs)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"model.name: {source.name} can't be loaded ({first_line(error)}); see the model section "
-            "of the config"
-        ) from error
 
 
 def override_config(config: PreTrainedConfig, name: str, value: Any) -> None:

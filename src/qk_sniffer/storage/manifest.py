@@ -7,10 +7,7 @@ from typing import Any
 
 from qk_sniffer.storage.files import write_text
 from qk_sniffer.storage.parquet import FileFacts
-from qk_sniffer.storage.schema import (
-    MANIFEST_FILE,
-    SCHEMA_VERSION,
-)
+from qk_sniffer.storage.schema import MANIFEST_FILE, SCHEMA_VERSION
 
 
 def build_manifest(
