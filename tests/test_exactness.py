@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from families import FAMILIES, tiny_model
-from qk_sniffer.capture import AttentionProbe, active_sniffer
+from qk_sniffer.capture import Chunk, Sniffer, active_sniffer, build_sampler, select_heads
 from qk_sniffer.ids import example_id
-from qk_sniffer.models import capture_attention, decoder_backbone
+from qk_sniffer.models import capture_attention, decoder_backbone, probe_attention
 
 TOLERANCE = 1e-5
 SLIDING_LAYERS = {"mistral": {0, 1, 2, 3}, "gemma3": {0, 2}}
@@ -107,13 +107,17 @@ def test_capturing_changes_no_bit_of_the_output(
     model.set_attn_implementation(attn_implementation)
     backbone = decoder_backbone(model)
     input_ids = torch.arange(2, 2 + 3 * 40).reshape(3, 40)
-    probe = AttentionProbe(pre_rope)
+    chunks: list[Chunk] = []
+    heads = select_heads(probe_attention(backbone).layers)
+    sniffer = Sniffer(heads, build_sampler("all", 1.0, 64), 0, chunks.append, pre_rope=pre_rope)
     with torch.inference_mode():
         plain = backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-        with active_sniffer(probe), capture_attention(backbone):
+        sniffer.begin_batch([0, 1, 2], [40, 40, 40])
+        with active_sniffer(sniffer), capture_attention(backbone):
             captured = backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+        sniffer.flush_batch()
         after = backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-    assert len(probe.layers) == 4
+    assert len(chunks) == 2 * 4
     assert torch.equal(plain, captured)
     assert torch.equal(plain, after)
 

@@ -9,15 +9,15 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from qk_sniffer.capture import (
-    AttentionLayer,
     CapturedHeads,
     Chunk,
     Sniffer,
@@ -27,7 +27,7 @@ from qk_sniffer.capture import (
 )
 from qk_sniffer.config import CaptureConfig, OutputConfig
 from qk_sniffer.errors import UserError
-from qk_sniffer.models import probe_attention
+from qk_sniffer.models import AttentionMap, check_capture, probe_attention
 from qk_sniffer.storage import (
     CONFIG_FILE,
     JOURNAL_DIRECTORY,
@@ -56,15 +56,19 @@ class SnifferCallback(pl.Callback):
     Args:
         output: Where the captured vectors go.
         capture: What is captured.
+        check: Recompute attention in a few layers and heads on up to 512 tokens of the first batch,
+            from the captured vectors, and stop where it differs from the model's own.
     """
 
     def __init__(
         self,
         output: OutputConfig,
         capture: CaptureConfig = CaptureConfig(),  # noqa: B008
+        check: bool = True,
     ) -> None:
         self.output = output
         self.capture = capture
+        self.check = check
         self.data_root = Path(output.data_root)
         self.config_yaml: str | None = None
         """The resolved config to save in the data root; the command line sets it."""
@@ -97,17 +101,18 @@ class SnifferCallback(pl.Callback):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the model's heads, open the journal and make the sniffer active."""
         config = self.capture
-        backbone: Any = pl_module.backbone
-        layers = probe_attention(backbone, pre_rope=config.capture_pre_rope)
+        self._backbone = cast(nn.Module, pl_module.backbone)
+        attention = probe_attention(self._backbone, pre_rope=config.capture_pre_rope)
         sampling = config.head_sampling
         heads = select_heads(
-            layers,
+            attention.layers,
             layers=config.layers,
             heads=config.heads,
             sample_count=sampling.count if sampling else None,
             sample_seed=sampling.seed if sampling else 0,
             full_attention_only=config.full_attention_only,
         )
+        self._heads = heads
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if config.capture_token_strings and tokenizer is None:
             raise UserError(
@@ -119,7 +124,7 @@ class SnifferCallback(pl.Callback):
         if self.config_yaml is not None:
             write_text(self.data_root / CONFIG_FILE, self.config_yaml)
         self._journal = JournalWriter(
-            self.data_root / JOURNAL_DIRECTORY, self._header(trainer, pl_module, layers, heads)
+            self.data_root / JOURNAL_DIRECTORY, self._header(trainer, pl_module, attention, heads)
         )
         self._running.callback(self._journal.close)
         self._sniffer = Sniffer(
@@ -133,6 +138,7 @@ class SnifferCallback(pl.Callback):
         )
         self._running.callback(self._sniffer.close)
         self._running.enter_context(active_sniffer(self._sniffer))
+        self._checked = not self.check
         self._tokens_seen, self._started = 0, time.monotonic()
 
     def on_predict_batch_start(
@@ -143,10 +149,10 @@ class SnifferCallback(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw the rows that this batch keeps.
+        """Draw the rows that this batch keeps, and check the capture before the first.
 
         Raises:
-            UserError: The batch is not padded on the right.
+            UserError: The batch is not padded on the right, or the check fails.
         """
         lengths, mask = batch["sequence_lengths"], batch["attention_mask"]
         expected = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
@@ -155,6 +161,10 @@ class SnifferCallback(pl.Callback):
                 "attention_mask: a batch is not padded on the right up to its sequence_lengths; set "
                 "the tokenizer's padding_side to right"
             )
+        if not self._checked:
+            tokens = batch["input_ids"][:1, : int(lengths[0])]
+            check_capture(self._backbone, tokens, list(self._heads))
+            self._checked = True
         self._sniffer.begin_batch(batch["example_ids"].tolist(), lengths.tolist())
 
     def on_predict_batch_end(
@@ -237,11 +247,17 @@ class SnifferCallback(pl.Callback):
             rate = self._tokens_seen / (time.monotonic() - self._started)
             bar.set_postfix_str(f"{rate:,.0f} tokens/s, {self._sniffer.rows_kept:,} rows kept")
 
+    def _notes(self, attention: AttentionMap) -> list[str]:
+        """What the card says of the architecture."""
+        if not self.capture.capture_pre_rope:
+            return attention.notes
+        return attention.notes + attention.rotary.notes()
+
     def _header(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        layers: list[AttentionLayer],
+        attention: AttentionMap,
         heads: dict[int, CapturedHeads],
     ) -> dict[str, Any]:
         """What finalizing needs to know: versions, settings, layers, and the captured heads."""
@@ -257,7 +273,8 @@ class SnifferCallback(pl.Callback):
                 "data": _plain(getattr(getattr(trainer, "datamodule", None), "hparams", {})),
                 "capture": asdict(self.capture),
             },
-            "layers": [asdict(layer) for layer in layers],
+            "layers": [asdict(layer) for layer in attention.layers],
+            "notes": self._notes(attention),
             "streams": [
                 {
                     "layer_idx": layer_idx,

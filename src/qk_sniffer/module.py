@@ -3,17 +3,26 @@
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
 
 from qk_sniffer.errors import UserError
-from qk_sniffer.models import ModelSource, capture_attention, decoder_backbone, load_model
+from qk_sniffer.models import (
+    ModelSource,
+    capture_attention,
+    decoder_backbone,
+    load_config,
+    load_model,
+    model_overlays,
+)
 
 
 class SnifferModule(pl.LightningModule):
     """A causal language model whose backbone reads text so that its attention can be captured.
 
-    Only the backbone runs: without cache, without mask (sequences are padded on the right) and
-    without the language-model head. The weights are loaded when the trainer asks for the model.
+    Only the backbone runs: without mask (sequences are padded on the right), without the
+    language-model head, and without a cache unless it reads in passages. The weights are loaded when
+    the trainer asks for the model.
 
     Args:
         name: Hub id or local directory of the model.
@@ -24,6 +33,10 @@ class SnifferModule(pl.LightningModule):
         trust_remote_code: Run model code that comes with a Hub repository.
         device_map: Placement by accelerate, such as auto, in one process; null leaves it to trainer.
         config_overrides: Values set on the model's config before it is built, such as rope_scaling.
+        models_dir: Directory of modeling files of your own, <arch>/modeling_<arch>.py, that take the
+            place of those in transformers.
+        prefill_chunk_size: Tokens that the model reads at a time, keeping a cache, so that a long text
+            fits a small device; null reads each batch at once.
     """
 
     backbone: nn.Module
@@ -39,10 +52,25 @@ class SnifferModule(pl.LightningModule):
         trust_remote_code: bool = False,
         device_map: str | None = None,
         config_overrides: dict[str, Any] | None = None,
+        models_dir: str | None = None,
+        prefill_chunk_size: int | None = None,
     ) -> None:
         super().__init__()
+        if prefill_chunk_size is not None and prefill_chunk_size < 1:
+            raise UserError(
+                f"model.prefill_chunk_size: must be at least 1 or null, got {prefill_chunk_size}"
+            )
         self.save_hyperparameters()
         self.source = ModelSource(name, revision, gguf_file, trust_remote_code)
+
+    def check_model(self) -> None:
+        """See from the model's config alone that it can be captured.
+
+        Raises:
+            UserError: It can't be found, or its architecture is one that can't be captured.
+        """
+        with model_overlays(self.hparams["models_dir"]):
+            load_config(self.source, self.hparams["config_overrides"])
 
     def setup(self, stage: str) -> None:
         """Refuse trainer settings that would change the model's numbers."""
@@ -58,13 +86,14 @@ class SnifferModule(pl.LightningModule):
         if hasattr(self, "backbone"):
             return
         hparams = self.hparams
-        model = load_model(
-            self.source,
-            dtype=hparams["dtype"],
-            attn_implementation=hparams["attn_implementation"],
-            device_map=hparams["device_map"],
-            config_overrides=hparams["config_overrides"],
-        )
+        with model_overlays(hparams["models_dir"]):
+            model = load_model(
+                self.source,
+                dtype=hparams["dtype"],
+                attn_implementation=hparams["attn_implementation"],
+                device_map=hparams["device_map"],
+                config_overrides=hparams["config_overrides"],
+            )
         backbone = decoder_backbone(model)
         if hparams["device_map"] is None:
             self.backbone = backbone
@@ -94,5 +123,19 @@ class SnifferModule(pl.LightningModule):
                 f"has {limit} learned positions; set max_length to {limit} or less"
             )
         with capture_attention(self.backbone):
-            self.backbone(input_ids=input_ids, use_cache=False)
+            if self.hparams["prefill_chunk_size"] is None:
+                self.backbone(input_ids=input_ids, use_cache=False)
+            else:
+                self._prefill(input_ids)
         return input_ids.numel()
+
+    def _prefill(self, input_ids: Tensor) -> None:
+        cache = None
+        for passage in torch.split(input_ids, self.hparams["prefill_chunk_size"], dim=1):
+            output = self.backbone(input_ids=passage, past_key_values=cache, use_cache=True)
+            cache = getattr(output, "past_key_values", None)
+            if not hasattr(cache, "get_seq_length"):
+                raise UserError(
+                    f"model.prefill_chunk_size: {type(self.backbone).__name__} keeps no cache to read "
+                    "in passages with; set it to null"
+                )

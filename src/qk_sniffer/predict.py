@@ -77,9 +77,11 @@ class PredictCLI(LightningCLI):
             raise UserError(f"trainer: {first_line(error)}; {_HELP}") from error
 
     def before_predict(self) -> None:
-        """Check the data root before anything is loaded, and keep the resolved config for it."""
+        """Check data root and model before data is loaded, and keep the resolved config."""
         sniffer: SnifferCallback = self._get(self.config_init, "sniffer")
         sniffer.check_output()
+        module: SnifferModule = self._get(self.config_init, "model")
+        module.check_model()
         config = self.config["predict"]
         sniffer.config_yaml = self._parser("predict").dump(config, skip_none=False)
 

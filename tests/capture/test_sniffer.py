@@ -105,21 +105,72 @@ def test_captured_rows_are_copies() -> None:
     )
 
 
-def test_a_layer_that_runs_twice_or_not_at_all_is_a_bug() -> None:
-    for calls in (0, 2):
-        sniffer = Sniffer({0: LAYERS[0]}, build_sampler("all", 1.0, 4), 0, lambda chunk: None)
-        sniffer.begin_batch([0], [5])
-        for _ in range(calls):
-            sniffer.capture(0, states(1, 4, 5), states(1, 2, 5), torch.arange(5))
-        with pytest.raises(RuntimeError, match=f"layer 0 was captured {calls} times"):
-            sniffer.flush_batch()
+def all_of_layer_0(lengths: list[int]) -> tuple[Sniffer, list[Chunk]]:
+    chunks: list[Chunk] = []
+    sniffer = Sniffer({0: LAYERS[0]}, build_sampler("all", 1.0, 4), 0, chunks.append)
+    sniffer.begin_batch(list(range(len(lengths))), lengths)
+    return sniffer, chunks
 
 
-def test_a_call_that_misses_part_of_the_sequences_is_a_bug() -> None:
-    sniffer = Sniffer({0: LAYERS[0]}, build_sampler("all", 1.0, 4), 0, lambda chunk: None)
-    sniffer.begin_batch([0], [5])
-    with pytest.raises(RuntimeError, match="4 queries from position 0"):
-        sniffer.capture(0, states(1, 4, 4), states(1, 2, 4), torch.arange(4))
+def test_a_layer_that_runs_twice_is_a_bug() -> None:
+    sniffer, _ = all_of_layer_0([5])
+    sniffer.capture(0, states(1, 4, 5), states(1, 2, 5), torch.arange(5))
+    with pytest.raises(
+        RuntimeError, match="layer 0: 5 queries at positions 0 to 4 came after 5 tokens"
+    ):
+        sniffer.capture(0, states(1, 4, 5), states(1, 2, 5), torch.arange(5))
+
+
+@pytest.mark.parametrize("read", [0, 4])
+def test_a_layer_that_misses_tokens_is_a_bug(read: int) -> None:
+    sniffer, _ = all_of_layer_0([5])
+    if read:
+        sniffer.capture(0, states(1, 4, read), states(1, 2, read), torch.arange(read))
+    with pytest.raises(RuntimeError, match=f"layer 0 was captured for {read} of 5 tokens"):
+        sniffer.flush_batch()
+
+
+def test_a_gap_between_passages_is_a_bug() -> None:
+    sniffer, _ = all_of_layer_0([9])
+    sniffer.capture(0, states(1, 4, 4), states(1, 2, 4), torch.arange(4))
+    with pytest.raises(RuntimeError, match="positions 5 to 8 came after 4 tokens"):
+        sniffer.capture(0, states(1, 4, 4), states(1, 2, 9), torch.arange(5, 9))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "sliding", "static"])
+@pytest.mark.parametrize("passage", [1, 3, 4, 20])
+def test_passages_with_a_cache_give_the_rows_of_one_call(cache: str, passage: int) -> None:
+    lengths = [17, 20, 3]
+    sniffer, whole = all_of_layer_0(lengths)
+    query, key = states(3, 4, 20), states(3, 2, 20)
+    sniffer.capture(0, query, key, torch.arange(20))
+    sniffer.flush_batch()
+    sniffer, parts = all_of_layer_0(lengths)
+    for start in range(0, 20, passage):
+        stop = min(start + passage, 20)
+        held = {
+            "dynamic": slice(0, stop),
+            "sliding": slice(max(0, start - 5), stop),
+            "static": slice(20),
+        }
+        keys = key[:, :, held[cache]].clone()
+        if cache == "static":
+            keys[:, :, stop:] = -1
+        sniffer.capture(0, query[:, :, start:stop], keys, torch.arange(start, stop))
+    sniffer.flush_batch()
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one.vectors, other.vectors)
+        assert torch.equal(one.positions, other.positions)
+        assert torch.equal(one.example_ids, other.example_ids)
+        assert torch.equal(one.buckets, other.buckets)
+
+
+def test_sequences_may_end_before_their_announced_length() -> None:
+    sniffer, chunks = all_of_layer_0([20, 20])
+    sniffer.capture(0, states(2, 4, 12), states(2, 2, 12), torch.arange(12))
+    sniffer.flush_batch([12, 9])
+    assert [chunk.positions.tolist() for chunk in chunks] == [[*range(12), *range(9)]] * 2
+    assert sniffer.rows_kept == sum(c.vectors.shape[0] * c.vectors.shape[1] for c in chunks)
 
 
 def test_the_active_sniffer_ends_with_its_block() -> None:

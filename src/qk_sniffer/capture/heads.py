@@ -3,21 +3,24 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from qk_sniffer.capture.random import philox4x32
 from qk_sniffer.errors import UserError
 
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """The geometry of one self-attention layer, as its attention call shows it."""
+    """The geometry of one self-attention layer, as its attention call shows it.
+
+    With ``chunked`` the window is a block: position p attends from ``p - p % sliding_window`` on.
+    Otherwise it slides: from ``p - sliding_window + 1`` on.
+    """
 
     layer_idx: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
     sliding_window: int | None = None
+    chunked: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,27 +30,6 @@ class CapturedHeads:
     layer: AttentionLayer
     query: tuple[int, ...]
     key: tuple[int, ...]
-
-
-class AttentionProbe:
-    """Stands in for a sniffer during one short forward and notes the geometry of every layer."""
-
-    def __init__(self, pre_rope: bool = False) -> None:
-        self.pre_rope = pre_rope
-        self.layers: list[AttentionLayer] = []
-
-    def capture(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        key: Tensor,
-        positions: Tensor,
-        sliding_window: int | None = None,
-    ) -> None:
-        """Note one attention call; the arguments are those of ``Sniffer.capture``."""
-        self.layers.append(
-            AttentionLayer(layer_idx, query.shape[1], key.shape[1], query.shape[3], sliding_window)
-        )
 
 
 def select_heads(
@@ -70,7 +52,7 @@ def select_heads(
         heads: Query heads to keep in each layer; None keeps all.
         sample_count: Query heads to draw over all layers that are left, at most; None keeps all.
         sample_seed: Seed of the draw.
-        full_attention_only: Drop the layers with a sliding window.
+        full_attention_only: Drop the layers with a sliding or chunked window.
 
     Returns:
         The captured heads by layer; layers without any are absent.

@@ -16,18 +16,19 @@ def compute_positions(
 
     Sequences are padded on the right, so every row of a batch has the same positions. Without
     ``position_ids`` or ``cache_position`` the queries are the last ``query_length`` of the
-    ``key_length`` tokens, which holds for a plain forward and for one that extends a cache.
+    ``key_length`` tokens, which holds for a plain forward and for one that extends a dynamic cache.
 
     Args:
         query_length: Number of queries, Q.
-        key_length: Number of keys, K >= Q; larger where a cache holds earlier tokens.
+        key_length: Number of keys, K >= Q; larger where a cache holds other tokens.
         position_ids: Optional (B, Q) or (Q,) integers. Reading a tensor that is on an accelerator
             waits for it, so pass it from the host or leave it out.
         cache_position: Optional (Q,) integers; read like ``position_ids`` and preferred to it.
 
     Returns:
-        int64 tensors on the CPU: (Q,) of the queries and (K,) of the keys. The last Q keys are those
-        of the queries' own tokens.
+        int64 tensors on the CPU: (Q,) of the queries and (K,) of the keys. The keys of the queries'
+        own tokens start at ``first_new_key``; a static cache has slots behind them that are not
+        written yet, whose positions are those that they will get.
 
     Raises:
         UserError: The rows of ``position_ids`` differ, as left padding or packing makes them.
@@ -44,5 +45,22 @@ def compute_positions(
         queries = rows[0]
     else:
         queries = torch.arange(key_length - query_length, key_length)
-    earlier = torch.arange(key_length - query_length) + (queries[0] - key_length + query_length)
-    return queries, torch.cat([earlier, queries])
+    start = int(queries[0])
+    first = first_new_key(start, query_length, key_length)
+    keys = torch.arange(key_length) + (start - first)
+    keys[first : first + query_length] = queries
+    return queries, keys
+
+
+def first_new_key(start: int, query_length: int, key_length: int) -> int:
+    """Index, among the keys of an attention call, of the first query's own token.
+
+    A dynamic cache ends with the new tokens. A static one holds token p in slot p until its window is
+    full, and has empty slots behind.
+
+    Args:
+        start: Absolute position of the first query.
+        query_length: Number of queries.
+        key_length: Number of keys.
+    """
+    return min(start, key_length - query_length)

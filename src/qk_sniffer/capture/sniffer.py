@@ -4,7 +4,6 @@ Everything that decides which rows are kept is known on the host before the forw
 inside the forward is one upload of indices for the batch and one gather for each layer and kind.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qk_sniffer.capture.heads import CapturedHeads
+from qk_sniffer.capture.positions import first_new_key
 from qk_sniffer.capture.sampling import Sampler, draw_positions
 
 Kind = Literal["q", "k"]
@@ -46,18 +46,17 @@ class Chunk:
 
 @dataclass(frozen=True)
 class _PendingChunk:
-    """Gathered rows that are still on the device of their layer."""
+    """Gathered rows of one attention call, still on the device of their layer."""
 
-    layer_idx: int
-    kind: Kind
     vectors: Tensor
+    rows: Tensor
     sliding_window: int | None
 
 
 class _BatchPlan:
     """The rows that each layer and kind keeps of one batch, drawn before the forward.
 
-    Rows of every layer and kind lie in one tensor, so that a device gets them in one upload.
+    Rows of every layer and kind lie in one tensor, sorted by stream, sequence and position.
     """
 
     def __init__(
@@ -77,27 +76,48 @@ class _BatchPlan:
             example_ids.repeat(len(streams)),
             lengths.repeat(len(streams)),
         )
+        self.lengths = lengths
         self.positions = positions
         self.batch_indices = sequences % batch_size
         self.example_ids = example_ids[self.batch_indices]
         self.buckets = sampler.buckets(positions)
-        counts = torch.bincount(sequences // batch_size, minlength=len(streams))
-        ends = counts.cumsum(0)
-        self.rows: dict[tuple[int, Kind], slice] = {
-            stream: slice(start, end)
-            for stream, start, end in zip(streams, (ends - counts).tolist(), ends.tolist(), strict=True)
+        self.streams = {stream: i for i, stream in enumerate(streams)}
+        self.ends = torch.bincount(sequences // batch_size, minlength=len(streams)).cumsum(0)
+        self._passage: _Passage | None = None
+
+    def passage(self, start: int, stop: int) -> "_Passage":
+        """The rows of the tokens that one forward reads; every layer of a forward asks for the same."""
+        if self._passage is None or (self._passage.start, self._passage.stop) != (start, stop):
+            self._passage = _Passage(self, start, stop)
+        return self._passage
+
+
+class _Passage:
+    """The rows of a batch whose positions lie in [start, stop), uploaded once for all layers."""
+
+    def __init__(self, plan: _BatchPlan, start: int, stop: int) -> None:
+        self.start, self.stop = start, stop
+        inside = (plan.positions >= start) & (plan.positions < stop)
+        self._rows = inside.nonzero().squeeze(1)
+        self._indices = torch.stack([plan.batch_indices, plan.positions - start])[:, self._rows]
+        ends = torch.searchsorted(self._rows, plan.ends).tolist()
+        self._slices = {
+            stream: slice(ends[i - 1] if i else 0, ends[i]) for stream, i in plan.streams.items()
         }
-        self.length = int(lengths.max())
         self._on_device: dict[torch.device, Tensor] = {}
 
-    def indices(self, device: torch.device) -> Tensor:
-        """(2, rows) int64 on ``device``: index into the batch, and position."""
+    def rows(self, stream: tuple[int, Kind]) -> Tensor:
+        """(K,) int64 indices of a stream's rows among those of the batch, on the host."""
+        return self._rows[self._slices[stream]]
+
+    def indices(self, stream: tuple[int, Kind], device: torch.device) -> Tensor:
+        """(2, K) int64 on ``device``: index into the batch, and into the tokens of the forward."""
         if device not in self._on_device:
-            indices = torch.stack([self.batch_indices, self.positions])
+            indices = self._indices
             if device.type == "cuda":
                 indices = indices.pin_memory()
             self._on_device[device] = indices.to(device, non_blocking=True)
-        return self._on_device[device]
+        return self._on_device[device][:, self._slices[stream]]
 
 
 class CapturesAttention(Protocol):
@@ -120,8 +140,9 @@ class CapturesAttention(Protocol):
 class Sniffer:
     """Keeps a deterministic sample of every captured head's queries and keys.
 
-    For each batch call ``begin_batch``, run the model's forward, in which every attention layer calls
-    ``capture``, and call ``flush_batch``.
+    For each batch call ``begin_batch``, run the model, in which every attention layer calls
+    ``capture``, and call ``flush_batch``. The model may read the batch in one forward or, with a
+    cache, in several: passages of a prompt, or tokens that it generates.
 
     Args:
         heads: The captured heads by layer.
@@ -155,14 +176,20 @@ class Sniffer:
         self._seed = seed
         self._sink = sink
         self._plan: _BatchPlan | None = None
-        self._pending: list[_PendingChunk] = []
+        self._pending: dict[tuple[int, Kind], list[_PendingChunk]] = {}
+        self._tokens_read: dict[int, int] = {}
         self._head_indices: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
         self.rows_kept = 0
         """Rows flushed so far, over all heads."""
 
     def begin_batch(self, example_ids: Sequence[int], sequence_lengths: Sequence[int]) -> None:
-        """Draw the rows of a batch; both arguments have one integer for each sequence."""
-        self._pending.clear()
+        """Draw the rows of a batch.
+
+        Args:
+            example_ids: One integer for each sequence.
+            sequence_lengths: Its number of tokens; where the model generates, the most there can be.
+        """
+        self.close()
         self._plan = _BatchPlan(
             list(self._heads),
             torch.as_tensor(example_ids, dtype=torch.int64),
@@ -183,78 +210,102 @@ class Sniffer:
 
         Args:
             layer_idx: Layer in the text decoder.
-            query: (B, num_attention_heads, S, head_dim).
-            key: (B, num_key_value_heads, S, head_dim).
-            positions: (S,) absolute positions of the tokens, int64 on the CPU.
+            query: (B, num_attention_heads, Q, head_dim).
+            key: (B, num_key_value_heads, K, head_dim), where K > Q if a cache holds other tokens, as
+                in ``compute_positions``; keys of earlier tokens were captured by an earlier call.
+            positions: (Q,) absolute positions of the queries, consecutive, int64 on the CPU.
             sliding_window: The layer's window; None for full attention.
 
         Raises:
-            RuntimeError: No batch has begun, or the call does not hold the batch's whole sequences.
+            RuntimeError: No batch has begun, or the tokens don't follow those that the layer's last
+                call had.
         """
-        plan = self._plan
-        if plan is None:
+        if self._plan is None:
             raise RuntimeError("begin_batch must come before the forward that is captured")
-        first, length = int(positions[0]), positions.numel()
-        if first != 0 or length < plan.length or key.shape[2] != length:
+        length, start, stop = positions.numel(), int(positions[0]), int(positions[-1]) + 1
+        tokens_read = self._tokens_read.get(layer_idx, 0)
+        if start != tokens_read or stop - start != length or query.shape[2] != length:
             raise RuntimeError(
-                f"layer {layer_idx}: the call has {length} queries from position {first} and "
-                f"{key.shape[2]} keys, where the batch has {plan.length} tokens"
+                f"layer {layer_idx}: {query.shape[2]} queries at positions {start} to {stop - 1} came "
+                f"after {tokens_read} tokens of the same batch"
             )
+        self._tokens_read[layer_idx] = stop
+        passage = self._plan.passage(start, stop)
+        new_keys = first_new_key(start, length, key.shape[2])
+        key = key[:, :, new_keys : new_keys + length]
         states: tuple[tuple[Kind, Tensor], ...] = (("q", query), ("k", key))
         for kind, vectors in states:
-            if (layer_idx, kind) in self._heads:
-                kept = self._gather(plan, layer_idx, kind, vectors)
-                self._pending.append(_PendingChunk(layer_idx, kind, kept, sliding_window))
+            stream = layer_idx, kind
+            if stream in self._heads and (rows := passage.rows(stream)).numel():
+                kept = self._gather(stream, vectors, passage.indices(stream, vectors.device))
+                chunk = _PendingChunk(kept, rows, sliding_window)
+                self._pending.setdefault(stream, []).append(chunk)
 
-    def _gather(self, plan: _BatchPlan, layer_idx: int, kind: Kind, states: Tensor) -> Tensor:
+    def _gather(self, stream: tuple[int, Kind], states: Tensor, indices: Tensor) -> Tensor:
         """The kept rows of all captured heads in one gather: (n_heads, K, head_dim)."""
-        batch_indices, positions = plan.indices(states.device)[:, plan.rows[layer_idx, kind]]
-        heads = self._heads[layer_idx, kind]
+        heads = self._heads[stream]
         if (states.device, heads) not in self._head_indices:
-            indices = torch.tensor(heads, device=states.device)
-            self._head_indices[states.device, heads] = indices[:, None]
+            head_indices = torch.tensor(heads, device=states.device)
+            self._head_indices[states.device, heads] = head_indices[:, None]
+        batch_indices, positions = indices
         return states[batch_indices, self._head_indices[states.device, heads], positions]
 
-    def flush_batch(self) -> None:
-        """Copy the batch's rows to the host, once for each layer and kind, and hand them to the sink.
+    def flush_batch(self, sequence_lengths: Sequence[int] | None = None) -> None:
+        """Copy the batch's rows to the host and hand them to the sink, one chunk a layer and kind.
+
+        Args:
+            sequence_lengths: Tokens that each sequence has in the end, where they are fewer than
+                ``begin_batch`` was told.
 
         Raises:
-            RuntimeError: A layer was captured other than once, so rows would be missing or doubled.
+            RuntimeError: No batch has begun, or a layer did not see all of its tokens.
         """
-        plan, pending = self._plan, self._pending
-        self._plan, self._pending = None, []
-        if plan is None:
+        if self._plan is None:
             raise RuntimeError("begin_batch must come before flush_batch")
-        calls = Counter((chunk.layer_idx, chunk.kind) for chunk in pending)
-        for stream in self._heads:
-            if calls[stream] != 1:
+        lengths = self._plan.lengths
+        if sequence_lengths is not None:
+            lengths = torch.as_tensor(sequence_lengths, dtype=torch.int64)
+        for layer_idx, _ in self._heads:
+            tokens_read = self._tokens_read.get(layer_idx, 0)
+            if tokens_read < lengths.max():
                 raise RuntimeError(
-                    f"layer {stream[0]} was captured {calls[stream]} times in one batch, not once"
+                    f"layer {layer_idx} was captured for {tokens_read} of {lengths.max()} tokens"
                 )
-        for chunk in pending:
-            self._flush_chunk(plan, chunk)
+        for stream in self._heads:
+            if chunks := self._pending.pop(stream, None):
+                self._flush_stream(stream, chunks, self._plan, lengths)
+        self.close()
 
-    def _flush_chunk(self, plan: _BatchPlan, chunk: _PendingChunk) -> None:
-        n_heads, n_rows = chunk.vectors.shape[:2]
-        if n_rows == 0:
+    def _flush_stream(
+        self, stream: tuple[int, Kind], chunks: list[_PendingChunk], plan: _BatchPlan, lengths: Tensor
+    ) -> None:
+        rows = torch.cat([chunk.rows for chunk in chunks])
+        vectors = torch.cat([chunk.vectors.cpu() for chunk in chunks], dim=1)
+        kept = plan.positions[rows] < lengths[plan.batch_indices[rows]]
+        if len(chunks) > 1 or not kept.all():
+            order = rows.argsort()
+            order = order[kept[order]]
+            rows, vectors = rows[order], vectors[:, order]
+        if rows.numel() == 0:
             return
-        self.rows_kept += n_heads * n_rows
-        rows = plan.rows[chunk.layer_idx, chunk.kind]
+        self.rows_kept += vectors.shape[0] * rows.numel()
         self._sink(
             Chunk(
-                layer_idx=chunk.layer_idx,
-                kind=chunk.kind,
-                vectors=chunk.vectors.cpu(),
+                layer_idx=stream[0],
+                kind=stream[1],
+                vectors=vectors,
                 example_ids=plan.example_ids[rows].to(torch.int32),
                 positions=plan.positions[rows].to(torch.int32),
                 buckets=plan.buckets[rows].to(torch.int32),
-                sliding_window=chunk.sliding_window,
+                sliding_window=chunks[-1].sliding_window,
             )
         )
 
     def close(self) -> None:
         """Drop what a batch that was never flushed left behind."""
-        self._plan, self._pending = None, []
+        self._plan = None
+        self._pending.clear()
+        self._tokens_read.clear()
 
 
 _active_sniffer: CapturesAttention | None = None

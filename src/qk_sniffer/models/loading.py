@@ -1,12 +1,23 @@
 """Loads a causal language model with its config changed as the user asks."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from qk_sniffer.errors import UserError, explained_loading
+from qk_sniffer.models.attention import decoder_backbone
+from qk_sniffer.models.refusals import refuse_unsupported
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,23 @@ class ModelSource:
         } | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
 
+def load_config(
+    source: ModelSource, config_overrides: dict[str, Any] | None = None
+) -> PreTrainedConfig:
+    """The config of ``source`` with some fields changed.
+
+    Raises:
+        UserError: It can't be found or read, an override names no field of it, or its architecture
+            can't be captured.
+    """
+    with _explained(source, "give a local directory with a config.json or a Hub id that you can reach"):
+        config = AutoConfig.from_pretrained(**source.kwargs())
+    for name, value in (config_overrides or {}).items():
+        override_config(config, name, value)
+    refuse_unsupported(source.name, config)
+    return config
+
+
 def load_model(
     source: ModelSource,
     *,
@@ -35,25 +63,47 @@ def load_model(
     device_map: str | None = None,
     config_overrides: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """The model of ``source`` in evaluation mode.
+    """The model of ``source`` in evaluation mode; of a multimodal one, all of it.
 
     Raises:
-        UserError: The model can't be found or loaded, or an override names no field of its config.
+        UserError: The model can't be found or loaded, or some of its decoder's weights are missing.
     """
-    problem = f"model.name: {source.name} can't be loaded"
-    remedy = "give a local directory with a config.json or a Hub id that you can reach"
-    with explained_loading(problem, remedy):
-        config = AutoConfig.from_pretrained(**source.kwargs())
-    for name, value in (config_overrides or {}).items():
-        override_config(config, name, value)
+    config = load_config(source, config_overrides)
     kwargs = source.kwargs() | {"config": config, "dtype": dtype, "device_map": device_map}
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
     # Before it had GgufConfig, transformers always dequantized.
     if source.gguf_file is not None and hasattr(transformers, "GgufConfig"):
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with explained_loading(problem, "see the model section of the config"):
-        return AutoModelForCausalLM.from_pretrained(**kwargs)
+    with _explained(source, "see the model section of the config"):
+        model, info = _auto_class(config).from_pretrained(**kwargs, output_loading_info=True)
+    _refuse_missing_weights(source, model, info["missing_keys"])
+    return model
+
+
+def _explained(source: ModelSource, remedy: str) -> AbstractContextManager[None]:
+    return explained_loading(f"model.name: {source.name} can't be loaded", remedy)
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """Some multimodal models are no causal language model by name, though their decoder is one."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def _refuse_missing_weights(source: ModelSource, model: PreTrainedModel, missing: set[str]) -> None:
+    """A weight that a checkpoint lacks is random, which transformers only warns of."""
+    backbone = decoder_backbone(model)
+    prefix = next(name for name, module in model.named_modules() if module is backbone)
+    lacking = sorted(key for key in missing if key.startswith(prefix))
+    if lacking:
+        raise UserError(
+            f"model.name: the checkpoint {source.name} lacks {len(lacking)} weights of "
+            f"{type(model).__name__}, such as {lacking[0]}, which would be random; give a complete one"
+        )
 
 
 def override_config(config: PreTrainedConfig, name: str, value: Any) -> None:

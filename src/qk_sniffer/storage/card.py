@@ -43,6 +43,7 @@ def _body(manifest: dict[str, Any]) -> str:
     rope = "before" if capture["capture_pre_rope"] else "after"
     partial = "" if manifest["complete"] else "The run was interrupted: this is part of its texts.\n\n"
     first_head = next(iter(manifest["heads"]))
+    notes = _notes(manifest["notes"])
     rows = sum(head["rows"] for head in manifest["heads"].values())
     return f"""\
 # Queries and keys of {name}
@@ -50,7 +51,7 @@ def _body(manifest: dict[str, Any]) -> str:
 Query (`q`) and key (`k`) vectors of the attention heads of `{name}` while it read text from
 `{data.get("path")}`, {rope} the rotary embedding where the model has one.
 
-{partial}- model: `{name}`, revision `{model.get("revision")}`, dtype `{model.get("dtype")}`
+{partial}{notes}- model: `{name}`, revision `{model.get("revision")}`, dtype `{model.get("dtype")}`
 - text: `{data.get("path")}`, split `{data.get("split")}`, {manifest["examples"]["rows"]} examples
 - positions: sampler `{sampler["type"]}`, base rate {sampler["base_rate"]}, buckets from
   {capture["min_bucket_size"]}, seed {sampler["seed"]}
@@ -73,3 +74,13 @@ are counted by themselves. `examples` maps `example_id` to the ids of the datase
 
 Rows are sorted by `example_id` and `position`. `manifest.json` has settings, versions and checksums.
 """
+
+
+def _notes(notes: list[str]) -> str:
+    if not notes:
+        return ""
+    return (
+        "What the vectors leave out or hold beyond the plain case:\n\n"
+        + "".join(f"- {note}\n" for note in notes)
+        + "\n"
+    )

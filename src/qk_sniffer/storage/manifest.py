@@ -20,7 +20,7 @@ def build_manifest(
     """The manifest of a data root.
 
     Args:
-        header: The journal's header: versions, settings and layers.
+        header: The journal's header: versions, settings, layers and notes.
         examples: Rows, bytes and checksum of the examples table.
         heads: The same of each head's file, by its name.
         complete: Whether the run read every text.
@@ -31,6 +31,7 @@ def build_manifest(
         "versions": header["versions"],
         "settings": header["settings"],
         "layers": header["layers"],
+        "notes": header["notes"],
         "examples": examples,
         "heads": heads,
     }

@@ -1,0 +1,37 @@
+"""What a reader of captured vectors must know about an architecture, told from its attention calls."""
+
+from collections.abc import Iterator
+
+from qk_sniffer.models.calls import AttentionCall
+
+_EXTRA_ARGUMENTS = {
+    "s_aux": "a learned sink takes part in each head's softmax; it is not stored",
+    "sinks": "a learned sink takes part in each head's softmax; it is not stored",
+    "position_bias": "a relative-position bias is added to the scaled scores",
+    "indices": "each query attends only to the keys that its indexer picks",
+    "block_indices": "each query attends only to the blocks of keys that its indexer picks",
+}
+
+
+def call_notes(call: AttentionCall) -> Iterator[str]:
+    """The notes that one attention call gives rise to."""
+    module, arguments = call.module, call.arguments
+    for name, note in _EXTRA_ARGUMENTS.items():
+        if arguments.get(name) is not None:
+            yield note
+    if softcap := arguments.get("softcap"):
+        yield f"scores are capped: {softcap:g} · tanh(scores / {softcap:g})"
+    if call.window[1]:
+        yield "the window is a chunk: position p attends from p - p % sliding_window on"
+    if hasattr(module, "qk_rope_head_dim"):
+        yield "MLA: q and k are the full vectors, the part without RoPE first, then the rotated part"
+    if call.adapter is not None:
+        if call.adapter.bias(module, arguments) is not None:
+            yield "ALiBi: a bias linear in the distance is added to the scaled scores"
+        if call.adapter.note:
+            yield call.adapter.note
+    if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):
+        yield "queries are stored as scaled by their position (attention temperature)"
+    rope = getattr(getattr(module, "config", None), "rope_parameters", None)
+    if isinstance(rope, dict) and rope.get("llama_4_scaling_beta"):
+        yield "queries are scaled by their position after RoPE; vectors after RoPE are stored so scaled"
