@@ -27,7 +27,7 @@ from qk_sniffer.capture import (
 )
 from qk_sniffer.config import CaptureConfig, OutputConfig
 from qk_sniffer.errors import UserError
-from qk_sniffer.models import AttentionMap, check_capture, probe_attention
+from qk_sniffer.models import AttentionMap, check_capture, check_passages, probe_attention
 from qk_sniffer.storage import (
     CONFIG_FILE,
     JOURNAL_DIRECTORY,
@@ -57,7 +57,8 @@ class SnifferCallback(pl.Callback):
         output: Where the captured vectors go.
         capture: What is captured.
         check: Recompute attention in a few layers and heads on up to 512 tokens of the first batch,
-            from the captured vectors, and stop where it differs from the model's own.
+            from the captured vectors, and stop where it differs from the model's own; or where the
+            model reads passages otherwise than the whole.
     """
 
     def __init__(
@@ -164,6 +165,8 @@ class SnifferCallback(pl.Callback):
         if not self._checked:
             tokens = batch["input_ids"][:1, : int(lengths[0])]
             check_capture(self._backbone, tokens, list(self._heads))
+            if pl_module.hparams.get("prefill_chunk_size") is not None:
+                check_passages(self._backbone, tokens)
             self._checked = True
         self._sniffer.begin_batch(batch["example_ids"].tolist(), lengths.tolist())
 

@@ -3,7 +3,6 @@
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor, nn
 
 from qk_sniffer.errors import UserError
@@ -14,6 +13,7 @@ from qk_sniffer.models import (
     load_config,
     load_model,
     model_overlays,
+    read_in_passages,
 )
 
 
@@ -123,19 +123,10 @@ class SnifferModule(pl.LightningModule):
                 f"has {limit} learned positions; set max_length to {limit} or less"
             )
         with capture_attention(self.backbone):
-            if self.hparams["prefill_chunk_size"] is None:
+            prefill_chunk_size = self.hparams["prefill_chunk_size"]
+            if prefill_chunk_size is None:
                 self.backbone(input_ids=input_ids, use_cache=False)
             else:
-                self._prefill(input_ids)
+                for _ in read_in_passages(self.backbone, input_ids, prefill_chunk_size):
+                    pass
         return input_ids.numel()
-
-    def _prefill(self, input_ids: Tensor) -> None:
-        cache = None
-        for passage in torch.split(input_ids, self.hparams["prefill_chunk_size"], dim=1):
-            output = self.backbone(input_ids=passage, past_key_values=cache, use_cache=True)
-            cache = getattr(output, "past_key_values", None)
-            if not hasattr(cache, "get_seq_length"):
-                raise UserError(
-                    f"model.prefill_chunk_size: {type(self.backbone).__name__} keeps no cache to read "
-                    "in passages with; set it to null"
-                )

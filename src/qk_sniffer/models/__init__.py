@@ -9,15 +9,18 @@ from qk_sniffer.models.attention import (
 from qk_sniffer.models.check import check_capture
 from qk_sniffer.models.loading import ModelSource, load_config, load_model
 from qk_sniffer.models.overlay import model_overlays
+from qk_sniffer.models.passages import check_passages, read_in_passages
 
 __all__ = [
     "AttentionMap",
     "ModelSource",
     "capture_attention",
     "check_capture",
+    "check_passages",
     "decoder_backbone",
     "load_config",
     "load_model",
     "model_overlays",
     "probe_attention",
+    "read_in_passages",
 ]

@@ -26,6 +26,7 @@ from qk_sniffer.models.rotary import RotaryMap, RotaryTrace, trace_rotary
 
 _CROSS_ATTENTION = re.compile(r"cross|encoder_?attn", re.IGNORECASE)
 _LAYER_NAME = re.compile(r"\D*(\d+)")
+_PROBED_TOKENS = 11
 
 
 def decoder_backbone(model: PreTrainedModel) -> nn.Module:
@@ -61,7 +62,7 @@ _maps: WeakKeyDictionary[nn.Module, AttentionMap] = WeakKeyDictionary()
 
 
 def probe_attention(backbone: nn.Module, *, pre_rope: bool = False) -> AttentionMap:
-    """The self-attention layers of a backbone, seen in two forwards of two tokens.
+    """The self-attention layers of a backbone, seen in two forwards of a few tokens.
 
     The answer is kept for as long as the backbone lives.
 
@@ -212,7 +213,7 @@ class _Forward:
 
 
 class _Probe:
-    """Two forwards of two tokens that differ in the second, and what they show."""
+    """Two short forwards that differ in the last token, and what they show."""
 
     pre_rope = False
 
@@ -224,20 +225,20 @@ class _Probe:
         self._notes: dict[str, list[int]] = {}
         self._rotary = RotaryMap()
         self._numbered_by_call = False
-        self._first_token: Tensor | None = None
+        self._earlier_tokens: Tensor | None = None
 
     def run(self) -> AttentionMap:
-        self._forward(second_token=2)
+        self._forward(last_token=4)
         calls = Counter(layer.layer_idx for layer in self._layers)
         if calls and max(calls.values()) > 1:
             self._numbered_by_call = True
-            self._forward(second_token=2)
-        first_token = self._first_token
+            self._forward(last_token=4)
+        earlier_tokens = self._earlier_tokens
         layers = {layer.layer_idx: layer for layer in self._layers} | self._own_layers
         if not layers:
             raise UserError(self._unreached())
-        self._forward(second_token=1)
-        if first_token is not None and _differs(first_token, self._first_token):
+        self._forward(last_token=5)
+        if earlier_tokens is not None and _differs(earlier_tokens, self._earlier_tokens):
             raise UserError(
                 f"model.name: {self._name} attends to later tokens, so its vectors would depend on "
                 "padding and batch; choose a causal language model, or make it one with "
@@ -254,12 +255,14 @@ class _Probe:
         )
 
     @torch.inference_mode()
-    def _forward(self, second_token: int) -> None:
+    def _forward(self, last_token: int) -> None:
         self._layers.clear()
         self._notes.clear()
         weight = next(self._backbone.parameters())
-        # Token 0 is often the padding, whose embedding is zero.
-        input_ids = torch.tensor([[3, 3 + second_token]], device=weight.device)
+        # As many tokens as no model has heads, so that the axes can be told apart.
+        input_ids = torch.full((1, _PROBED_TOKENS), 3, device=weight.device)
+        input_ids[0, 1::2] = 4
+        input_ids[0, -1] = last_token + 2
         watch = watch_attention(
             self._backbone, self._on_layer, numbered_by_call=self._numbered_by_call, rotary=True
         )
@@ -274,7 +277,7 @@ class _Probe:
         self._layers.append(
             AttentionLayer(layer_idx, query.shape[1], key.shape[1], query.shape[3], window, chunked)
         )
-        self._first_token = query[:, :, 0].float()
+        self._earlier_tokens = query[:, :, :-1].float()
         for note in call_notes(call):
             self._notes.setdefault(note, []).append(layer_idx)
         if trace is not None:
@@ -322,7 +325,7 @@ def _note(text: str, layers: list[int], n_layers: int) -> str:
 
 
 def _differs(states: Tensor, others: Tensor | None) -> bool:
-    """Whether the query of a first token felt a change of the second, beyond rounding."""
+    """Whether the queries of earlier tokens felt a change of the last, beyond rounding."""
     return others is None or bool((states - others).norm() > 0.02 * states.norm())
 
 

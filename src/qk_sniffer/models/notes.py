@@ -12,13 +12,20 @@ _EXTRA_ARGUMENTS = {
     "block_indices": "each query attends only to the blocks of keys that its indexer picks",
 }
 
+_BY_CLASS = {
+    "DogeAttention": "a bias computed from the values is added to each key's scores, and of long texts "
+    "each head attends only to the keep_window_size keys with the largest"
+}
+
 
 def call_notes(call: AttentionCall) -> Iterator[str]:
     """The notes that one attention call gives rise to."""
     module, arguments = call.module, call.arguments
     for name, note in _EXTRA_ARGUMENTS.items():
-        if arguments.get(name) is not None:
+        if call.adapter is None and arguments.get(name) is not None:
             yield note
+    if note := _BY_CLASS.get(type(module).__name__):
+        yield note
     if softcap := arguments.get("softcap"):
         yield f"scores are capped: {softcap:g} · tanh(scores / {softcap:g})"
     if call.window[1]:

@@ -1,0 +1,62 @@
+"""Reading a text in passages with a cache, so that a long one fits a small device."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qk_sniffer.errors import UserError
+
+_CHECKED_TOKENS = 512
+
+
+def read_in_passages(backbone: nn.Module, input_ids: Tensor, passage_length: int) -> Iterator[Any]:
+    """Run the backbone over one passage after the other, each with the cache of those before.
+
+    Args:
+        backbone: As ``decoder_backbone`` gives it.
+        input_ids: (B, S) int64.
+        passage_length: Tokens in a passage; the last may be shorter.
+
+    Yields:
+        The backbone's output for each passage.
+
+    Raises:
+        UserError: The model keeps no cache.
+    """
+    cache = None
+    for passage in torch.split(input_ids, passage_length, dim=1):  # type: ignore[no-untyped-call]
+        output = backbone(input_ids=passage, past_key_values=cache, use_cache=True)
+        cache = getattr(output, "past_key_values", None)
+        if not hasattr(cache, "get_seq_length"):
+            raise _unreadable(backbone, "keeps no cache to read on from")
+        yield output
+
+
+@torch.inference_mode()
+def check_passages(backbone: nn.Module, input_ids: Tensor) -> None:
+    """See on a short text that the model reads passages as it reads the whole.
+
+    Args:
+        backbone: As ``decoder_backbone`` gives it.
+        input_ids: (1, S) tokens of a real text, of which the first 512 are read.
+
+    Raises:
+        UserError: It does not, as some recurrent layers don't.
+    """
+    limit = getattr(backbone.config, "max_position_embeddings", None) or _CHECKED_TOKENS
+    input_ids = input_ids[:, : min(limit, _CHECKED_TOKENS)]
+    whole = backbone(input_ids=input_ids, use_cache=False)[0].float()
+    passage_length = max(1, input_ids.shape[1] // 3)
+    try:
+        outputs = [output[0] for output in read_in_passages(backbone, input_ids, passage_length)]
+    except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
+        raise _unreadable(backbone, f"fails with a cache ({type(error).__name__})") from error
+    difference = float((torch.cat(outputs, dim=1) - whole).norm() / whole.norm())
+    if not difference < (1e-3 if outputs[0].dtype == torch.float32 else 0.1):
+        raise _unreadable(backbone, f"reads passages otherwise than the whole (by {difference:.1%})")
+
+
+def _unreadable(backbone: nn.Module, what: str) -> UserError:
+    return UserError(f"model.prefill_chunk_size: {type(backbone).__name__} {what}; set it to null")

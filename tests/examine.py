@@ -1,0 +1,375 @@
+"""Examines how an architecture is captured, against what its own eager attention computes.
+
+``python tests/examine.py NAME…`` prints the verdicts; without a name it examines all of them and
+writes the table in ``docs/architectures.md``.
+"""
+
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.utils import logging
+
+from qk_sniffer.capture import (
+    AttentionLayer,
+    Chunk,
+    Sniffer,
+    active_sniffer,
+    build_sampler,
+    select_heads,
+)
+from qk_sniffer.errors import UserError
+from qk_sniffer.models import (
+    AttentionMap,
+    capture_attention,
+    check_capture,
+    check_passages,
+    decoder_backbone,
+    probe_attention,
+)
+from qk_sniffer.models.attention import watch_attention
+from qk_sniffer.models.calls import AttentionCall, modeling_globals
+from qk_sniffer.models.check import attention_probabilities
+from qk_sniffer.models.refusals import REFUSED, refuse_unsupported
+from qk_sniffer.module import SnifferModule
+from tiny import ARCHITECTURES, VOCABULARY, tiny_causal_lm, tiny_config
+
+TABLE = Path(__file__).parents[1] / "docs" / "architectures.md"
+TOLERANCE = 1e-5
+LENGTH = 21
+SHORTER = 13
+
+States = dict[tuple[int, str], Tensor]
+"""(B, heads, S, head_dim) by layer and kind."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    architecture: str
+    verdict: str
+    pre_rope: str = ""
+    passages: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        cells = (self.architecture, self.verdict, self.pre_rope, self.passages, "; ".join(self.notes))
+        return f"| {' | '.join(cells)} |"
+
+
+def examine(name: str) -> Row:
+    """The row of an architecture; an assertion fails where a capture is not exact."""
+    logging.set_verbosity_error()
+    model_type = name.removesuffix(" (multimodal)")
+    config = CONFIG_MAPPING[model_type] if model_type in REFUSED else tiny_config(name)
+    try:
+        refuse_unsupported(name, config)
+    except UserError as error:
+        reason = re.sub(r"^.*? model: (.*); choose another$", r"\1", str(error))
+        return Row(name, "refused", notes=(reason,))
+    model = tiny_causal_lm(name)
+    backbone = decoder_backbone(model)
+    attention = probe_attention(backbone)
+    generator = torch.Generator().manual_seed(2)
+    input_ids = torch.randint(7, VOCABULARY, (2, LENGTH), generator=generator)
+    captured = capture(backbone, input_ids)
+    notes = [*attention.notes]
+    for _ in _implementations(model):
+        assert_output_unchanged(backbone, input_ids)
+        for row in input_ids:
+            check_capture(backbone, row[None], [layer.layer_idx for layer in attention.layers])
+    model.set_attn_implementation("eager")
+    assert_attention_is_explained(backbone, attention, input_ids, captured)
+    alone = capture(backbone, input_ids[1:, :SHORTER])
+    assert_same(alone, {k: states[1:, :, :SHORTER] for k, states in captured.items()}, "padding")
+    pre_rope = examine_pre_rope(backbone, attention, input_ids, captured)
+    passages = examine_passages(backbone, input_ids, captured)
+    verdict = "exact, with a note" if notes else "exact"
+    return Row(name, verdict, pre_rope, passages, tuple(notes + attention.rotary.notes()))
+
+
+def capture(
+    backbone: nn.Module, input_ids: Tensor, *, pre_rope: bool = False, passage: int = 0
+) -> States:
+    """Everything that a sniffer keeps of a batch, put together from its chunks."""
+    chunks: list[Chunk] = []
+    heads = select_heads(probe_attention(backbone, pre_rope=pre_rope).layers)
+    batch_size, length = input_ids.shape
+    sniffer = Sniffer(heads, build_sampler("all", 1.0, 64), 0, chunks.append, pre_rope=pre_rope)
+    sniffer.begin_batch(range(batch_size), [length] * batch_size)
+    module = SnifferModule("tiny", prefill_chunk_size=passage or None)
+    module.backbone = backbone
+    with active_sniffer(sniffer), torch.inference_mode():
+        module.predict_step({"input_ids": input_ids}, 0)
+    sniffer.flush_batch()
+    assert all(c.positions.tolist() == [*range(length)] * batch_size for c in chunks)
+    return {
+        (c.layer_idx, c.kind): c.vectors.unflatten(1, (batch_size, -1)).transpose(0, 1) for c in chunks
+    }
+
+
+def _implementations(model: PreTrainedModel) -> Iterator[str]:
+    """The model in eager attention and, where it has it, in sdpa."""
+    for implementation in ("eager", "sdpa"):
+        with suppress(ValueError):
+            model.set_attn_implementation(implementation)
+            yield implementation
+
+
+def assert_output_unchanged(backbone: nn.Module, input_ids: Tensor) -> None:
+    chunks: list[Chunk] = []
+    heads = select_heads(probe_attention(backbone).layers)
+    pre_rope = probe_attention(backbone).rotary.problem is None
+    sniffer = Sniffer(heads, build_sampler("all", 1.0, 64), 0, chunks.append, pre_rope=pre_rope)
+    sniffer.begin_batch([0, 1], [LENGTH, LENGTH])
+    with torch.inference_mode():
+        plain = backbone(input_ids=input_ids, use_cache=False)[0]
+        with active_sniffer(sniffer), capture_attention(backbone):
+            captured = backbone(input_ids=input_ids, use_cache=False)[0]
+        after = backbone(input_ids=input_ids, use_cache=False)[0]
+    sniffer.flush_batch()
+    assert torch.equal(plain, captured) and torch.equal(plain, after), "capturing changes the output"
+
+
+def assert_same(actual: States, expected: States, what: str) -> None:
+    assert actual.keys() == expected.keys()
+    for key, states in expected.items():
+        scale = max(1.0, float(states.abs().max()))
+        difference = float((actual[key] - states).abs().max())
+        assert difference <= TOLERANCE * scale, f"{what}: layer {key} is off by {difference}"
+
+
+@torch.inference_mode()
+def assert_attention_is_explained(
+    backbone: nn.Module, attention: AttentionMap, input_ids: Tensor, captured: States
+) -> None:
+    """softmax(q·kᵀ) of the captured vectors equals the probabilities that the model returns."""
+    seen: dict[int, tuple[AttentionCall, Tensor | None]] = {}
+
+    def on_layer(layer_idx: int, call: AttentionCall, *_: Any) -> Callable[..., None]:
+        def on_result(output: Tensor | None, probabilities: Tensor | None) -> None:
+            seen[layer_idx] = call, probabilities
+
+        return on_result
+
+    with watch_attention(backbone, on_layer, numbered_by_call=attention.numbered_by_call):
+        output = backbone(input_ids=input_ids, use_cache=False, output_attentions=True)
+    returned = [a for a in (getattr(output, "attentions", None) or ()) if isinstance(a, Tensor)]
+    for index, layer in enumerate(attention.layers):
+        call, expected = seen[layer.layer_idx]
+        if len(returned) == len(attention.layers):
+            expected = returned[index]
+        assert expected is not None
+        query, key = (captured[layer.layer_idx, kind] for kind in "qk")
+        actual = _explanation(attention, layer, call, query, key, expected)
+        difference = float((actual - expected).abs().max())
+        assert difference <= TOLERANCE, f"layer {layer.layer_idx} is off by {difference}"
+
+
+def _explanation(
+    attention: AttentionMap,
+    layer: AttentionLayer,
+    call: AttentionCall,
+    query: Tensor,
+    key: Tensor,
+    expected: Tensor,
+) -> Tensor:
+    """Probabilities from what is stored alone; a note must stand where more is needed."""
+    if call.adapter is not None and not call.adapter.complete:
+        # The rest of the scores can be had from the result: it must not depend on the query head's key.
+        return _up_to_the_noted_term(call, query, key, expected)
+    actual = attention_probabilities(layer, call, query, key)
+    if not torch.allclose(actual, expected, atol=TOLERANCE, rtol=0) and attention.notes:
+        actual = attention_probabilities(layer, call, query, key, passed_mask=True)
+    if torch.allclose(expected.sum(-1), torch.ones(()), atol=1e-4):
+        # Where a sink scales the output afterwards, the returned probabilities are without it.
+        actual = actual / actual.sum(-1, keepdim=True)
+    return actual
+
+
+def _up_to_the_noted_term(call: AttentionCall, query: Tensor, key: Tensor, expected: Tensor) -> Tensor:
+    """ProphetNet's own term, computed by its own function from the hidden states."""
+    states = call.arguments["hidden_states"]
+    main = states.chunk(1 + call.module.ngram, dim=1)[0]
+    scores = query @ key.transpose(-1, -2)
+    term = call.module.get_main_relative_pos_embeddings(
+        main, scores, call.arguments["position_ids"], call.arguments["main_relative_position_buckets"]
+    )
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return (scores + term).masked_fill(future, -torch.inf).softmax(dim=-1)
+
+
+def examine_passages(backbone: nn.Module, input_ids: Tensor, whole: States) -> str:
+    """Whether the rows of a text read in passages are those of one forward, where the model's are."""
+    try:
+        for row in input_ids:
+            check_passages(backbone, row[None])
+    except UserError as error:
+        return "no: " + re.sub(r"^.*?: \w+ (.*?)( \(.*\))?; set it to null$", r"\1", str(error))
+    error = max(
+        float((states - whole[key]).abs().max()) / max(1.0, float(whole[key].abs().max()))
+        for passage in (1, 8, LENGTH - 1)
+        for key, states in capture(backbone, input_ids, passage=passage).items()
+    )
+    assert error <= 1e-3, f"passages are off by {error}"
+    return "yes" if error <= TOLERANCE else "to 1e-3"
+
+
+def examine_pre_rope(
+    backbone: nn.Module, attention: AttentionMap, input_ids: Tensor, post: States
+) -> str:
+    if attention.rotary.problem:
+        return f"refused: {attention.rotary.problem}"
+    pre = capture(backbone, input_ids, pre_rope=True)
+    rotations = record_rotations(backbone, attention, input_ids)
+    rotating = {layer_idx for layer_idx, calls in rotations.items() if calls}
+    for (layer_idx, kind), states in pre.items():
+        after = post[layer_idx, kind]
+        if layer_idx not in rotating:
+            assert torch.equal(states, after), f"layer {layer_idx} does not rotate"
+            continue
+        assert not torch.equal(states, after), f"layer {layer_idx} stores {kind} after RoPE"
+        changed = any("normalizes after RoPE" in note for note in attention.rotary.notes())
+        rotated = (
+            r for calls in rotations[layer_idx] for r in calls.applied_to(states, after, changed)
+        )
+        shared = (
+            torch.equal(states, pre[other, kind]) and torch.equal(after, post[other, kind])
+            for other in rotating
+            if other < layer_idx and states.shape == pre[other, kind].shape
+        )
+        assert any(itertools.chain(rotated, shared)), (
+            f"layer {layer_idx}: {kind} does not rotate into itself"
+        )
+    if not rotating:
+        return "no RoPE"
+    return "yes" if len(rotating) == len(attention.layers) else "yes; some layers have no RoPE"
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """One call of the modeling file's rotary function."""
+
+    rotate: Callable[..., Any]
+    states: list[Tensor]
+    rest: list[Any]
+    results: list[Tensor]
+    first: int
+
+    def applied_to(self, pre: Tensor, post: Tensor, changed: bool) -> Iterator[bool]:
+        """Whether rotating the stored ``pre`` gives the stored ``post``, for each way to see it."""
+        for i, (state, result) in enumerate(zip(self.states, self.results, strict=True)):
+            for transposed in (False, True):
+                shape = state.transpose(1, 2).shape if transposed else state.shape
+                if len(shape) != 4 or shape[2] != pre.shape[2] or pre.shape[1] % shape[1]:
+                    continue
+                width, n_heads = shape[3], shape[1]
+                for offset, step in itertools.product(
+                    {0, pre.shape[3] - width}, {1, pre.shape[1] // n_heads}
+                ):
+                    if offset < 0:
+                        continue
+                    inside = slice(offset, offset + width)
+                    part = pre[:, ::step, :, inside][:, :n_heads]
+                    part = part.transpose(1, 2) if transposed else part
+                    inputs = [*self.states[:i], part, *self.states[i + 1 :]]
+                    again = _tensors(
+                        self.rotate(*self.rest[: self.first], *inputs, *self.rest[self.first :])
+                    )
+                    again_result = again[i].transpose(1, 2) if transposed else again[i]
+                    target = post[:, ::step, :, inside][:, :n_heads]
+                    if changed:
+                        yield torch.allclose(again[i], result, atol=1e-5)
+                    outside = torch.ones(pre.shape[3], dtype=torch.bool)
+                    outside[inside] = False
+                    yield torch.allclose(again_result, target, atol=1e-5) and torch.equal(
+                        pre[..., outside], post[..., outside]
+                    )
+
+
+@torch.inference_mode()
+def record_rotations(
+    backbone: nn.Module, attention: AttentionMap, input_ids: Tensor
+) -> dict[int, list[Rotation]]:
+    """The rotary calls of each layer in one forward."""
+    since: list[Rotation] = []
+    by_layer: dict[int, list[Rotation]] = {}
+
+    def on_layer(layer_idx: int, *_: Any) -> None:
+        by_layer[layer_idx] = since.copy()
+        since.clear()
+
+    watch = watch_attention(backbone, on_layer, numbered_by_call=attention.numbered_by_call)
+    with _recorded(backbone, since), watch:
+        backbone(input_ids=input_ids, use_cache=False)
+    return by_layer
+
+
+@contextmanager
+def _recorded(backbone: nn.Module, calls: list[Rotation]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for kind in {type(module) for module in backbone.modules()}:
+            for owner in (modeling_globals(kind), kind):
+                names = owner if isinstance(owner, dict) else vars(kind)
+                for name, function in list(names.items()):
+                    if not re.fullmatch(r"apply_.*rotary.*emb.*", name) or "vision" in name:
+                        continue
+                    if isinstance(function, staticmethod):
+                        setattr(kind, name, staticmethod(_noting(function.__func__, calls, first=1)))
+                        stack.callback(setattr, kind, name, function)
+                    elif not hasattr(function, "noted"):
+                        names[name] = _noting(function, calls, first=0)
+                        stack.callback(names.__setitem__, name, function)
+        yield
+
+
+def _noting(rotate: Callable[..., Any], calls: list[Rotation], first: int) -> Callable[..., Any]:
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        result = rotate(*args, **kwargs)
+        n = len(_tensors(result))
+        states, rest = list(args[first : first + n]), [*args[:first], *args[first + n :]]
+
+        def again(*args: Any) -> Any:
+            return rotate(*args, **kwargs)
+
+        calls.append(Rotation(again, states, rest, _tensors(result), first))
+        return result
+
+    noted.noted = True  # type: ignore[attr-defined]
+    return noted
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+_INTRODUCTION = """\
+# Architectures
+
+"""
+
+
+if __name__ == "__main__":
+    import time, traceback
+
+    t = time.time()
+    ok = 0
+    for name in sys.argv[1:] or ARCHITECTURES:
+        try:
+            row = examine(name)
+            print(row, flush=True)
+            ok += row.verdict != "refused"
+        except Exception as e:
+            print("FAIL", name, repr(e)[:300], flush=True)
+            if not isinstance(e, AssertionError) or len(sys.argv) > 1:
+                traceback.print_exc(limit=-3)
+    print(ok, time.time() - t)
