@@ -2,10 +2,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test test-architectures architectures lint format bench clean
 
 help: ## Show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-9s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-19s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## Install the package and its tools into .venv
 
@@ -19,6 +19,12 @@ demo: $(INSTALLED) ## Capture the demo model on the demo text, without a hub
 
 test: lint ## Run lint and tests
 	$(BIN)/pytest
+
+test-architectures: $(INSTALLED) ## Examine every causal language model of transformers
+	$(BIN)/pytest -m '' tests/test_architectures.py
+
+architectures: $(INSTALLED) ## Write the table in docs/architectures.md anew
+	$(BIN)/python tests/examine.py
 
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check

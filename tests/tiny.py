@@ -55,17 +55,18 @@ _BY_SIZE = {
     "shared_experts_intermediate_size moe_shared_expert_intermediate_size expert_ffn_hidden_size "
     "q_lora_rank max_source_positions audio_vocab_size codebook_size base_channels",
     24: "qk_head_dim",
-    16: "index_n_heads head_dim attention_head_dim attention_head_size swa_head_dim dim_head d_kv d_head kv_channels "
+    16: "head_dim attention_head_dim attention_head_size swa_head_dim dim_head d_kv d_head kv_channels "
     "qk_nope_head_dim v_head_dim kv_lora_rank o_lora_rank index_head_dim linear_head_dim "
     "linear_key_head_dim linear_value_head_dim mamba_d_state mamba_d_head mamba_head_dim mamba_headdim "
     "ssm_state_size state_size hidden_size_per_layer_input pronunciation_embed_dim shape_embed_dim "
     "ple_embed_dim num_mel_bins router_hidden_size num_position_embeddings output_channels rel_extent "
-    "input_feat_size nemo_conv_channels input_size",
+    "index_n_heads input_feat_size nemo_conv_channels input_size",
     WINDOW: "sliding_window sliding_window_size attention_window_size window_size "
     "attention_chunk_size local_attention local_attention_window_len qk_rope_head_dim rotary_dim "
     "mamba_n_heads mamba_num_heads mamba_chunk_size chunk_size mamba_dt_rank time_step_rank "
     "adapter_rank laurel_rank gated_norm_rank hc_lowrank d_rel num_centroids",
     LAYERS: "num_hidden_layers num_layers n_layer n_layers decoder_layers num_decoder_layers "
+    "encoder_layers num_encoder_layers "
     "num_attention_heads num_heads n_head n_heads attention_heads decoder_attention_heads "
     "encoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads "
     "swa_num_attention_heads conf_num_attention_heads linear_num_value_heads linear_num_heads "
@@ -73,11 +74,11 @@ _BY_SIZE = {
     "block_size local_attn_chunk_length lsh_attn_chunk_length prompt_length floor_scale "
     "log_scaling_n_floor vision_soft_tokens_per_image",
     2: "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads num_query_groups "
-    "linear_num_key_heads n_mamba_heads encoder_layers num_encoder_layers "
+    "linear_num_key_heads n_mamba_heads "
     "num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k zero_expert_num n_groups "
     "o_groups num_blocks depth max_num_tiles type_vocab_size max_window_layers layer_group_size "
     "index_topk_blocks split_ngram_parts centroid_intermediate_top_k attn_layer_period "
-    "expert_layer_period no_rope_layer_interval num_layers_per_stack sliding_window_pattern "
+    "expert_layer_period no_rope_layer_interval sliding_window_pattern "
     "global_attn_every_n_layers n_layers_per_attn_res_block",
     1: "n_group topk_group num_expert_group n_shared_experts num_shared_experts "
     "moe_num_shared_experts index_local_blocks mamba_n_groups mamba_ngroups num_mem_blocks "
@@ -131,7 +132,6 @@ _DOTS3 = {
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
-    "big_bird": {"attention_type": "original_full"},
     "cohere_compass_text": {
         "layer_types": _SLIDING_FIRST,
         "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
@@ -159,6 +159,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4_unified": {"text_config": _GEMMA4},
     "gemma4_unified_text": _GEMMA4,
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "hrm_text": {"num_hidden_layers": 2},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "laguna": {"num_attention_heads_per_layer": [4, 8, 4, 8]},
@@ -183,7 +184,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen4_exp": {"text_config": _INDEXED},
     "qwen4_exp_text": {**_INDEXED, "ple_layer_ids": []},
     "vaultgemma": {"attn_logit_softcapping": 3.0},
-    "xlm": {"causal": True},
     "xmod": {"default_language": "en_XX"},
     "zamba": _ZAMBA,
     "zamba2": {
@@ -195,12 +195,17 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 
+_CAUSAL: dict[str, dict[str, Any]] = {
+    "big_bird": {"attention_type": "original_full", "is_decoder": True},
+    "xlm": {"causal": True},
+}
 
-def tiny_causal_lm(name: str, attn_implementation: str = "eager") -> PreTrainedModel:
-    """The tiny model of one of ``ARCHITECTURES``, in float32 and in evaluation mode."""
+
+def tiny_causal_lm(name: str, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+    """The tiny model of one of ``ARCHITECTURES``, eager, in float32 and in evaluation mode."""
     cls = getattr(transformers, ARCHITECTURES[name])
-    config = _config_for(cls, tiny_config(name))
-    config._attn_implementation = attn_implementation
+    config = _config_for(cls, config or tiny_config(name))
+    config._attn_implementation = "eager"
     torch.manual_seed(0)
     with _without_timm(config):
         model: PreTrainedModel = cls(config).eval().float()
@@ -211,11 +216,19 @@ def tiny_causal_lm(name: str, attn_implementation: str = "eager") -> PreTrainedM
 def tiny_config(name: str) -> PreTrainedConfig:
     """A small config of an architecture, with windows, experts and head groups where it has any."""
     config_class = CONFIG_MAPPING[name.removesuffix(" (multimodal)")]
-    special = SPECIAL.get(name, {})
-    return config_class(**_merged(_small(config_class(), top=True), special))
+    small = _merged(_small(config_class()), SPECIAL.get(name, {}))
+    return config_class(**small | causal_overrides(name))
 
 
-def _small(config: PreTrainedConfig, *, top: bool = False) -> dict[str, Any]:
+def causal_overrides(name: str) -> dict[str, Any]:
+    """What a user sets to make a causal language model of an architecture that is none by default."""
+    if name in _CAUSAL:
+        return _CAUSAL[name]
+    config = CONFIG_MAPPING[name.removesuffix(" (multimodal)")]()
+    return {} if getattr(config, "is_decoder", True) else {"is_decoder": True}
+
+
+def _small(config: PreTrainedConfig) -> dict[str, Any]:
     """Arguments that make ``config`` small."""
     fields = vars(config)
     mla = "qk_rope_head_dim" in fields
@@ -239,8 +252,6 @@ def _small(config: PreTrainedConfig, *, top: bool = False) -> dict[str, Any]:
             small |= _fewer_layers(name, value)
     if mla and "num_key_value_heads" in small:
         small["num_key_value_heads"] = small["num_attention_heads"]
-    if top and hasattr(config, "is_decoder"):
-        small["is_decoder"] = True
     return small
 
 
@@ -281,7 +292,7 @@ def _config_for(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrai
 
 @contextmanager
 def _without_timm(config: PreTrainedConfig) -> Iterator[None]:
-    """Gemma 3n's vision tower comes from timm, which text never enters; an empty module is in its place."""
+    """Gemma 3n's vision tower comes from timm; text never enters it, so an empty module will do."""
     if config.model_type != "gemma3n":
         yield
         return

@@ -8,8 +8,6 @@ _EXTRA_ARGUMENTS = {
     "s_aux": "a learned sink takes part in each head's softmax; it is not stored",
     "sinks": "a learned sink takes part in each head's softmax; it is not stored",
     "position_bias": "a relative-position bias is added to the scaled scores",
-    "indices": "each query attends only to the keys that its indexer picks",
-    "block_indices": "each query attends only to the blocks of keys that its indexer picks",
 }
 
 _BY_CLASS = {
@@ -24,14 +22,16 @@ def call_notes(call: AttentionCall) -> Iterator[str]:
     for name, note in _EXTRA_ARGUMENTS.items():
         if call.adapter is None and arguments.get(name) is not None:
             yield note
-    if note := _BY_CLASS.get(type(module).__name__):
-        yield note
+    if hasattr(module, "indexer") or arguments.get("block_indices") is not None:
+        yield "each query attends only to the keys that an indexer picks"
+    if type(module).__name__ in _BY_CLASS:
+        yield _BY_CLASS[type(module).__name__]
     if softcap := arguments.get("softcap"):
         yield f"scores are capped: {softcap:g} · tanh(scores / {softcap:g})"
     if call.window[1]:
         yield "the window is a chunk: position p attends from p - p % sliding_window on"
     if hasattr(module, "qk_rope_head_dim"):
-        yield "MLA: q and k are the full vectors, the part without RoPE first, then the rotated part"
+        yield "MLA: q and k are the full vectors, the qk_nope part first, then the qk_rope part"
     if call.adapter is not None:
         if call.adapter.bias(module, arguments) is not None:
             yield "ALiBi: a bias linear in the distance is added to the scaled scores"

@@ -51,7 +51,14 @@ def check_passages(backbone: nn.Module, input_ids: Tensor) -> None:
     passage_length = max(1, input_ids.shape[1] // 3)
     try:
         outputs = [output[0] for output in read_in_passages(backbone, input_ids, passage_length)]
-    except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
+    except (
+        AssertionError,
+        AttributeError,
+        IndexError,
+        NotImplementedError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise _unreadable(backbone, f"fails with a cache ({type(error).__name__})") from error
     difference = float((torch.cat(outputs, dim=1) - whole).norm() / whole.norm())
     if not difference < (1e-3 if outputs[0].dtype == torch.float32 else 0.1):

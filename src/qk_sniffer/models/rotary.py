@@ -43,7 +43,8 @@ class _Placement:
     """Where the states of an attention call come from.
 
     Attributes:
-        rotation: Index among the tensors that the layer rotated.
+        rotation: Index among the tensors that the layer rotated, from the last one, since an indexer
+            before it may rotate as many as it likes.
         transposed: The rotary function sees (B, S, H, D).
         repeat: Heads that share one rotated head.
         offset: First dimension of the rotated slice.
@@ -186,7 +187,7 @@ def _find(states: Tensor, rotated: list[Tensor], *, first: bool) -> _Placement |
     """The rotated tensor that ``states`` hold, else the first or last that they can be made of."""
     heads, length, head_dim = states.shape[1:]
     fitting: list[_Placement] = []
-    for rotation, after in enumerate(rotated):
+    for rotation, after in enumerate(rotated, start=-len(rotated)):
         for transposed in (False, True):
             arranged = after.transpose(1, 2) if transposed else after
             width = arranged.shape[-1]
