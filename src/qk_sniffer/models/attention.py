@@ -213,7 +213,7 @@ class _Forward:
 
 
 class _Probe:
-    """Two short forwards that differ in the last token, and what they show."""
+    """Two short forwards that differ in all tokens but the first, and what they show."""
 
     pre_rope = False
 
@@ -225,20 +225,20 @@ class _Probe:
         self._notes: dict[str, list[int]] = {}
         self._rotary = RotaryMap()
         self._numbered_by_call = False
-        self._earlier_tokens: Tensor | None = None
+        self._first_query: Tensor | None = None
 
     def run(self) -> AttentionMap:
-        self._forward(last_token=4)
+        self._forward(later_token=4)
         calls = Counter(layer.layer_idx for layer in self._layers)
         if calls and max(calls.values()) > 1:
             self._numbered_by_call = True
-            self._forward(last_token=4)
-        earlier_tokens = self._earlier_tokens
+            self._forward(later_token=4)
+        first_query = self._first_query
         layers = {layer.layer_idx: layer for layer in self._layers} | self._own_layers
         if not layers:
             raise UserError(self._unreached())
-        self._forward(last_token=5)
-        if earlier_tokens is not None and _differs(earlier_tokens, self._earlier_tokens):
+        self._forward(later_token=6)
+        if first_query is not None and _differs(first_query, self._first_query):
             raise UserError(
                 f"model.name: {self._name} attends to later tokens, so its vectors would depend on "
                 "padding and batch; choose a causal language model, or make it one with "
@@ -255,14 +255,14 @@ class _Probe:
         )
 
     @torch.inference_mode()
-    def _forward(self, last_token: int) -> None:
+    def _forward(self, later_token: int) -> None:
         self._layers.clear()
         self._notes.clear()
         weight = next(self._backbone.parameters())
         # As many tokens as no model has heads, so that the axes can be told apart.
-        input_ids = torch.full((1, _PROBED_TOKENS), 3, device=weight.device)
-        input_ids[0, 1::2] = 4
-        input_ids[0, -1] = last_token + 2
+        input_ids = torch.full((1, _PROBED_TOKENS), later_token, device=weight.device)
+        input_ids[0, 0] = 3
+        input_ids[0, 2::2] += 1
         watch = watch_attention(
             self._backbone, self._on_layer, numbered_by_call=self._numbered_by_call, rotary=True
         )
@@ -277,7 +277,7 @@ class _Probe:
         self._layers.append(
             AttentionLayer(layer_idx, query.shape[1], key.shape[1], query.shape[3], window, chunked)
         )
-        self._earlier_tokens = query[:, :, :-1].float()
+        self._first_query = query[:, :, 0].float()
         for note in call_notes(call):
             self._notes.setdefault(note, []).append(layer_idx)
         if trace is not None:
@@ -325,7 +325,7 @@ def _note(text: str, layers: list[int], n_layers: int) -> str:
 
 
 def _differs(states: Tensor, others: Tensor | None) -> bool:
-    """Whether the queries of earlier tokens felt a change of the last, beyond rounding."""
+    """Whether the query of the first token felt a change of the others, beyond rounding."""
     return others is None or bool((states - others).norm() > 0.02 * states.norm())
 
 
