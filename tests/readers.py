@@ -1,4 +1,4 @@
-"""Independent readers of a head's file, and the types they must all see."""
+"""Independent readers of a head's file, the types they must see, and the line of a mistake."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import datasets
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 
 def schema(head_dim: int) -> list[tuple[str, pa.DataType]]:
@@ -41,3 +42,14 @@ def assert_readers_agree(root: Path, head: str, head_dim: int) -> pa.Table:
     rows = [dict(zip(table.column_names, row, strict=True)) for row in queried.fetchall()]
     assert rows == table.to_pylist()
     return table
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a mistake prints, which ends the output and is no traceback."""
+    stderr = capsys.readouterr().err
+    assert "Traceback" not in stderr
+    last = stderr.splitlines()[-1]
+    prefix = "qk-sniffer: error: "
+    assert last.startswith(prefix)
+    assert stderr.count(prefix) == 1
+    return last.removeprefix(prefix)

@@ -14,22 +14,12 @@ from transformers import MambaConfig
 from conftest import write_jsonl
 from families import tiny_model
 from qk_sniffer.cli import main
+from readers import error_line
 from test_data import colliding_pair
 
 Predict = Callable[..., int]
 TOKENIZER = "stands for the tiny model's tokenizer"
 COMMAND = str(Path(sys.executable).with_name("qk-sniffer"))
-
-
-def error_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a mistake prints, which ends the output and is no traceback."""
-    stderr = capsys.readouterr().err
-    assert "Traceback" not in stderr
-    last = stderr.splitlines()[-1]
-    prefix = "qk-sniffer: error: "
-    assert last.startswith(prefix)
-    assert stderr.count(prefix) == 1
-    return last.removeprefix(prefix)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-VOCABULARY = 128
+VOCABULARY = 300
 LAYERS = 4
 WINDOW = 8
 
@@ -40,8 +40,9 @@ ARCHITECTURES: dict[str, str] = dict(
 )
 
 _BY_SIZE = {
-    128: "vocab_size vocab_size_per_layer_input pronunciation_vocab_size shape_vocab_size "
-    "decoder_vocab_size unpadded_vocab_size intermediate_size intermediate_size_mlp "
+    VOCABULARY: "vocab_size vocab_size_per_layer_input pronunciation_vocab_size shape_vocab_size "
+    "decoder_vocab_size unpadded_vocab_size",
+    128: "intermediate_size intermediate_size_mlp "
     "dense_intermediate_size n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dim_ff "
     "dff d_ff d_inner feed_forward_size mamba_d_ssm",
     64: "hidden_size hidden_size_global attention_hidden_size backbone_hidden_size out_hidden_size "
