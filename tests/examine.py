@@ -95,7 +95,7 @@ def examine(name: str) -> Row:
     alone = capture(backbone, input_ids[1:, :SHORTER])
     assert_same(alone, {k: states[1:, :, :SHORTER] for k, states in captured.items()}, "padding")
     pre_rope = examine_pre_rope(backbone, attention, input_ids, captured)
-    passages = examine_passages(backbone, input_ids, captured)
+    passages = examine_passages(backbone, attention, input_ids, captured)
     verdict = "exact, with a note" if notes else "exact"
     return Row(name, verdict, pre_rope, passages, tuple(notes + attention.rotary.notes()))
 
@@ -229,7 +229,9 @@ def _up_to_the_noted_term(call: AttentionCall, query: Tensor, key: Tensor, expec
     return (scores + term).masked_fill(future, -torch.inf).softmax(dim=-1)
 
 
-def examine_passages(backbone: nn.Module, input_ids: Tensor, whole: States) -> str:
+def examine_passages(
+    backbone: nn.Module, attention: AttentionMap, input_ids: Tensor, whole: States
+) -> str:
     """Whether the rows of a text read in passages are those of one forward, where the model's are."""
     try:
         for row in input_ids:
@@ -242,6 +244,9 @@ def examine_passages(backbone: nn.Module, input_ids: Tensor, whole: States) -> s
         for key, states in capture(backbone, input_ids, passage=passage).items()
     )
     assert error <= 1e-3, f"passages are off by {error}"
+    if not attention.rotary.problem and error <= TOLERANCE:
+        pre = capture(backbone, input_ids, pre_rope=True)
+        assert_same(capture(backbone, input_ids, pre_rope=True, passage=8), pre, "before RoPE")
     return "yes" if error <= TOLERANCE else "to 1e-3"
 
 

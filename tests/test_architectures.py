@@ -16,12 +16,12 @@ DOZEN = {
     "gemma3",
     "glm4",
     "gpt_oss",
+    "jamba",
     "llama",
     "llama4",
     "phi",
     "qwen2",
     "smollm3",
-    "zamba2",
 }
 
 

@@ -30,10 +30,14 @@ from qk_sniffer.models import (
     probe_attention,
 )
 from readers import error_line
-from tiny import MULTIMODAL, tiny_causal_lm
+from tiny import ARCHITECTURES, MULTIMODAL, tiny_causal_lm
 
 Predict = Callable[..., int]
 INPUT_IDS = torch.arange(7, 7 + 2 * 19).reshape(2, 19)
+
+
+def needs(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(name not in ARCHITECTURES, reason=f"this transformers has no {name}")
 
 
 def head_files(root: Path) -> list[Path]:
@@ -225,6 +229,7 @@ def test_a_compiled_backbone_is_refused_with_the_remedy(how: str) -> None:
 # --- heads of layers that differ
 
 
+@needs("laguna")
 def test_heads_of_layers_with_different_head_counts(
     predict: Predict, model_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -236,6 +241,7 @@ def test_heads_of_layers_with_different_head_counts(
     assert names == ["l01h01k", "l01h05q", "l03h01k", "l03h05q"]
 
 
+@needs("gemma4_text")
 def test_head_sampling_over_layers_with_different_widths(
     predict: Predict, model_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:

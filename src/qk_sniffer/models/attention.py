@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -32,10 +32,14 @@ _PROBED_TOKENS = 11
 def decoder_backbone(model: PreTrainedModel) -> nn.Module:
     """The part of a causal language model below its head.
 
-    ``model.model`` where there is one: ``base_model`` is the whole language model for a few.
+    ``model.model`` where there is one, also that of the language model inside a multimodal one:
+    ``base_model`` is the whole language model for a few.
     """
-    backbone = getattr(model, "model", None)
-    return backbone if isinstance(backbone, nn.Module) else model.base_model
+    for owner in (model, getattr(model, "language_model", None)):
+        backbone: Any = getattr(owner, "model", None)
+        if isinstance(backbone, nn.Module):
+            return backbone
+    return cast(nn.Module, model.base_model)
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,7 @@ class _Forward:
 
     def _restart(self) -> None:
         self._past_length = 0
+        self._has_cache = False
         self._layer_idx: int | None = None
         self._n_calls = 0
         self._last_query: Callable[[], Tensor | None] = lambda: None
@@ -188,9 +193,11 @@ class _Forward:
                 "attention_mask: a sequence is padded on the left, so positions can't be counted; pad "
                 "on the right, or generate for one sequence at a time"
             )
-        cache: Any = kwargs.get("past_key_values")
-        if hasattr(cache, "get_seq_length"):
-            self._past_length = int(cache.get_seq_length())
+        # The argument's name depends on the release of transformers.
+        for cache in kwargs.values():
+            if hasattr(cache, "get_seq_length"):
+                self._past_length = int(cache.get_seq_length())
+                self._has_cache = True
         if self.trace is not None:
             self.trace.begin_forward()
 
@@ -208,6 +215,12 @@ class _Forward:
             return None
         self._last_query = ref(call.query)
         layer_idx = self._n_calls if self._numbered_by_call else self._layer_idx
+        n_tokens, n_keys = call.query.shape[2], call.key.shape[2]
+        if n_keys != n_tokens and not self._has_cache:
+            raise UserError(
+                f"model.name: {type(call.module).__name__} of layer {layer_idx} attends to {n_keys} "
+                f"keys for {n_tokens} tokens, so its keys have no token position; choose another model"
+            )
         self._n_calls += 1
         return self._on_layer(layer_idx, call, self._past_length, self.trace)
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from qk_sniffer.errors import UserError
 
 _CHECKED_TOKENS = 512
+_CACHE_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_CACHE_NAMES = ("cache", "past_key_values")
 
 
 def read_in_passages(backbone: nn.Module, input_ids: Tensor, passage_length: int) -> Iterator[Any]:
@@ -25,12 +27,14 @@ def read_in_passages(backbone: nn.Module, input_ids: Tensor, passage_length: int
     Raises:
         UserError: The model keeps no cache.
     """
-    cache = None
+    cache: dict[str, Any] = {}
     for passage in torch.split(input_ids, passage_length, dim=1):  # type: ignore[no-untyped-call]
-        output = backbone(input_ids=passage, past_key_values=cache, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
-        if not hasattr(cache, "get_seq_length"):
+        output = backbone(input_ids=passage, **cache, use_cache=True)
+        # The name depends on the release of transformers.
+        names = [n for n in _CACHE_NAMES if hasattr(getattr(output, n, None), "get_seq_length")]
+        if not names:
             raise _unreadable(backbone, "keeps no cache to read on from")
+        cache = {names[0]: getattr(output, names[0])}
         yield output
 
 
@@ -51,14 +55,9 @@ def check_passages(backbone: nn.Module, input_ids: Tensor) -> None:
     passage_length = max(1, input_ids.shape[1] // 3)
     try:
         outputs = [output[0] for output in read_in_passages(backbone, input_ids, passage_length)]
-    except (
-        AssertionError,
-        AttributeError,
-        IndexError,
-        NotImplementedError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except _CACHE_ERRORS as error:
         raise _unreadable(backbone, f"fails with a cache ({type(error).__name__})") from error
     difference = float((torch.cat(outputs, dim=1) - whole).norm() / whole.norm())
     if not difference < (1e-3 if outputs[0].dtype == torch.float32 else 0.1):
