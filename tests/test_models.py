@@ -88,6 +88,19 @@ def test_the_vision_tower_of_a_model_passes_through() -> None:
     assert {chunk.vectors.shape[1] for chunk in chunks} == {input_ids.shape[1]}
 
 
+def test_another_model_passes_through() -> None:
+    backbone, other = (decoder_backbone(tiny_model(FAMILIES[name])) for name in ("llama", "qwen3"))
+    chunks: list[Chunk] = []
+    heads = select_heads(probe_attention(backbone).layers)
+    sniffer = Sniffer(heads, build_sampler("all", 1.0, 64), 0, chunks.append)
+    sniffer.begin_batch([0, 1], [INPUT_IDS.shape[1]] * 2)
+    with torch.inference_mode(), active_sniffer(sniffer), capture_attention(backbone):
+        backbone(input_ids=INPUT_IDS, use_cache=False)
+        other(input_ids=INPUT_IDS, use_cache=False)
+    sniffer.flush_batch()
+    assert len(chunks) == 2 * 4
+
+
 def test_a_checkpoint_that_lacks_weights_is_refused(
     predict: Predict,
     model_dir: Callable[[str], Path],
