@@ -105,6 +105,7 @@ def capture_attention(backbone: nn.Module) -> Iterator[None]:
         yield
         return
     attention = probe_attention(backbone, pre_rope=sniffer.pre_rope)
+    windows = {layer.layer_idx: layer.sliding_window for layer in attention.layers}
 
     def report(
         layer_idx: int, call: AttentionCall, past_length: int, trace: RotaryTrace | None
@@ -119,7 +120,7 @@ def capture_attention(backbone: nn.Module) -> Iterator[None]:
             first = first_new_key(past_length, length, key.shape[2])
             key = key[:, :, first : first + length]
             query, key = trace.unrotated(layer_idx, query, key, attention.rotary)
-        sniffer.capture(layer_idx, query, key, positions, call.window[0])
+        sniffer.capture(layer_idx, query, key, positions, windows[layer_idx])
 
     with watch_attention(
         backbone, report, numbered_by_call=attention.numbered_by_call, rotary=sniffer.pre_rope
