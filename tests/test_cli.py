@@ -12,7 +12,6 @@ import yaml
 from transformers import MambaConfig
 
 from conftest import write_jsonl
-from families import tiny_model
 from qk_sniffer.cli import main
 from readers import error_line
 from test_data import colliding_pair
@@ -115,16 +114,14 @@ def test_more_tokens_than_learned_positions(
     assert line.startswith("data.tokenizer.max_length: a sequence has 129 tokens and the model has 128")
 
 
-def test_a_model_whose_attention_is_out_of_reach_is_refused_before_any_data_is_loaded(
+def test_a_model_without_attention_is_refused_before_any_data_is_loaded(
     predict: Predict,
     capsys: pytest.CaptureFixture[str],
-    model_dir: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
     config = MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4)
-    tiny_model(config).save_pretrained(tmp_path / "mamba")
-    model, tokenizer = {"name": str(tmp_path / "mamba")}, {"name": str(model_dir("llama"))}
-    assert predict(model=model, data={"tokenizer": tokenizer}) == 2
+    config.save_pretrained(tmp_path / "mamba")
+    assert predict(model={"name": str(tmp_path / "mamba")}, data={"path": "no/such/data"}) == 2
     assert "is a mamba model: it has no softmax attention" in error_line(capsys)
 
 

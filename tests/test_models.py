@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,52 @@ def test_head_sampling_over_layers_with_different_widths(
     for file in files:
         layer = layers[int(file.parent.name[1:3])]
         assert pq.read_schema(file).field("vector").type.list_size == layer.head_dim
+
+
+# --- what the card says
+
+
+@pytest.mark.parametrize(
+    ("name", "pre_rope", "note"),
+    [
+        ("deepseek_v3", False, "MLA: q and k are the full vectors, the qk_nope part first"),
+        ("llama4_text", False, "(layers 0, 2)"),
+        ("hunyuan_v1_dense", True, "the model normalizes after RoPE"),
+    ],
+)
+def test_the_card_and_the_manifest_carry_the_notes(
+    name: str,
+    pre_rope: bool,
+    note: str,
+    predict: Predict,
+    model_dir: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    tiny_causal_lm(name).save_pretrained(tmp_path / "model")
+    data = {"tokenizer": {"name": str(model_dir("llama")), "max_length": 9}}
+    sniffer = {"capture": {"capture_pre_rope": pre_rope}}
+    assert predict(model={"name": str(tmp_path / "model")}, data=data, sniffer=sniffer) == 0
+    notes = json.loads((tmp_path / "root" / "manifest.json").read_text())["notes"]
+    assert any(note in text for text in notes)
+    card = (tmp_path / "root" / "README.md").read_text()
+    assert all(f"- {text}\n" in card for text in notes)
+
+
+def test_full_attention_only_leaves_out_chunks(
+    predict: Predict, model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    tiny_causal_lm("llama4_text").save_pretrained(tmp_path / "model")
+    data = {"tokenizer": {"name": str(model_dir("llama")), "max_length": 20}}
+    model = {"name": str(tmp_path / "model")}
+    assert predict("all", model=model, data=data) == 0
+    assert (
+        predict("full", model=model, data=data, sniffer={"capture": {"full_attention_only": True}}) == 0
+    )
+    assert {file.parent.name[:3] for file in head_files(tmp_path / "full")} == {"l01", "l03"}
+    windows = pq.read_table(tmp_path / "all" / "l00h00q" / "data.parquet")["sliding_window"]
+    assert set(windows.to_pylist()) == {8}
+    layers = json.loads((tmp_path / "all" / "manifest.json").read_text())["layers"]
+    assert [layer["chunked"] for layer in layers] == [True, False, True, False]
 
 
 # --- overlays
