@@ -19,7 +19,13 @@ _CHECKED_HEADS = 4
 
 
 def attention_probabilities(
-    layer: AttentionLayer, call: AttentionCall, query: Tensor, key: Tensor, *, passed_mask: bool = False
+    layer: AttentionLayer,
+    call: AttentionCall,
+    query: Tensor,
+    key: Tensor,
+    *,
+    passed_mask: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Attention as the captured vectors give it: softmax of q·kᵀ with scale, bias, cap, mask and sink.
 
@@ -30,18 +36,20 @@ def attention_probabilities(
         key: (B, num_key_value_heads, S, head_dim).
         passed_mask: Take the mask that the model passed, where it is a tensor, instead of the causal
             mask with the layer's window.
+        dtype: In which scores are computed, before the softmax in float32.
 
     Returns:
         (B, num_attention_heads, S, S) float32. With a sink a row sums to less than 1.
     """
     arguments = call.arguments
-    key = key.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = query.float() @ key.transpose(-1, -2) * call.scaling
+    key = key.to(dtype).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = query.to(dtype) @ key.transpose(-1, -2) * call.scaling
     if softcap := arguments.get("softcap"):
         scores = softcap * torch.tanh(scores / softcap)
     bias = call.adapter.bias(call.module, arguments) if call.adapter else arguments.get("position_bias")
     if bias is not None:
         scores = scores + bias[..., : scores.shape[-1]]
+    scores = scores.float()
     mask = arguments.get("attention_mask")
     if passed_mask and call.adapter is None and isinstance(mask, Tensor):
         mask = mask[..., : scores.shape[-1]]
@@ -156,7 +164,17 @@ def _error(layer: AttentionLayer, collector: _Collector) -> float | None:
     if seen is None or (seen.call.adapter is not None and not seen.call.adapter.complete):
         return None
     query, key = collector.captured[layer.layer_idx]
-    expected: Any = attention_probabilities(layer, seen.call, query, key, passed_mask=True)
+    # A fused kernel keeps scores in float32, eager attention in the model's dtype.
+    errors = [_error_in(dtype, layer, seen, query, key) for dtype in (torch.float32, query.dtype)]
+    return min((error for error in errors if error is not None), default=None)
+
+
+def _error_in(
+    dtype: torch.dtype, layer: AttentionLayer, seen: _Seen, query: Tensor, key: Tensor
+) -> float | None:
+    expected: Any = attention_probabilities(
+        layer, seen.call, query, key, passed_mask=True, dtype=dtype
+    )
     if seen.output is not None and "value" in seen.call.arguments:
         value = seen.call.arguments["value"].float()
         expected = expected @ value.repeat_interleave(expected.shape[1] // value.shape[1], dim=1)
