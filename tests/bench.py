@@ -30,12 +30,14 @@ from qk_sniffer.module import SnifferModule
 CACHE = Path(".cache")
 REPETITIONS = 5
 DOCUMENTS, TOKENS, BATCH_SIZE = 8, 1024, 2
-SAMPLERS = {
-    "uniform, buckets of 128": CaptureConfig(
-        min_bucket_size=128, sampler=SamplerConfig(type="uniform")
-    ),
-    "all": CaptureConfig(min_bucket_size=128, sampler=SamplerConfig(type="all")),
+UNIFORM = CaptureConfig(min_bucket_size=128, sampler=SamplerConfig(type="uniform"))
+ALL = CaptureConfig(min_bucket_size=128, sampler=SamplerConfig(type="all"))
+RUNS = {
+    "uniform, buckets of 128": (UNIFORM, False),
+    "the same with its check": (UNIFORM, True),
+    "all": (ALL, False),
 }
+"""What is captured, and whether the first 512 tokens are read once more to check the capture."""
 
 
 def gguf_file() -> Path:
@@ -65,14 +67,14 @@ class LoopTimer(Callback):
 
 
 def run(
-    module: SnifferModule, data: TextDataModule, capture: CaptureConfig | None
+    module: SnifferModule, data: TextDataModule, capture: CaptureConfig | None, check: bool = False
 ) -> tuple[float, float]:
     """Seconds of the loop and of what follows it: closing, and writing the Parquet files."""
     with tempfile.TemporaryDirectory() as root:
         timer = LoopTimer()
         callbacks: list[Callback] = [timer]
         if capture is not None:
-            callbacks.append(SnifferCallback(OutputConfig(root), capture))
+            callbacks.append(SnifferCallback(OutputConfig(root), capture, check))
         trainer = pl.Trainer(
             accelerator="cpu",
             devices=1,
@@ -113,13 +115,13 @@ def compare(module: SnifferModule, data: TextDataModule) -> None:
     )
     run(module, data, None)
     bare: list[float] = []
-    loops: dict[str, list[float]] = {name: [] for name in SAMPLERS}
-    closes: dict[str, list[float]] = {name: [] for name in SAMPLERS}
-    ratios: dict[str, list[float]] = {name: [] for name in SAMPLERS}
+    loops: dict[str, list[float]] = {name: [] for name in RUNS}
+    closes: dict[str, list[float]] = {name: [] for name in RUNS}
+    ratios: dict[str, list[float]] = {name: [] for name in RUNS}
     for _ in range(REPETITIONS):
         bare.append(run(module, data, None)[0])
-        for name, capture in SAMPLERS.items():
-            loop, close = run(module, data, capture)
+        for name, (capture, check) in RUNS.items():
+            loop, close = run(module, data, capture, check)
             following = run(module, data, None)[0]
             loops[name].append(loop)
             closes[name].append(close)
@@ -127,7 +129,7 @@ def compare(module: SnifferModule, data: TextDataModule) -> None:
             bare.append(following)
     print(f"\n{'':26}{'loop, s':>10}{'/ bare':>9}{'close, s':>10}{'both / bare':>13}")
     print(f"{'bare forward':26}{median(bare):10.2f}{1:9.3f}")
-    for name in SAMPLERS:
+    for name in RUNS:
         close, ratio = median(closes[name]), median(ratios[name])
         print(
             f"{name:26}{median(loops[name]):10.2f}{ratio:9.3f}"

@@ -279,10 +279,11 @@ class Sniffer:
     def _flush_stream(
         self, stream: tuple[int, Kind], chunks: list[_PendingChunk], plan: _BatchPlan, lengths: Tensor
     ) -> None:
-        rows = torch.cat([chunk.rows for chunk in chunks])
-        vectors = torch.cat([chunk.vectors.cpu() for chunk in chunks], dim=1)
-        kept = plan.positions[rows] < lengths[plan.batch_indices[rows]]
-        if len(chunks) > 1 or not kept.all():
+        rows, vectors = chunks[0].rows, chunks[0].vectors.cpu()
+        if len(chunks) > 1 or lengths is not plan.lengths:
+            rows = torch.cat([chunk.rows for chunk in chunks])
+            vectors = torch.cat([chunk.vectors.cpu() for chunk in chunks], dim=1)
+            kept = plan.positions[rows] < lengths[plan.batch_indices[rows]]
             order = rows.argsort()
             order = order[kept[order]]
             rows, vectors = rows[order], vectors[:, order]

@@ -172,9 +172,7 @@ def _error(layer: AttentionLayer, collector: _Collector) -> float | None:
 def _error_in(
     dtype: torch.dtype, layer: AttentionLayer, seen: _Seen, query: Tensor, key: Tensor
 ) -> float | None:
-    expected: Any = attention_probabilities(
-        layer, seen.call, query, key, passed_mask=True, dtype=dtype
-    )
+    expected: Any = attention_probabilities(layer, seen.call, query, key, passed_mask=True, dtype=dtype)
     if seen.output is not None and "value" in seen.call.arguments:
         value = seen.call.arguments["value"].float()
         expected = expected @ value.repeat_interleave(expected.shape[1] // value.shape[1], dim=1)
