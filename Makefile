@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test test-architectures architectures lint format bench clean
+.PHONY: help install demo test test-architectures test-transformers architectures lint format bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-19s %s\n", $$1, $$2}'
@@ -22,6 +22,14 @@ test: lint ## Run lint and tests
 
 test-architectures: $(INSTALLED) ## Examine every causal language model of transformers
 	$(BIN)/pytest -m '' tests/test_architectures.py
+
+test-transformers: ## Examine a dozen with another release, as in RELEASE=5.2.0
+	mkdir -p .cache
+	grep -Ev '^(transformers|huggingface_hub)==' constraints.txt > .cache/constraints-$(RELEASE).txt
+	$(PYTHON) -m venv .cache/transformers-$(RELEASE)
+	.cache/transformers-$(RELEASE)/bin/pip install --quiet --disable-pip-version-check \
+		-c .cache/constraints-$(RELEASE).txt -e '.[dev]' transformers==$(RELEASE)
+	.cache/transformers-$(RELEASE)/bin/python -m pytest tests/test_architectures.py tests/test_models.py
 
 architectures: $(INSTALLED) ## Write the table in docs/architectures.md anew
 	$(BIN)/python tests/examine.py
