@@ -118,24 +118,37 @@ def overrides_note(name: str) -> list[str]:
     return []
 
 
+def sniff_all(
+    backbone: nn.Module, lengths: list[int], *, pre_rope: bool = False
+) -> tuple[Sniffer, list[Chunk]]:
+    """A sniffer that keeps everything of a batch that has begun, and where its chunks go."""
+    chunks: list[Chunk] = []
+    heads = select_heads(probe_attention(backbone, pre_rope=pre_rope).layers)
+    sniffer = Sniffer(heads, build_sampler("all", 1.0, 64), 0, chunks.append, pre_rope=pre_rope)
+    sniffer.begin_batch(range(len(lengths)), lengths)
+    return sniffer, chunks
+
+
+def states_of(chunks: list[Chunk], batch_size: int) -> States:
+    """The whole states of sequences of one length."""
+    return {
+        (c.layer_idx, c.kind): c.vectors.unflatten(1, (batch_size, -1)).transpose(0, 1) for c in chunks
+    }
+
+
 def capture(
     backbone: nn.Module, input_ids: Tensor, *, pre_rope: bool = False, passage: int = 0
 ) -> States:
     """Everything that a sniffer keeps of a batch, put together from its chunks."""
-    chunks: list[Chunk] = []
-    heads = select_heads(probe_attention(backbone, pre_rope=pre_rope).layers)
     batch_size, length = input_ids.shape
-    sniffer = Sniffer(heads, build_sampler("all", 1.0, 64), 0, chunks.append, pre_rope=pre_rope)
-    sniffer.begin_batch(range(batch_size), [length] * batch_size)
+    sniffer, chunks = sniff_all(backbone, [length] * batch_size, pre_rope=pre_rope)
     module = SnifferModule("tiny", prefill_chunk_size=passage or None)
     module.backbone = backbone
     with active_sniffer(sniffer), torch.inference_mode():
         module.predict_step({"input_ids": input_ids}, 0)
     sniffer.flush_batch()
     assert all(c.positions.tolist() == [*range(length)] * batch_size for c in chunks)
-    return {
-        (c.layer_idx, c.kind): c.vectors.unflatten(1, (batch_size, -1)).transpose(0, 1) for c in chunks
-    }
+    return states_of(chunks, batch_size)
 
 
 def _implementations(model: PreTrainedModel) -> Iterator[str]:
@@ -147,11 +160,8 @@ def _implementations(model: PreTrainedModel) -> Iterator[str]:
 
 
 def assert_output_unchanged(backbone: nn.Module, input_ids: Tensor) -> None:
-    chunks: list[Chunk] = []
-    heads = select_heads(probe_attention(backbone).layers)
     pre_rope = probe_attention(backbone).rotary.problem is None
-    sniffer = Sniffer(heads, build_sampler("all", 1.0, 64), 0, chunks.append, pre_rope=pre_rope)
-    sniffer.begin_batch([0, 1], [LENGTH, LENGTH])
+    sniffer, _ = sniff_all(backbone, [LENGTH, LENGTH], pre_rope=pre_rope)
     with torch.inference_mode():
         plain = backbone(input_ids=input_ids, use_cache=False)[0]
         with active_sniffer(sniffer), capture_attention(backbone):
@@ -206,18 +216,16 @@ def _explanation(
 ) -> Tensor:
     """Probabilities from what is stored alone; a note must stand where more is needed."""
     if call.adapter is not None and not call.adapter.complete:
-        # The rest of the scores can be had from the result: it must not depend on the query head's key.
-        return _up_to_the_noted_term(call, query, key, expected)
-    actual = attention_probabilities(layer, call, query, key)
-    if any("indexer" in note or "keep_window_size" in note for note in attention.notes):
-        actual = attention_probabilities(layer, call, query, key, passed_mask=True)
+        return _with_the_noted_term(call, query, key)
+    sparse = any("indexer" in note or "keep_window_size" in note for note in attention.notes)
+    actual = attention_probabilities(layer, call, query, key, passed_mask=sparse)
     if torch.allclose(expected.sum(-1), torch.ones(()), atol=1e-4):
         # Where a sink scales the output afterwards, the returned probabilities are without it.
         actual = actual / actual.sum(-1, keepdim=True)
     return actual
 
 
-def _up_to_the_noted_term(call: AttentionCall, query: Tensor, key: Tensor, expected: Tensor) -> Tensor:
+def _with_the_noted_term(call: AttentionCall, query: Tensor, key: Tensor) -> Tensor:
     """ProphetNet's own term, computed by its own function from the hidden states."""
     states = call.arguments["hidden_states"]
     main = states.chunk(1 + call.module.ngram, dim=1)[0]

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from examine import sniff_all
 from families import FAMILIES, tiny_model
-from qk_sniffer.capture import Chunk, Sniffer, active_sniffer, build_sampler, select_heads
+from qk_sniffer.capture import active_sniffer
 from qk_sniffer.ids import example_id
-from qk_sniffer.models import capture_attention, decoder_backbone, probe_attention
+from qk_sniffer.models import capture_attention, decoder_backbone
 
 TOLERANCE = 1e-5
 SLIDING_LAYERS = {"mistral": {0, 1, 2, 3}, "gemma3": {0, 2}}
@@ -107,12 +108,9 @@ def test_capturing_changes_no_bit_of_the_output(
     model.set_attn_implementation(attn_implementation)
     backbone = decoder_backbone(model)
     input_ids = torch.arange(2, 2 + 3 * 40).reshape(3, 40)
-    chunks: list[Chunk] = []
-    heads = select_heads(probe_attention(backbone).layers)
-    sniffer = Sniffer(heads, build_sampler("all", 1.0, 64), 0, chunks.append, pre_rope=pre_rope)
+    sniffer, chunks = sniff_all(backbone, [40, 40, 40], pre_rope=pre_rope)
     with torch.inference_mode():
         plain = backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-        sniffer.begin_batch([0, 1, 2], [40, 40, 40])
         with active_sniffer(sniffer), capture_attention(backbone):
             captured = backbone(input_ids=input_ids, use_cache=False).last_hidden_state
         sniffer.flush_batch()

@@ -13,14 +13,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from examine import TOLERANCE, assert_same, capture
+from examine import TOLERANCE, assert_same, capture, sniff_all, states_of
 from families import FAMILIES, tiny_model
 from qk_sniffer.capture import (
-    Chunk,
-    Sniffer,
     active_sniffer,
-    build_sampler,
-    select_heads,
 )
 from qk_sniffer.errors import UserError
 from qk_sniffer.models import (
@@ -73,10 +69,7 @@ def test_the_vision_tower_of_a_model_passes_through() -> None:
     pixels = torch.rand(1, 3, vision.image_size, vision.image_size)
     image_token = model.config.image_token_id
     input_ids = torch.tensor([[5, image_token, *range(9, 21)]])
-    chunks: list[Chunk] = []
-    heads = select_heads(probe_attention(backbone).layers)
-    sniffer = Sniffer(heads, build_sampler("all", 1.0, 64), 0, chunks.append)
-    sniffer.begin_batch([0], [input_ids.shape[1]])
+    sniffer, chunks = sniff_all(backbone, [input_ids.shape[1]])
     with torch.inference_mode(), active_sniffer(sniffer), capture_attention(backbone):
         backbone(
             input_ids=input_ids,
@@ -91,10 +84,7 @@ def test_the_vision_tower_of_a_model_passes_through() -> None:
 
 def test_another_model_passes_through() -> None:
     backbone, other = (decoder_backbone(tiny_model(FAMILIES[name])) for name in ("llama", "qwen3"))
-    chunks: list[Chunk] = []
-    heads = select_heads(probe_attention(backbone).layers)
-    sniffer = Sniffer(heads, build_sampler("all", 1.0, 64), 0, chunks.append)
-    sniffer.begin_batch([0, 1], [INPUT_IDS.shape[1]] * 2)
+    sniffer, chunks = sniff_all(backbone, [INPUT_IDS.shape[1]] * 2)
     with torch.inference_mode(), active_sniffer(sniffer), capture_attention(backbone):
         backbone(input_ids=INPUT_IDS, use_cache=False)
         other(input_ids=INPUT_IDS, use_cache=False)
@@ -166,10 +156,7 @@ def test_generating_gives_the_rows_of_one_forward(family: str, cache: str) -> No
     model = tiny_model(FAMILIES[family])
     backbone = decoder_backbone(model)
     prompt, new_tokens = INPUT_IDS, 12
-    chunks: list[Chunk] = []
-    heads = select_heads(probe_attention(backbone).layers)
-    sniffer = Sniffer(heads, build_sampler("all", 1.0, 64), 0, chunks.append)
-    sniffer.begin_batch([0, 1], [prompt.shape[1] + 100] * 2)
+    sniffer, chunks = sniff_all(backbone, [prompt.shape[1] + 100] * 2)
     arguments: dict[str, Any] = {"cache_implementation": "static"} if cache == "static" else {}
     with torch.inference_mode(), active_sniffer(sniffer), capture_attention(backbone):
         text = model.generate(
@@ -183,17 +170,13 @@ def test_generating_gives_the_rows_of_one_forward(family: str, cache: str) -> No
         )
     read = text.shape[1] - 1  # the last token is never fed back
     sniffer.flush_batch([read, read])
-    generated = {
-        (c.layer_idx, c.kind): c.vectors.unflatten(1, (2, read)).transpose(0, 1) for c in chunks
-    }
+    generated = states_of(chunks, 2)
     assert_same(generated, capture(backbone, text[:, :read]), "generation")
 
 
 def test_left_padding_is_refused_in_generation() -> None:
     backbone = decoder_backbone(tiny_model(FAMILIES["llama"]))
-    heads = select_heads(probe_attention(backbone).layers)
-    sniffer = Sniffer(heads, build_sampler("all", 1.0, 64), 0, lambda chunk: None)
-    sniffer.begin_batch([0, 1], [19, 19])
+    sniffer, _ = sniff_all(backbone, [19, 19])
     mask = torch.ones_like(INPUT_IDS)
     mask[1, 0] = 0
     with (

@@ -7,7 +7,6 @@ word: they are those of the first product of two batched tensors in the module's
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,22 +119,10 @@ def adapter_name(kind: type) -> str:
     return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
 
 
-OnScores = Callable[
-    [Tensor, Tensor, dict[str, Any]], Callable[[Tensor | None, Tensor | None], None] | None
-]
+OnResult = Callable[[Tensor | None, Tensor | None], None]
+"""Takes an attention's output (B, Q, H, D) and its probabilities (B, H, Q, K), where there are any."""
 
-
-@contextmanager
-def trace_scores(batch_size: int, on_scores: OnScores) -> Iterator[None]:
-    """Report the operands of q·kᵀ of the attention that is computed within a block.
-
-    Args:
-        batch_size: Sequences in the batch, B, for operands that merge it with the heads.
-        on_scores: Called with (B, H, Q, D) queries, (B, H, K, D) keys and, where the whole attention
-            is one call, its value; what it returns is called with output and probabilities.
-    """
-    with _ScoreTrace(batch_size, on_scores):
-        yield
+OnScores = Callable[[Tensor, Tensor, dict[str, Any]], OnResult | None]
 
 
 _PRODUCTS: tuple[Any, ...] = (
@@ -151,12 +138,20 @@ _PRODUCTS: tuple[Any, ...] = (
 _SOFTMAXES: tuple[Any, ...] = (F.softmax, torch.softmax, torch.Tensor.softmax)
 
 
-class _ScoreTrace(TorchFunctionMode):
+class ScoreTrace(TorchFunctionMode):
+    """Reports the operands of q·kᵀ of the attention that is computed within its block.
+
+    Args:
+        batch_size: Sequences in the batch, B, for operands that merge it with the heads.
+        on_scores: Called with (B, H, Q, D) queries, (B, H, K, D) keys and, where the whole attention
+            is one call, its value; what it returns is called with output and probabilities.
+    """
+
     def __init__(self, batch_size: int, on_scores: OnScores) -> None:
         super().__init__()
         self._batch_size = batch_size
         self._on_scores = on_scores
-        self._on_result: Callable[[Tensor | None, Tensor | None], None] | None = None
+        self._on_result: OnResult | None = None
         self._reported = False
 
     def __torch_function__(

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
@@ -20,8 +20,9 @@ from qk_sniffer.capture import (
     get_active_sniffer,
 )
 from qk_sniffer.errors import UserError
-from qk_sniffer.models.calls import AttentionCall, OnResult, intercept_attention
-from qk_sniffer.models.notes import call_notes
+from qk_sniffer.models.adapters import OnResult
+from qk_sniffer.models.calls import AttentionCall, intercept_attention
+from qk_sniffer.models.notes import call_notes, in_layers
 from qk_sniffer.models.rotary import RotaryMap, RotaryTrace, trace_rotary
 
 _CROSS_ATTENTION = re.compile(r"cross|encoder_?attn", re.IGNORECASE)
@@ -57,9 +58,9 @@ class AttentionMap:
 
     layers: list[AttentionLayer]
     notes: list[str]
-    captures_itself: frozenset[int] = frozenset()
-    numbered_by_call: bool = False
-    rotary: RotaryMap = field(default_factory=RotaryMap)
+    captures_itself: frozenset[int]
+    numbered_by_call: bool
+    rotary: RotaryMap
 
 
 _maps: WeakKeyDictionary[nn.Module, AttentionMap] = WeakKeyDictionary()
@@ -288,9 +289,7 @@ class _Probe:
     ) -> None:
         query, key = call.query, call.key
         window, chunked = call.window
-        self._layers.append(
-            AttentionLayer(layer_idx, query.shape[1], key.shape[1], query.shape[3], window, chunked)
-        )
+        self._layers.append(_layer(layer_idx, query, key, window, chunked))
         self._first_query = query[:, :, 0].float()
         for note in call_notes(call):
             self._notes.setdefault(note, []).append(layer_idx)
@@ -306,9 +305,7 @@ class _Probe:
         sliding_window: int | None = None,
     ) -> None:
         """Note a layer that a modeling file reports itself; the arguments are the sniffer's."""
-        self._own_layers[layer_idx] = AttentionLayer(
-            layer_idx, query.shape[1], key.shape[1], query.shape[3], sliding_window
-        )
+        self._own_layers[layer_idx] = _layer(layer_idx, query, key, sliding_window)
 
     def _rotary_map(self) -> RotaryMap:
         rotary = self._rotary
@@ -332,10 +329,14 @@ class _Probe:
         )
 
 
+def _layer(
+    layer_idx: int, query: Tensor, key: Tensor, window: int | None, chunked: bool = False
+) -> AttentionLayer:
+    return AttentionLayer(layer_idx, query.shape[1], key.shape[1], query.shape[3], window, chunked)
+
+
 def _note(text: str, layers: list[int], n_layers: int) -> str:
-    if not layers or len(set(layers)) == n_layers:
-        return text
-    return f"{text} (layers {', '.join(map(str, sorted(set(layers))))})"
+    return text if len(set(layers)) in (0, n_layers) else in_layers(text, layers)
 
 
 def _differs(states: Tensor, others: Tensor | None) -> bool:

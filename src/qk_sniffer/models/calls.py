@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
-from qk_sniffer.models.adapters import ADAPTERS, Adapter, adapter_name, trace_scores
+from qk_sniffer.models.adapters import ADAPTERS, Adapter, OnResult, ScoreTrace, adapter_name
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,6 @@ def modeling_globals(kind: type) -> dict[str, Any]:
             return names
     return vars(sys.modules[kind.__module__])
 
-
-OnResult = Callable[[Tensor | None, Tensor | None], None]
-"""Takes an attention's output (B, Q, H, D) and its probabilities (B, H, Q, K), where there are any."""
 
 OnCall = Callable[[AttentionCall], OnResult | None]
 
@@ -156,7 +153,7 @@ def _intercept_forward(
             return on_call(AttentionCall(module, query, key, {**arguments, **extra}, adapter))
 
         batch_size = next(a for a in arguments.values() if isinstance(a, Tensor)).shape[0]
-        with trace_scores(batch_size, on_scores):
+        with ScoreTrace(batch_size, on_scores):
             return original(module, *args, **kwargs)
 
     kind.forward = forward  # type: ignore[method-assign]

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from qk_sniffer.capture import AttentionLayer, active_sniffer
 from qk_sniffer.errors import UserError
+from qk_sniffer.models.adapters import OnResult
 from qk_sniffer.models.attention import capture_attention, probe_attention, watch_attention
-from qk_sniffer.models.calls import AttentionCall, OnResult
+from qk_sniffer.models.calls import AttentionCall
 from qk_sniffer.models.rotary import RotaryTrace
 
 _CHECKED_TOKENS = 512
@@ -120,6 +121,12 @@ class _Collector:
         return on_result
 
 
+def opening(backbone: nn.Module, input_ids: Tensor) -> Tensor:
+    """What a check reads of a text: the first 512 tokens, no more than the model has positions."""
+    limit: Any = getattr(backbone.config, "max_position_embeddings", None) or _CHECKED_TOKENS
+    return input_ids[:, : min(limit, _CHECKED_TOKENS)]
+
+
 @torch.inference_mode()
 def check_capture(backbone: nn.Module, input_ids: Tensor, layers: Sequence[int]) -> None:
     """Recompute attention in a few layers and heads, and compare it with what the model computed.
@@ -135,8 +142,7 @@ def check_capture(backbone: nn.Module, input_ids: Tensor, layers: Sequence[int])
         UserError: The vectors that would be captured do not explain the model's attention.
     """
     attention = probe_attention(backbone)
-    limit = getattr(backbone.config, "max_position_embeddings", None) or _CHECKED_TOKENS
-    input_ids = input_ids[:, : min(limit, _CHECKED_TOKENS)]
+    input_ids = opening(backbone, input_ids)
     layers = layers[:: max(1, -(-len(layers) // _CHECKED_LAYERS))]
     chosen = [layer for layer in attention.layers if layer.layer_idx in layers]
     collector = _Collector({layer.layer_idx for layer in chosen})
@@ -165,7 +171,7 @@ def _error(layer: AttentionLayer, collector: _Collector) -> float | None:
         return None
     query, key = collector.captured[layer.layer_idx]
     # A fused kernel keeps scores in float32, eager attention in the model's dtype.
-    errors = [_error_in(dtype, layer, seen, query, key) for dtype in (torch.float32, query.dtype)]
+    errors = [_error_in(dtype, layer, seen, query, key) for dtype in {torch.float32, query.dtype}]
     return min((error for error in errors if error is not None), default=None)
 
 

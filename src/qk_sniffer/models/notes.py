@@ -1,6 +1,6 @@
 """What a reader of captured vectors must know about an architecture, told from its attention calls."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from qk_sniffer.models.calls import AttentionCall
 
@@ -14,6 +14,11 @@ _BY_CLASS = {
     "DogeAttention": "a bias computed from the values is added to each key's scores, and of long texts "
     "each head attends only to the keep_window_size keys with the largest"
 }
+
+
+def in_layers(text: str, layers: Iterable[int]) -> str:
+    """A note that holds in some layers only."""
+    return f"{text} (layers {', '.join(map(str, sorted(set(layers))))})"
 
 
 def call_notes(call: AttentionCall) -> Iterator[str]:

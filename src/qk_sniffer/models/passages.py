@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from qk_sniffer.errors import UserError
+from qk_sniffer.models.check import opening
 
-_CHECKED_TOKENS = 512
 _CACHE_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _CACHE_NAMES = ("cache", "past_key_values")
 
@@ -49,8 +49,7 @@ def check_passages(backbone: nn.Module, input_ids: Tensor) -> None:
     Raises:
         UserError: It does not, as some recurrent layers don't.
     """
-    limit = getattr(backbone.config, "max_position_embeddings", None) or _CHECKED_TOKENS
-    input_ids = input_ids[:, : min(limit, _CHECKED_TOKENS)]
+    input_ids = opening(backbone, input_ids)
     whole = backbone(input_ids=input_ids, use_cache=False)[0].float()
     passage_length = max(1, input_ids.shape[1] // 3)
     try:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qk_sniffer.models.calls import modeling_globals
+from qk_sniffer.models.notes import in_layers
 
 _ROTARY_NAME = re.compile(r"apply_(?!.*vision)\w*rotary\w*emb\w*")
 _FIRST_STATES = {"apply_rotary_position_embeddings": 1}
@@ -98,10 +99,8 @@ class RotaryMap:
         }
         if not changed:
             return []
-        layers = ", ".join(map(str, sorted(changed)))
-        return [
-            f"the model normalizes after RoPE; those before it are not normalized yet (layers {layers})"
-        ]
+        note = "the model normalizes after RoPE; those before it are not normalized yet"
+        return [in_layers(note, changed)]
 
 
 class RotaryTrace:
