@@ -15,8 +15,6 @@ import yaml
 
 from conftest import LENGTHS
 from qk_sniffer.ids import example_id
-from qk_sniffer.storage.journal import Block
-from qk_sniffer.storage.parquet import sorted_runs, write_head
 from readers import assert_readers_agree, schema
 
 Predict = Callable[..., int]
@@ -155,28 +153,3 @@ def test_half_precision_vectors_are_widened_exactly(
     vectors = torch.from_numpy(np.stack(table["vector"].to_numpy()))
     assert torch.equal(vectors, vectors.to(getattr(torch, dtype)).float())
     assert vectors.abs().max() > 0.1
-
-
-def test_blocks_larger_than_a_row_group_keep_their_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("qk_sniffer.storage.parquet.ROW_GROUP_BYTES", 7 * 4 * 2)
-    generator = np.random.default_rng(0)
-    ids = generator.permutation(np.arange(-6, 6))
-    blocks, expected = [], []
-    for batch in np.split(ids, 4):
-        lengths = generator.integers(0, 12, len(batch))
-        rows = [(i, p, p // 4) for i, n in zip(batch, lengths, strict=True) for p in range(n)]
-        vectors = generator.normal(size=(3, len(rows), 2)).astype(np.float32)
-        if rows:
-            array = np.ascontiguousarray(np.array(rows, np.int32).T)
-            blocks.append(Block(0, "q", None, "float32", vectors, array))
-        expected += [(i, p, v.tolist()) for (i, p, _), v in zip(rows, vectors[1], strict=True)]
-    path = tmp_path / "head.parquet"
-    facts = write_head(blocks, sorted_runs(blocks), 2, None, path, 1)
-    table = pq.read_table(path)
-    assert pq.read_metadata(path).num_row_groups == -(-len(expected) // 7)
-    assert facts["rows"] == len(expected)
-    columns = (table["example_id"], table["position"], table["vector"])
-    actual = list(zip(*(column.to_pylist() for column in columns), strict=True))
-    assert actual == sorted(expected)

@@ -1,17 +1,17 @@
 """SnifferCallback: owns the sniffer and the journal for the length of one prediction."""
 
-import importlib.metadata
 import logging
-import platform
 import shlex
 import signal
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -23,27 +23,38 @@ from qk_sniffer.capture import (
     Sniffer,
     active_sniffer,
     build_sampler,
+    expected_rows,
     select_heads,
 )
 from qk_sniffer.config import CaptureConfig, OutputConfig
 from qk_sniffer.errors import UserError
-from qk_sniffer.models import AttentionMap, check_capture, check_passages, probe_attention
+from qk_sniffer.models import (
+    AttentionMap,
+    check_capture,
+    check_passages,
+    probe_attention,
+    weights_digest,
+)
+from qk_sniffer.provenance import fingerprint, heads_digest, settings, versions
 from qk_sniffer.storage import (
     CONFIG_FILE,
     JOURNAL_DIRECTORY,
     Block,
+    EarlierRun,
     Example,
     JournalWriter,
     check_data_root,
+    check_space,
     clear_data_root,
+    earlier_run,
     finalize,
+    finished,
+    mark_complete,
     write_text,
 )
 from qk_sniffer.summary import file_progress, summary_table
 
 log = logging.getLogger(__name__)
-
-_PACKAGES = ("qk-sniffer", "torch", "transformers", "lightning", "datasets", "pyarrow")
 
 
 class SnifferCallback(pl.Callback):
@@ -77,8 +88,9 @@ class SnifferCallback(pl.Callback):
             capture.sampler.type, capture.sampler.base_rate, capture.min_bucket_size
         )
         self._sniffer: Sniffer
-        self._journal: JournalWriter
+        self._journal: JournalWriter | None = None
         self._running = ExitStack()
+        self._ended = False
         self._tokens_seen = 0
         self._started = 0.0
 
@@ -86,18 +98,43 @@ class SnifferCallback(pl.Callback):
         """See that the data root can take a run.
 
         Raises:
-            UserError: It is not writable, or holds an earlier run that is not to be overwritten.
+            UserError: It is not writable, or what it holds can't be continued or replaced.
         """
         check_data_root(self.data_root, self.output.overwrite)
 
+    def earlier_run(
+        self, module: pl.LightningModule, data: pl.LightningDataModule | None
+    ) -> EarlierRun | None:
+        """What the data root holds already of this very run; None where it begins anew.
+
+        Raises:
+            UserError: It holds a run with other settings.
+        """
+        earlier = None if self.output.overwrite else earlier_run(self.data_root)
+        if earlier is not None:
+            earlier.require(self.data_root, fingerprint(settings(module, data, self.capture)))
+        return earlier
+
+    def captured_examples(self, trainer: pl.Trainer) -> npt.NDArray[np.int32]:
+        """The examples that an earlier run has captured, which the data module leaves out."""
+        earlier = self.earlier_run(trainer.lightning_module, _data_module(trainer))
+        return np.empty(0, np.int32) if earlier is None else earlier.example_ids
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check the settings that need no model."""
+        """Check the settings that need no model, and finish files that an earlier run has begun."""
         if trainer.world_size > 1:
             raise UserError(
                 f"trainer.devices: {trainer.world_size} processes would write one data root; set "
                 "devices and num_nodes to 1"
             )
         self.check_output()
+        self._journal, self._ended = None, False
+        self._started = time.monotonic()
+        earlier = self.earlier_run(pl_module, _data_module(trainer))
+        if earlier is not None:
+            tqdm.write(f"{self.data_root}: going on after {earlier.example_ids.size:,} texts")
+            if earlier.finalizing:
+                finalize(self.data_root, file_progress)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the model's heads, open the journal and make the sniffer active."""
@@ -114,20 +151,16 @@ class SnifferCallback(pl.Callback):
             full_attention_only=config.full_attention_only,
         )
         self._heads = heads
-        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        tokenizer = getattr(_data_module(trainer), "tokenizer", None)
         if config.capture_token_strings and tokenizer is None:
             raise UserError(
                 "sniffer.capture.capture_token_strings: the trainer has no TextDataModule to take the "
                 "tokenizer from; pass one as datamodule, or set it to false"
             )
         self._tokenizer: PreTrainedTokenizerBase | None = tokenizer
-        clear_data_root(self.data_root)
-        if self.config_yaml is not None:
-            write_text(self.data_root / CONFIG_FILE, self.config_yaml)
-        self._journal = JournalWriter(
-            self.data_root / JOURNAL_DIRECTORY, self._header(trainer, pl_module, attention, heads)
-        )
-        self._running.callback(self._journal.close)
+        header = self._header(trainer, pl_module, attention, heads)
+        self._check_space(trainer, header["streams"])
+        self._open_journal(header)
         self._sniffer = Sniffer(
             heads,
             self._sampler,
@@ -141,6 +174,20 @@ class SnifferCallback(pl.Callback):
         self._running.enter_context(active_sniffer(self._sniffer))
         self._checked = not self.check
         self._tokens_seen, self._started = 0, time.monotonic()
+
+    def _open_journal(self, header: dict[str, Any]) -> None:
+        """Clear the data root or see that it can be continued, and open its journal."""
+        earlier = None if self.output.overwrite else earlier_run(self.data_root)
+        if earlier is None:
+            clear_data_root(self.data_root)
+        else:
+            earlier.require(self.data_root, header["fingerprint"])
+        self._captured = np.empty(0, np.int32) if earlier is None else earlier.example_ids
+        if self.config_yaml is not None:
+            write_text(self.data_root / CONFIG_FILE, self.config_yaml)
+        journal = JournalWriter(self.data_root / JOURNAL_DIRECTORY, header)
+        self._running.callback(journal.close)
+        self._journal = journal
 
     def on_predict_batch_start(
         self,
@@ -168,7 +215,9 @@ class SnifferCallback(pl.Callback):
             if pl_module.hparams.get("prefill_chunk_size") is not None:
                 check_passages(self._backbone, tokens)
             self._checked = True
-        self._sniffer.begin_batch(batch["example_ids"].tolist(), lengths.tolist())
+        # A loader of someone's own may give texts that are captured already: they keep no rows.
+        is_new = self._is_new(batch)
+        self._sniffer.begin_batch(batch["example_ids"].tolist(), (lengths.cpu() * is_new).tolist())
 
     def on_predict_batch_end(
         self,
@@ -180,6 +229,7 @@ class SnifferCallback(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Move the batch's rows to the journal, and stop after it where a SIGTERM asks for that."""
+        assert self._journal is not None
         self._sniffer.flush_batch()
         self._journal.commit(self._examples(batch))
         self._tokens_seen += int(batch["sequence_lengths"].sum())
@@ -190,39 +240,51 @@ class SnifferCallback(pl.Callback):
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the Parquet files, the card and the manifest, and print what there is."""
-        self._journal.mark_complete()
         self._running.close()
-        manifest = finalize(self.data_root, file_progress)
-        seconds = time.monotonic() - self._started
-        tqdm.write(summary_table(self.data_root, manifest, seconds=seconds))
+        self._end(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write the files of a run whose texts were all captured before: it has no batch."""
+        if not self._ended:
+            self._end(trainer)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Close the journal, and say where the captured rows are."""
-        self._running.close()
-        if (self.data_root / JOURNAL_DIRECTORY).exists():
+        try:
+            self._running.close()
+        except UserError as error:
+            log.warning("%s", error)
+        if self._journal is not None and (self.data_root / JOURNAL_DIRECTORY).exists():
+            again = " with sniffer.output.overwrite: false" if self.output.overwrite else ""
             log.warning(
-                "The rows captured so far are safe; write them as Parquet with: qk-sniffer finalize %s",
+                "What was captured so far is safe. Go on with the same command%s, or write it as "
+                "Parquet with: qk-sniffer finalize %s",
+                again,
                 shlex.quote(str(self.data_root)),
             )
 
+    def _end(self, trainer: pl.Trainer) -> None:
+        self._ended = True
+        limit = trainer.limit_predict_batches
+        complete = isinstance(limit, float) and limit == 1.0
+        if (self.data_root / JOURNAL_DIRECTORY).exists():
+            manifest = finalize(self.data_root, file_progress, complete=complete)
+        elif (found := finished(self.data_root)) is not None:
+            manifest = mark_complete(self.data_root) if complete and not found["complete"] else found
+        else:
+            return
+        seconds = time.monotonic() - self._started
+        tqdm.write(summary_table(self.data_root, manifest, seconds=seconds))
+
     def _append(self, chunk: Chunk) -> None:
-        dtype = str(chunk.vectors.dtype).removeprefix("torch.")
-        vectors = chunk.vectors.contiguous()
-        if chunk.vectors.dtype == torch.bfloat16:
-            vectors = vectors.view(torch.uint16)
-        rows = torch.stack([chunk.example_ids, chunk.positions, chunk.buckets])
-        self._journal.append(
-            Block(
-                chunk.layer_idx,
-                chunk.kind,
-                chunk.sliding_window,
-                dtype,
-                vectors.numpy(),
-                rows.numpy(),
-            )
-        )
+        assert self._journal is not None
+        self._journal.append(lambda: _block(chunk), chunk.n_bytes)
+
+    def _is_new(self, batch: dict[str, Any]) -> torch.Tensor:
+        ids = batch["example_ids"].cpu().numpy()
+        return torch.from_numpy(~np.isin(ids, self._captured))
 
     def _examples(self, batch: dict[str, Any]) -> list[Example]:
         lengths = batch["sequence_lengths"].tolist()
@@ -232,17 +294,16 @@ class SnifferCallback(pl.Callback):
                 self._tokenizer.convert_ids_to_tokens(ids[:length])
                 for ids, length in zip(batch["input_ids"].tolist(), lengths, strict=True)
             ]
-        return [
-            Example(*fields)
-            for fields in zip(
-                batch["example_ids"].tolist(),
-                batch["source_ids"],
-                lengths,
-                batch["truncated"],
-                tokens,
-                strict=True,
-            )
-        ]
+        rows = zip(
+            batch["example_ids"].tolist(),
+            batch["source_ids"],
+            lengths,
+            batch["truncated"],
+            tokens,
+            strict=True,
+        )
+        is_new = self._is_new(batch).tolist()
+        return [Example(*fields) for fields, new in zip(rows, is_new, strict=True) if new]
 
     def _show_progress(self, trainer: pl.Trainer) -> None:
         bar = getattr(trainer.progress_bar_callback, "predict_progress_bar", None)
@@ -263,38 +324,56 @@ class SnifferCallback(pl.Callback):
         attention: AttentionMap,
         heads: dict[int, CapturedHeads],
     ) -> dict[str, Any]:
-        """What finalizing needs to know: versions, settings, layers, and the captured heads."""
+        """What finalizing needs to know: fingerprint, versions, settings, layers, captured heads."""
         kinds = [("q", "query")] * self.capture.capture_queries
         kinds += [("k", "key")] * self.capture.capture_keys
+        streams = [
+            {
+                "layer_idx": layer_idx,
+                "kind": kind,
+                "heads": list(getattr(captured, field)),
+                "head_dim": captured.layer.head_dim,
+            }
+            for layer_idx, captured in heads.items()
+            for kind, field in kinds
+        ]
+        layers = [asdict(layer) for layer in attention.layers]
+        made_with = settings(pl_module, _data_module(trainer), self.capture)
         return {
-            "versions": {
-                "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in _PACKAGES},
+            "fingerprint": fingerprint(made_with)
+            | {
+                "model.weights": weights_digest(self._backbone),
+                "model.heads": heads_digest(streams, layers),
             },
-            "settings": {
-                "model": _plain(pl_module.hparams),
-                "data": _plain(getattr(getattr(trainer, "datamodule", None), "hparams", {})),
-                "capture": asdict(self.capture),
-            },
-            "layers": [asdict(layer) for layer in attention.layers],
+            "versions": versions(),
+            "settings": made_with,
+            "layers": layers,
             "notes": self._notes(attention),
-            "streams": [
-                {
-                    "layer_idx": layer_idx,
-                    "kind": kind,
-                    "heads": list(getattr(captured, field)),
-                    "head_dim": captured.layer.head_dim,
-                }
-                for layer_idx, captured in heads.items()
-                for kind, field in kinds
-            ],
+            "streams": streams,
         }
 
+    def _check_space(self, trainer: pl.Trainer, streams: list[dict[str, Any]]) -> None:
+        """Compare the room on the disk with what the texts that are left will take."""
+        data: Any = _data_module(trainer)
+        lengths = data.sequence_lengths() if hasattr(data, "sequence_lengths") else None
+        if lengths is not None:
+            rows = expected_rows(self._sampler, lengths)
+            itemsize = next(self._backbone.parameters()).dtype.itemsize
+            widths = sum(len(stream["heads"]) * stream["head_dim"] for stream in streams)
+            check_space(self.data_root, int(rows * (widths * itemsize + 12 * len(streams))))
 
-def _plain(hparams: Any) -> dict[str, Any]:
-    """Hyperparameters as JSON takes them, without what Lightning's command line adds."""
-    return {
-        key: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-        for key, value in dict(hparams).items()
-        if not key.startswith("_")
-    }
+
+def _data_module(trainer: pl.Trainer) -> pl.LightningDataModule | None:
+    return getattr(trainer, "datamodule", None)
+
+
+def _block(chunk: Chunk) -> Block:
+    """A chunk as the journal takes it; waits for its copy to the host."""
+    vectors = chunk.vectors.contiguous()
+    dtype = str(vectors.dtype).removeprefix("torch.")
+    if vectors.dtype == torch.bfloat16:
+        vectors = vectors.view(torch.uint16)
+    rows = torch.stack([chunk.example_ids, chunk.positions, chunk.buckets])
+    return Block(
+        chunk.layer_idx, chunk.kind, chunk.sliding_window, dtype, vectors.numpy(), rows.numpy()
+    )

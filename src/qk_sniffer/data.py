@@ -6,6 +6,8 @@ from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -14,7 +16,7 @@ from qk_sniffer.config import TokenizerConfig
 from qk_sniffer.errors import UserError, explained_loading
 from qk_sniffer.ids import collision, hash_ids
 from qk_sniffer.models import ModelSource
-from qk_sniffer.texts import Row, StreamedRows, TextSource, check_collisions, check_columns
+from qk_sniffer.texts import Row, StreamedRows, TextSource, check_columns, example_ids
 
 
 class TokenBatch(dict[str, Any]):
@@ -90,10 +92,14 @@ class TextDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Load the tokenizer and the dataset; where it doesn't stream, check ids and tokenize it.
 
+        Texts that a callback of the trainer has captured in an earlier run are left out before they
+        are tokenized.
+
         Raises:
             UserError: The tokenizer, the dataset or a column is missing, an id is missing or shared,
                 a text is not a string, or there are no rows.
         """
+        captured = self._captured_examples()
         self.tokenizer = self._load_tokenizer()
         source = TextSource(self.path, self.name, self.revision, self.split)
         encode = _Encode(
@@ -102,11 +108,14 @@ class TextDataModule(pl.LightningDataModule):
         self._dataset: torch.utils.data.Dataset[Any]
         if self.streaming:
             rows = source.stream(self.max_samples)
-            self._dataset = _StreamedBatches(rows, encode, self.batch_size)
+            self._dataset = _StreamedBatches(rows, encode, self.batch_size, captured)
             return
         dataset = source.load(self.max_samples)
         check_columns(dataset.column_names, self.text_column, self.id_column)
-        check_collisions(dataset, self.id_column)
+        left = np.flatnonzero(~np.isin(example_ids(dataset, self.id_column), captured))
+        if len(left) < len(dataset):
+            encode.row_numbers = left
+            dataset = dataset.select(left)
         self._dataset = dataset.map(
             encode,
             batched=True,
@@ -114,6 +123,15 @@ class TextDataModule(pl.LightningDataModule):
             remove_columns=dataset.column_names,
             desc="Tokenizing",
         )
+
+    def sequence_lengths(self) -> torch.Tensor | None:
+        """Tokens in each text that is left to read, (N,) int64; None where the dataset streams."""
+        if self.streaming:
+            return None
+        if len(self._dataset) == 0:  # type: ignore[arg-type]
+            return torch.empty(0, dtype=torch.int64)
+        lengths: torch.Tensor = self._dataset.with_format("torch")["n_tokens"][:]  # type: ignore[attr-defined]
+        return lengths
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches in the order of the dataset."""
@@ -126,6 +144,14 @@ class TextDataModule(pl.LightningDataModule):
             collate_fn=_Collate(_pad_token_id(self.tokenizer)),
             pin_memory=torch.cuda.is_available(),
         )
+
+    def _captured_examples(self) -> npt.NDArray[np.int32]:
+        captured = [
+            callback.captured_examples(self.trainer)
+            for callback in getattr(self.trainer, "callbacks", [])
+            if hasattr(callback, "captured_examples")
+        ]
+        return np.unique(np.concatenate([np.empty(0, np.int32), *captured]))
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         source = self._tokenizer_source()
@@ -166,8 +192,12 @@ class _Encode:
         self.text_column = text_column
         self.id_column = id_column
         self.max_length = max_length
+        self.row_numbers: npt.NDArray[np.int64] | None = None
+        """Numbers of the rows in the dataset, where only some of them are left."""
 
     def __call__(self, columns: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
+        if self.row_numbers is not None:
+            rows = self.row_numbers[rows].tolist()
         texts = columns[self.text_column]
         for text, row in zip(texts, rows, strict=True):
             if not isinstance(text, str):
@@ -179,6 +209,7 @@ class _Encode:
         input_ids, truncated = self._tokenize(texts)
         return {
             "input_ids": input_ids,
+            "n_tokens": [len(ids) for ids in input_ids],
             "truncated": truncated,
             "example_id": hash_ids(source_ids, rows),
             "source_id": [str(source_id) for source_id in source_ids],
@@ -202,35 +233,44 @@ class _Encode:
 class _StreamedBatches(IterableDataset[list[Row]]):
     """Rows of a streaming dataset in batches, in the order of the stream."""
 
-    def __init__(self, rows: StreamedRows, encode: _Encode, batch_size: int) -> None:
+    def __init__(
+        self,
+        rows: StreamedRows,
+        encode: _Encode,
+        batch_size: int,
+        captured: npt.NDArray[np.int32],
+    ) -> None:
         self.rows = rows
         self.encode = encode
         self.batch_size = batch_size
+        self.captured = captured
 
     def __iter__(self) -> Iterator[list[Row]]:
-        seen: dict[int, int | str] = {}
-        rows = iter(self.rows)
+        rows = self._rows_left()
         while batch := list(islice(rows, self.batch_size)):
-            indices = [index for index, _ in batch]
             columns = {name: [row[name] for _, row in batch] for name in batch[0][1]}
-            check_columns(list(columns), self.encode.text_column, self.encode.id_column)
-            self._check_collisions(columns, indices, seen)
-            encoded = self.encode(columns, indices)
+            encoded = self.encode(columns, [index for index, _ in batch])
             yield [
                 dict(zip(encoded, values, strict=True))
                 for values in zip(*encoded.values(), strict=True)
             ]
 
-    def _check_collisions(
-        self, columns: dict[str, list[Any]], rows: list[int], seen: dict[int, int | str]
-    ) -> None:
-        if self.encode.id_column is None:
-            return
-        source_ids = columns[self.encode.id_column]
-        for source_id, number in zip(source_ids, hash_ids(source_ids, rows), strict=True):
-            if number in seen:
-                raise collision(seen[number], source_id)
-            seen[number] = source_id
+    def _rows_left(self) -> Iterator[tuple[int, Row]]:
+        """The numbered rows that are not captured yet, checked for a shared id."""
+        seen: dict[int, int | str] = {}
+        id_column = self.encode.id_column
+        for index, row in self.rows:
+            if index == 0:
+                check_columns(list(row), self.encode.text_column, id_column)
+            source_id = index if id_column is None else row[id_column]
+            (number,) = hash_ids([source_id], [index])
+            if id_column is not None:
+                if number in seen:
+                    raise collision(seen[number], source_id)
+                seen[number] = source_id
+            place = np.searchsorted(self.captured, number)
+            if place == self.captured.size or self.captured[place] != number:
+                yield index, row
 
 
 class _Collate:

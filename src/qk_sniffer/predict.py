@@ -82,6 +82,7 @@ class PredictCLI(LightningCLI):
         sniffer.check_output()
         module: SnifferModule = self._get(self.config_init, "model")
         module.check_model()
+        sniffer.earlier_run(module, self.datamodule)
         config = self.config["predict"]
         sniffer.config_yaml = self._parser("predict").dump(config, skip_none=False)
 

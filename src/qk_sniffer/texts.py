@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import numpy.typing as npt
 from datasets.exceptions import DatasetsError
 
 from qk_sniffer.errors import UserError, first_line
@@ -130,14 +131,17 @@ def check_columns(columns: list[str], text_column: str, id_column: str | None) -
             )
 
 
-def check_collisions(dataset: datasets.Dataset, id_column: str | None) -> None:
-    """Refuse a dataset in which two rows have one example id.
+def example_ids(dataset: datasets.Dataset, id_column: str | None) -> npt.NDArray[np.int32]:
+    """The example id of every row.
 
-    Ids are compared as one int32 array, so that memory holds 4 bytes a row; the source ids are read
-    for the message alone.
+    They are one int32 array, so that memory holds 4 bytes a row; the source ids are read for an error's
+    message alone.
+
+    Raises:
+        UserError: Two rows have one example id, or a source id is none.
     """
     if id_column is None:
-        return
+        return np.arange(len(dataset), dtype=np.int32)
     hashed = dataset.map(
         lambda source_ids, rows: {"example_id": hash_ids(source_ids, rows)},
         batched=True,
@@ -146,9 +150,10 @@ def check_collisions(dataset: datasets.Dataset, id_column: str | None) -> None:
         remove_columns=dataset.column_names,
         desc="Checking ids",
     )
-    numbers = hashed.with_format("numpy")["example_id"][:]
+    numbers: npt.NDArray[np.int32] = hashed.with_format("numpy")["example_id"][:].astype(np.int32)
     order = np.argsort(numbers, kind="stable")
     repeats = np.flatnonzero(numbers[order][1:] == numbers[order][:-1])
     if repeats.size:
         first, second = order[repeats[0]], order[repeats[0] + 1]
         raise collision(dataset[int(first)][id_column], dataset[int(second)][id_column])
+    return numbers

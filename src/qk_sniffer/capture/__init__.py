@@ -2,7 +2,13 @@
 
 from qk_sniffer.capture.heads import AttentionLayer, CapturedHeads, select_heads
 from qk_sniffer.capture.positions import compute_positions, first_new_key
-from qk_sniffer.capture.sampling import Sampler, Segment, build_sampler, draw_positions
+from qk_sniffer.capture.sampling import (
+    Sampler,
+    Segment,
+    build_sampler,
+    draw_positions,
+    expected_rows,
+)
 from qk_sniffer.capture.sniffer import (
     CapturesAttention,
     Chunk,
@@ -23,6 +29,7 @@ __all__ = [
     "build_sampler",
     "compute_positions",
     "draw_positions",
+    "expected_rows",
     "first_new_key",
     "get_active_sniffer",
     "select_heads",

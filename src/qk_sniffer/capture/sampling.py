@@ -178,6 +178,21 @@ def draw_positions(
     return rows >> 32, rows & WORD
 
 
+def expected_rows(sampler: Sampler, lengths: Tensor) -> float:
+    """Rows that one layer and kind keeps of some sequences, on average.
+
+    Args:
+        sampler: Gives the segments and their probabilities.
+        lengths: (S,) int64, tokens in each sequence.
+    """
+    longest = int(lengths.max()) if lengths.numel() else 0
+    return sum(
+        segment.probability
+        * int((lengths - segment.start).clamp(0, segment.stop - segment.start).sum())
+        for segment in sampler.segments(longest)
+    )
+
+
 def _every_offset(sizes: Tensor) -> list[Tensor]:
     sequences = torch.repeat_interleave(torch.arange(sizes.numel()), sizes)
     firsts = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)

@@ -1,7 +1,8 @@
 """The sniffer: receives each layer's queries and keys, keeps the sampled rows, hands them on.
 
 Everything that decides which rows are kept is known on the host before the forward, so a capture
-inside the forward is one upload of indices for the batch and one gather for each layer and kind.
+inside the forward is one upload of indices for the batch, and for each layer and kind one gather and
+the start of one copy to the host. Nothing here waits for a device, except ``Chunk.vectors``.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,20 +16,22 @@ from torch import Tensor
 from qk_sniffer.capture.heads import CapturedHeads
 from qk_sniffer.capture.positions import first_new_key
 from qk_sniffer.capture.sampling import Sampler, draw_positions
+from qk_sniffer.capture.transfer import HostCopies, HostCopy, upload
 
 Kind = Literal["q", "k"]
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """The kept rows of one layer and kind from one batch, on the host.
+    """The kept rows of one layer and kind from one batch.
 
     K rows are sorted by their place in the batch and by position.
 
     Attributes:
         layer_idx: Layer in the text decoder, from 0.
         kind: "q" or "k".
-        vectors: (n_heads, K, head_dim) in the dtype of the model; heads as in ``CapturedHeads``.
+        copies: The vectors as each attention call of the batch gave them, on their way to the host.
+        order: Which of their rows are kept, in order; None keeps all as they are.
         example_ids: (K,) int32.
         positions: (K,) int32, absolute.
         buckets: (K,) int32.
@@ -37,18 +40,31 @@ class Chunk:
 
     layer_idx: int
     kind: Kind
-    vectors: Tensor
+    copies: Sequence[HostCopy]
+    order: Tensor | None
     example_ids: Tensor
     positions: Tensor
     buckets: Tensor
     sliding_window: int | None
 
+    @property
+    def vectors(self) -> Tensor:
+        """(n_heads, K, head_dim) in the dtype of the model; waits until they are on the host."""
+        parts = [copy.wait() for copy in self.copies]
+        vectors = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return vectors if self.order is None else vectors[:, self.order]
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of the vectors."""
+        return sum(copy.tensor.nbytes for copy in self.copies)
+
 
 @dataclass(frozen=True)
 class _PendingChunk:
-    """Gathered rows of one attention call, still on the device of their layer."""
+    """Gathered rows of one attention call."""
 
-    vectors: Tensor
+    copy: HostCopy
     rows: Tensor
     sliding_window: int | None
 
@@ -113,10 +129,7 @@ class _Passage:
     def indices(self, stream: tuple[int, Kind], device: torch.device) -> Tensor:
         """(2, K) int64 on ``device``: index into the batch, and into the tokens of the forward."""
         if device not in self._on_device:
-            indices = self._indices
-            if device.type == "cuda":
-                indices = indices.pin_memory()
-            self._on_device[device] = indices.to(device, non_blocking=True)
+            self._on_device[device] = upload(self._indices, device)
         return self._on_device[device][:, self._slices[stream]]
 
 
@@ -148,7 +161,8 @@ class Sniffer:
         heads: The captured heads by layer.
         sampler: Which positions are kept.
         seed: 64-bit seed of the random stream.
-        sink: Called with every chunk when a batch is flushed.
+        sink: Called with every chunk when a batch is flushed; the chunk's vectors may still be on their
+            way to the host.
         capture_queries: Keep the queries.
         capture_keys: Keep the keys.
         pre_rope: Ask for the vectors as they are before the rotary embedding.
@@ -179,6 +193,7 @@ class Sniffer:
         self._pending: dict[tuple[int, Kind], list[_PendingChunk]] = {}
         self._tokens_read: dict[int, int] = {}
         self._head_indices: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
+        self._host_copies = HostCopies()
         self.rows_kept = 0
         """Rows flushed so far, over all heads."""
 
@@ -238,20 +253,20 @@ class Sniffer:
             stream = layer_idx, kind
             if stream in self._heads and (rows := passage.rows(stream)).numel():
                 kept = self._gather(stream, vectors, passage.indices(stream, vectors.device))
-                chunk = _PendingChunk(kept, rows, sliding_window)
+                chunk = _PendingChunk(self._host_copies.start(kept), rows, sliding_window)
                 self._pending.setdefault(stream, []).append(chunk)
 
     def _gather(self, stream: tuple[int, Kind], states: Tensor, indices: Tensor) -> Tensor:
         """The kept rows of all captured heads in one gather: (n_heads, K, head_dim)."""
         heads = self._heads[stream]
         if (states.device, heads) not in self._head_indices:
-            head_indices = torch.tensor(heads, device=states.device)
-            self._head_indices[states.device, heads] = head_indices[:, None]
+            head_indices = torch.tensor(heads)[:, None]
+            self._head_indices[states.device, heads] = upload(head_indices, states.device)
         batch_indices, positions = indices
         return states[batch_indices, self._head_indices[states.device, heads], positions]
 
     def flush_batch(self, sequence_lengths: Sequence[int] | None = None) -> None:
-        """Copy the batch's rows to the host and hand them to the sink, one chunk a layer and kind.
+        """Hand the batch's rows to the sink, one chunk a layer and kind, without waiting for them.
 
         Args:
             sequence_lengths: Tokens that each sequence has in the end, where they are fewer than
@@ -279,22 +294,22 @@ class Sniffer:
     def _flush_stream(
         self, stream: tuple[int, Kind], chunks: list[_PendingChunk], plan: _BatchPlan, lengths: Tensor
     ) -> None:
-        rows, vectors = chunks[0].rows, chunks[0].vectors.cpu()
+        rows, order = chunks[0].rows, None
         if len(chunks) > 1 or lengths is not plan.lengths:
             rows = torch.cat([chunk.rows for chunk in chunks])
-            vectors = torch.cat([chunk.vectors.cpu() for chunk in chunks], dim=1)
             kept = plan.positions[rows] < lengths[plan.batch_indices[rows]]
             order = rows.argsort()
             order = order[kept[order]]
-            rows, vectors = rows[order], vectors[:, order]
+            rows = rows[order]
         if rows.numel() == 0:
             return
-        self.rows_kept += vectors.shape[0] * rows.numel()
+        self.rows_kept += len(self._heads[stream]) * rows.numel()
         self._sink(
             Chunk(
                 layer_idx=stream[0],
                 kind=stream[1],
-                vectors=vectors,
+                copies=[chunk.copy for chunk in chunks],
+                order=order,
                 example_ids=plan.example_ids[rows].to(torch.int32),
                 positions=plan.positions[rows].to(torch.int32),
                 buckets=plan.buckets[rows].to(torch.int32),

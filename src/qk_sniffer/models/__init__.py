@@ -7,7 +7,7 @@ from qk_sniffer.models.attention import (
     probe_attention,
 )
 from qk_sniffer.models.check import check_capture
-from qk_sniffer.models.loading import ModelSource, load_config, load_model
+from qk_sniffer.models.loading import ModelSource, load_config, load_model, weights_digest
 from qk_sniffer.models.overlay import model_overlays
 from qk_sniffer.models.passages import check_passages, read_in_passages
 
@@ -23,4 +23,5 @@ __all__ = [
     "model_overlays",
     "probe_attention",
     "read_in_passages",
+    "weights_digest",
 ]

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import transformers
+import xxhash
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -18,6 +20,8 @@ from transformers import (
 from qk_sniffer.errors import UserError, explained_loading
 from qk_sniffer.models.attention import decoder_backbone
 from qk_sniffer.models.refusals import refuse_unsupported
+
+_DIGESTED_VALUES = 64
 
 
 @dataclass(frozen=True)
@@ -138,3 +142,14 @@ def _merge(current: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         else value
         for key, value in changes.items()
     }
+
+
+def weights_digest(backbone: nn.Module) -> str:
+    """Names the weights of a model by some values of every one, wherever it came from."""
+    digest = xxhash.xxh3_64()
+    for parameter in backbone.parameters():
+        if not parameter.is_meta:
+            step = max(1, parameter.numel() // _DIGESTED_VALUES)
+            values = parameter.detach().reshape(-1)[::step].float().cpu()
+            digest.update(values.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,45 +1,113 @@
-"""A data root as a whole: is it free for a run, and how a journal becomes its finished files."""
+"""A data root before a run: is it free, what does it hold already, and is there room."""
 
-import os
+import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from itertools import count
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
 
 from qk_sniffer.errors import UserError
-from qk_sniffer.storage.card import render_card
-from qk_sniffer.storage.files import write_text
-from qk_sniffer.storage.journal import JournalReader
-from qk_sniffer.storage.manifest import build_manifest, write_manifest
-from qk_sniffer.storage.parquet import FileFacts, Tokens, sorted_runs, write_head, write_table
+from qk_sniffer.storage.commits import HEADER_FILE, read_commits
+from qk_sniffer.storage.files import read_json
+from qk_sniffer.storage.manifest import read_manifest
 from qk_sniffer.storage.schema import (
     CARD_FILE,
     CONFIG_FILE,
     DATA_FILE,
     EXAMPLES_DIRECTORY,
-    EXAMPLES_SCHEMA,
+    FINISHED_JOURNAL_DIRECTORY,
     JOURNAL_DIRECTORY,
     MANIFEST_FILE,
-    head_name,
 )
 
+_FIELD = "sniffer.output.data_root"
 _HEAD_DIRECTORY = re.compile(r"l\d{2,}h\d{2,}[qk]")
-_OWN_NAMES = {EXAMPLES_DIRECTORY, JOURNAL_DIRECTORY, MANIFEST_FILE, CARD_FILE, CONFIG_FILE}
+_OWN_NAMES = {
+    EXAMPLES_DIRECTORY,
+    JOURNAL_DIRECTORY,
+    FINISHED_JOURNAL_DIRECTORY,
+    MANIFEST_FILE,
+    CARD_FILE,
+    CONFIG_FILE,
+    f".{CONFIG_FILE}.tmp",
+}
+_BEFORE_A_JOURNAL = {JOURNAL_DIRECTORY, FINISHED_JOURNAL_DIRECTORY, CONFIG_FILE, f".{CONFIG_FILE}.tmp"}
 
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """What a data root holds from an earlier run.
+
+    Attributes:
+        fingerprint: The settings that decide its rows, by field.
+        example_ids: (E,) int32, ascending: the examples that are captured.
+        finalizing: Whether writing its files has begun and was cut off.
+        complete: Whether its files are written, and it had read every text.
+    """
+
+    fingerprint: Mapping[str, Any]
+    example_ids: npt.NDArray[np.int32]
+    finalizing: bool
+    complete: bool
+
+    def require(self, data_root: Path, fingerprint: Mapping[str, Any]) -> None:
+        """See that a run with other settings does not add to this one.
+
+        Args:
+            data_root: Where it is.
+            fingerprint: The new run's; fields that it does not know yet are left out.
+
+        Raises:
+            UserError: A field differs.
+        """
+        differing = [
+            f"{name} is {json.dumps(self.fingerprint.get(name))} there and {json.dumps(value)} here"
+            for name, value in fingerprint.items()
+            if name not in self.fingerprint or self.fingerprint[name] != value
+        ]
+        if differing:
+            raise UserError(
+                f"{_FIELD}: {data_root} holds a run with other settings: {'; '.join(differing)}. Name "
+                "another directory, use those settings, or set sniffer.output.overwrite to true to "
+                "replace it"
+            )
+
+
+def earlier_run(data_root: Path) -> EarlierRun | None:
+    """What a data root holds already; None where that is nothing.
+
+    Raises:
+        UserError: Its header or manifest is damaged.
+    """
+    journal = data_root / JOURNAL_DIRECTORY
+    manifest = read_manifest(data_root)
+    header = read_json(journal / HEADER_FILE) if (journal / HEADER_FILE).exists() else None
+    if header is None and manifest is None:
+        return None
+    log = read_commits(journal)
+    examples = data_root / EXAMPLES_DIRECTORY / DATA_FILE
+    stored = np.empty(0, np.int32)
+    if manifest is not None and examples.exists():
+        stored = pq.read_table(examples, columns=["example_id"])["example_id"].to_numpy()
+    return EarlierRun(
+        fingerprint=(header or manifest or {}).get("fingerprint", {}),
+        example_ids=np.union1d(stored, log.example_ids()),
+        finalizing=log.finalizing is not None,
+        complete=header is None and manifest is not None and manifest["complete"],
+    )
 
 
 def check_data_root(data_root: Path, overwrite: bool) -> None:
     """Make the directory if it is missing, and see that a run may write into it.
 
     Raises:
-        UserError: It is not writable, or it holds something and ``overwrite`` is false.
+        UserError: It is not writable, or it holds what is not a run's and ``overwrite`` is false.
     """
     try:
         data_root.mkdir(parents=True, exist_ok=True)
@@ -48,89 +116,51 @@ def check_data_root(data_root: Path, overwrite: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"sniffer.output.data_root: {data_root} is not writable ({error.strerror}); name another "
-            "directory or change its permissions"
+            f"{_FIELD}: {data_root} is not writable ({error.strerror}); name another directory or "
+            "change its permissions"
         ) from error
-    if overwrite or not any(data_root.iterdir()):
+    shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY, ignore_errors=True)
+    names = {entry.name for entry in data_root.iterdir()}
+    if overwrite or names <= _BEFORE_A_JOURNAL or earlier_run(data_root) is not None:
         return
-    if (data_root / JOURNAL_DIRECTORY).exists():
-        raise UserError(
-            f"sniffer.output.data_root: {data_root} holds an interrupted run; write what it captured "
-            f"with `qk-sniffer finalize {data_root}`, or set "
-            "sniffer.output.overwrite to true to replace it"
-        )
     raise UserError(
-        f"sniffer.output.data_root: {data_root} is not empty; name a new directory, or set "
-        "sniffer.output.overwrite to true to replace the run that it holds"
+        f"{_FIELD}: {data_root} is not empty and holds no run that could be continued; name a new "
+        "directory, or set sniffer.output.overwrite to true to replace the run that it holds"
     )
 
 
 def clear_data_root(data_root: Path) -> None:
     """Remove what a run writes; files of any other name stay."""
+    # The manifest and the journal go first: half a run must not look like one.
+    for name in (MANIFEST_FILE, JOURNAL_DIRECTORY):
+        _remove(data_root / name)
     for entry in data_root.iterdir():
-        if entry.name not in _OWN_NAMES and not _HEAD_DIRECTORY.fullmatch(entry.name):
-            continue
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        if entry.name in _OWN_NAMES or _HEAD_DIRECTORY.fullmatch(entry.name):
+            _remove(entry)
 
 
-def finalize(data_root: Path, progress: Progress) -> dict[str, Any]:
-    """Turn the journal of a data root into its Parquet files, card and manifest.
+def check_space(data_root: Path, expected_bytes: int) -> None:
+    """See that the disk has room for a run.
 
     Args:
-        data_root: Has a journal whose writer is closed.
-        progress: Wraps the iteration over the finished head files, given their number.
-
-    Returns:
-        The manifest. The journal is gone.
+        data_root: On the disk in question.
+        expected_bytes: What the journal will take; the Parquet files may take as much again.
 
     Raises:
-        UserError: There is no journal.
+        UserError: It has not.
     """
-    journal_directory = data_root / JOURNAL_DIRECTORY
-    if not journal_directory.is_dir():
-        raise UserError(f"{data_root}: no interrupted run is here; name the data root of one")
-    journal = JournalReader(journal_directory)
-    examples = write_table(
-        data_root / EXAMPLES_DIRECTORY / DATA_FILE,
-        pa.concat_tables([EXAMPLES_SCHEMA.empty_table(), *_examples(journal)]).sort_by("example_id"),
-    )
-    n_files = sum(len(stream["heads"]) for stream in journal.header["streams"])
-    heads = dict(progress(_write_heads(data_root, journal), n_files))
-    manifest = build_manifest(journal.header, examples, heads, complete=journal.complete)
-    write_text(data_root / CARD_FILE, render_card(manifest))
-    write_manifest(data_root, manifest)
-    del journal
-    shutil.rmtree(journal_directory)
-    return manifest
+    free = shutil.disk_usage(data_root).free
+    if free < 2 * expected_bytes:
+        raise UserError(
+            f"{_FIELD}: {data_root} has {free / 1e9:.1f} GB free, and the run needs about "
+            f"{2 * expected_bytes / 1e9:.1f} GB, half of it for the journal and half for the Parquet "
+            "files; make room, name another disk, or lower data.max_samples or "
+            "sniffer.capture.sampler.base_rate"
+        )
 
 
-def _examples(journal: JournalReader) -> Iterable[pa.Table]:
-    return (batch.select(EXAMPLES_SCHEMA.names) for batch in journal.examples())
-
-
-def _tokens(journal: JournalReader) -> Tokens | None:
-    """The token strings of each example as views of the journal; None where none were captured."""
-    if not journal.header["settings"]["capture"]["capture_token_strings"]:
-        return None
-    return {
-        example_id.as_py(): tokens.values
-        for batch in journal.examples()
-        for example_id, tokens in zip(batch["example_id"], batch["tokens"], strict=True)
-    }
-
-
-def _write_heads(data_root: Path, journal: JournalReader) -> Iterable[tuple[str, FileFacts]]:
-    """Write every head's file and describe it, the heads of a layer and kind in parallel."""
-    tokens = _tokens(journal)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for stream in journal.header["streams"]:
-            layer_idx, kind = stream["layer_idx"], stream["kind"]
-            blocks = journal.blocks(layer_idx, kind)
-            runs = sorted_runs(blocks)
-            names = [head_name(layer_idx, head, kind) for head in stream["heads"]]
-            paths = [data_root / name / DATA_FILE for name in names]
-            write = partial(write_head, blocks, runs, stream["head_dim"], tokens)
-            yield from zip(names, pool.map(write, paths, count()), strict=True)
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

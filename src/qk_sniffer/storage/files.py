@@ -1,10 +1,13 @@
-"""Files that appear under their names only when they are complete."""
+"""Files that appear under their names only when they are complete, and what a disk can refuse."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.secrets import redact
 
 
@@ -18,11 +21,52 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory survive a loss of power."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, without any access token that stands in it."""
     with replacing(path) as temporary:
         temporary.write_text(redact(text), encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path}: damaged, it is no JSON ({first_line(error)}); restore it from a copy, or set "
+            "sniffer.output.overwrite to true to start anew"
+        ) from error
+    return content
+
+
+@contextmanager
+def explained_writing(path: Path, remedy: str) -> Iterator[None]:
+    """Turn what a disk refuses into a ``UserError``.
+
+    Args:
+        path: What is written.
+        remedy: What the user can do, besides mending the disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else first_line(error)
+        raise UserError(f"{path}: {reason}; {remedy}") from error

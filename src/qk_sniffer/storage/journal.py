@@ -1,15 +1,20 @@
-"""The journal: where a batch's rows go when it is flushed, so that memory holds one batch.
+"""The journal: where a batch's rows go when it is flushed, so that memory does not grow with the data.
 
-``blocks.arrow`` is a sequence of Arrow IPC messages: for every layer and kind of a batch one tensor
-of row numbers and one of vectors in the model's dtype, and for every batch one stream with its
-examples. ``commits.jsonl`` has one line for each batch with the offsets of its messages, and a last
-one when every text was read. ``header.json`` says what is captured. Reading is by memory map, without
-copies.
+A segment file is a sequence of Arrow IPC messages: for every layer and kind of a batch one tensor of
+row numbers and one of vectors in the model's dtype, then one stream with the batch's examples, and then
+the batch's index of blocks. ``commits.jsonl`` says which bytes count, ``header.json`` what is captured.
+One thread does all writing, so that a forward waits only where the disk is slower than the model.
 """
 
 import json
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+import logging
+import os
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +22,44 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import xxhash
 
-from qk_sniffer.storage.files import write_text
+from qk_sniffer.storage.commits import (
+    COMMITS_FILE,
+    HEADER_FILE,
+    Commit,
+    append_records,
+    lock_journal,
+    repair,
+    segment_path,
+)
+from qk_sniffer.storage.files import explained_writing, sync_directory, write_text
 from qk_sniffer.storage.schema import EXAMPLES_SCHEMA, Kind
 
-_BLOCKS, _COMMITS, _HEADER = "blocks.arrow", "commits.jsonl", "header.json"
-_TOKENS_SCHEMA = EXAMPLES_SCHEMA.append(pa.field("tokens", pa.list_(pa.string())))
+log = logging.getLogger(__name__)
+
+SYNC_SECONDS = 5.0
+"""How often finished batches are synced and committed: the work that a death can cost, against the
+waiting of the disk."""
+
+QUEUE_BYTES = 256 * 2**20
+"""Vectors that may wait for the disk before the forward waits too."""
+
+SEGMENT_BYTES = 8 * 2**30
+"""Size from which the next batch begins a new segment file."""
+
+ALIGNMENT = 64
+"""Every message begins at a multiple of this many bytes."""
+
+DTYPES = ("float32", "float16", "bfloat16")
+INDEX = np.dtype(
+    [("rows", "<i8"), ("vectors", "<i8"), ("n_rows", "<i4"), ("window", "<i4"), ("dtype", "<i4")]
+)
+"""A block in the index of its batch: where the bodies of its tensors begin, its number of rows (0 for
+none), the layer's window (-1 for none) and the number of its dtype in ``DTYPES``."""
+
+TOKENS_SCHEMA = EXAMPLES_SCHEMA.append(pa.field("tokens", pa.list_(pa.string())))
+_CONTINUE = "make room or mend the disk, then run the same command again, which goes on after the last saved batch"
 
 
 @dataclass(frozen=True)
@@ -58,102 +95,236 @@ class Example:
     tokens: list[str] | None = None
 
 
+class _Segment:
+    """An append-only file, in the shape that Arrow writes to, with a digest of each batch."""
+
+    closed = False
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # Unbuffered, so that a write that fails takes no earlier batch with it.
+        self._file = path.open("xb", buffering=0)
+        self.size = 0
+        self._digest = xxhash.xxh3_64()
+        self.sink = pa.PythonFile(self, mode="w")
+
+    def write(self, data: bytes) -> int:
+        written = 0
+        while written < len(data):
+            written += self._file.write(memoryview(data)[written:])
+        self._digest.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        """Nothing waits here; Arrow asks all the same."""
+
+    def align(self) -> int:
+        """Fill up to the next message, and give its place."""
+        self.write(bytes(-self.size % ALIGNMENT))
+        return self.size
+
+    def write_tensor(self, array: npt.NDArray[Any]) -> int:
+        """Append a tensor, and give the place of its values."""
+        self.align()
+        pa.ipc.write_tensor(pa.Tensor.from_numpy(array), self.sink)
+        return self.size - array.nbytes
+
+    def end_batch(self) -> str:
+        """The digest of the bytes since the last batch."""
+        digest = self._digest.hexdigest()
+        self._digest = xxhash.xxh3_64()
+        return digest
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self, size: int = -1) -> None:
+        """Close the file, cut to ``size``; an empty one goes."""
+        self._file.close()
+        if size >= 0:
+            os.truncate(self.path, size)
+        if size == 0:
+            self.path.unlink()
+
+
 class JournalWriter:
-    """Appends blocks and commits batches.
+    """Appends blocks and commits batches, in a thread of its own.
+
+    A journal that is there already is repaired and continued. What one of the methods can't write is
+    raised by a later one, at the latest by ``close``.
 
     Args:
         directory: Made if it is missing.
         header: What is captured, kept for whoever reads the journal.
+
+    Raises:
+        UserError: Another process writes this journal, or the disk refuses.
     """
 
     def __init__(self, directory: Path, header: dict[str, Any]) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_text(directory / _HEADER, json.dumps(header))
-        self._blocks = pa.OSFile(str(directory / _BLOCKS), "wb")
-        self._commits = (directory / _COMMITS).open("w")
-        self._uncommitted: list[dict[str, Any]] = []
-
-    def append(self, block: Block) -> None:
-        """Write one block; it counts once its batch is committed."""
-        entry = {
-            "layer_idx": block.layer_idx,
-            "kind": block.kind,
-            "sliding_window": block.sliding_window,
-            "dtype": block.dtype,
+        self.directory = directory
+        self._streams = {
+            (stream["layer_idx"], stream["kind"]): i for i, stream in enumerate(header["streams"])
         }
-        for name, array in (("rows", block.rows), ("vectors", block.vectors)):
-            entry[name] = self._blocks.tell()
-            pa.ipc.write_tensor(pa.Tensor.from_numpy(array), self._blocks)
-        self._uncommitted.append(entry)
+        with ExitStack() as undo, explained_writing(directory, _CONTINUE):
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = lock_journal(directory)
+            undo.callback(lock.release)
+            earlier = repair(directory)
+            write_text(directory / HEADER_FILE, json.dumps(header))
+            self._number = max((commit.segment for commit in earlier.commits), default=-1) + 1
+            self._log = (directory / COMMITS_FILE).open("ab")
+            self._begin_segment()
+            self._release = undo.pop_all().close
+        self.example_ids = np.sort(earlier.example_ids())
+        """The examples that were committed before this writer began, ascending."""
+        self.n_dropped = earlier.n_broken
+        """Batches that were found broken and dropped when the journal was opened."""
+        self._unsynced: list[Commit] = []
+        self._last_sync = time.monotonic()
+        self._space_is_short = False
+        self._error: Exception | None = None
+        self._queue: queue.Queue[tuple[Callable[[], None], int] | None] = queue.Queue()
+        self._queued_bytes = 0
+        self._room = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
+        self._thread.start()
+
+    def append(self, load: Callable[[], Block], n_bytes: int) -> None:
+        """Write one block; it counts once its batch is committed.
+
+        Args:
+            load: Gives the block, in the writer's thread; it may wait for a copy from a device.
+            n_bytes: Size of the block, for the limit on what waits in memory.
+        """
+        self._put(lambda: self._write_block(load()), n_bytes)
 
     def commit(self, examples: Sequence[Example]) -> None:
         """Make the blocks since the last commit and these examples part of the capture."""
-        table = pa.Table.from_pylist([vars(e) for e in examples], schema=_TOKENS_SCHEMA)
-        offset = self._blocks.tell()
-        with pa.ipc.new_stream(self._blocks, _TOKENS_SCHEMA) as stream:
-            stream.write_table(table)
-        self._blocks.flush()
-        self._write_commit({"examples": offset, "blocks": self._uncommitted})
-        self._uncommitted = []
-
-    def mark_complete(self) -> None:
-        """Note that every text has been read."""
-        self._write_commit({"complete": True})
+        self._put(lambda: self._end_batch(examples), 2**12 * len(examples))
 
     def close(self) -> None:
-        """Close the files; what was committed stays readable."""
-        self._blocks.close()
-        self._commits.close()
+        """Write and commit what is waiting, and close the files.
 
-    def _write_commit(self, commit: dict[str, Any]) -> None:
-        self._commits.write(json.dumps(commit) + "\n")
-        self._commits.flush()
+        Raises:
+            UserError: The disk refused something; what was committed stays readable.
+        """
+        self._queue.put(None)
+        self._thread.join()
+        self._raise_error()
 
-
-class JournalReader:
-    """Reads what was committed to a journal."""
-
-    def __init__(self, directory: Path) -> None:
-        self.header: dict[str, Any] = json.loads((directory / _HEADER).read_text())
-        self._entries: dict[tuple[int, Kind], list[dict[str, Any]]] = defaultdict(list)
-        self._example_offsets: list[int] = []
-        self.complete = False
-        """Whether the run read every text."""
-        with (directory / _COMMITS).open() as commits:
-            for line in commits:
-                if not line.endswith("\n"):
-                    break  # the process died while it wrote this commit
-                commit = json.loads(line)
-                if "complete" in commit:
-                    self.complete = True
-                    continue
-                self._example_offsets.append(commit["examples"])
-                for entry in commit["blocks"]:
-                    self._entries[entry["layer_idx"], entry["kind"]].append(entry)
-        self._buffer = pa.memory_map(str(directory / _BLOCKS)).read_buffer()
-
-    def blocks(self, layer_idx: int, kind: Kind) -> list[Block]:
-        """The committed blocks of one layer and kind, as views of the memory map."""
-        return [
-            Block(
-                layer_idx,
-                kind,
-                entry["sliding_window"],
-                entry["dtype"],
-                vectors=self._tensor(entry["vectors"]),
-                rows=self._tensor(entry["rows"]),
+    def _put(self, task: Callable[[], None], n_bytes: int) -> None:
+        with self._room:
+            self._room.wait_for(
+                lambda: self._queued_bytes == 0 or self._queued_bytes + n_bytes <= QUEUE_BYTES
             )
-            for entry in self._entries[layer_idx, kind]
-        ]
+            self._queued_bytes += n_bytes
+        self._raise_error()
+        self._queue.put((task, n_bytes))
 
-    def examples(self) -> Iterator[pa.Table]:
-        """The examples of each batch, with the columns of ``EXAMPLES_SCHEMA`` and tokens."""
-        for offset in self._example_offsets:
-            with pa.ipc.open_stream(self._buffer.slice(offset)) as stream:
-                yield stream.read_all()
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
 
-    def _tensor(self, offset: int) -> npt.NDArray[Any]:
-        array: npt.NDArray[Any] = pa.ipc.read_tensor(
-            pa.BufferReader(self._buffer.slice(offset))
-        ).to_numpy()
-        return array
+    def _work(self) -> None:
+        """Run tasks until the writer is closed; after an error, only make room."""
+        while True:
+            try:
+                wait = self._last_sync + SYNC_SECONDS - time.monotonic() if self._unsynced else None
+                item = self._queue.get(timeout=wait if wait is None else max(0.0, wait))
+            except queue.Empty:
+                self._attempt(self._sync)
+                continue
+            if item is None:
+                break
+            task, n_bytes = item
+            self._attempt(task)
+            del task, item
+            with self._room:
+                self._queued_bytes -= n_bytes
+                self._room.notify()
+        self._attempt(self._sync)
+        self._attempt(lambda: self._segment.close(self._committed_size))
+        self._log.close()
+        self._release()
+
+    def _attempt(self, task: Callable[[], None]) -> None:
+        if self._error is not None and task != self._sync:
+            return
+        try:
+            with explained_writing(self._segment.path, _CONTINUE):
+                task()
+        except Exception as error:
+            self._error = self._error or error
+
+    def _begin_segment(self) -> None:
+        self._segment = _Segment(segment_path(self.directory, self._number))
+        sync_directory(self.directory)
+        self._number += 1
+        self._batch_start = self._committed_size = 0
+        self._index = np.zeros(len(self._streams), INDEX)
+
+    def _write_block(self, block: Block) -> None:
+        entry = self._index[self._streams[block.layer_idx, block.kind]]
+        if entry["n_rows"]:
+            raise RuntimeError(f"layer {block.layer_idx}, {block.kind}: two blocks in one batch")
+        entry["rows"] = self._segment.write_tensor(block.rows)
+        entry["vectors"] = self._segment.write_tensor(block.vectors)
+        entry["n_rows"] = block.rows.shape[1]
+        entry["window"] = -1 if block.sliding_window is None else block.sliding_window
+        entry["dtype"] = DTYPES.index(block.dtype)
+
+    def _end_batch(self, examples: Sequence[Example]) -> None:
+        segment = self._segment
+        place = segment.align()
+        with pa.ipc.new_stream(segment.sink, TOKENS_SCHEMA) as stream:
+            stream.write_table(pa.Table.from_pylist([vars(e) for e in examples], TOKENS_SCHEMA))
+        index = segment.align()
+        segment.write(self._index.tobytes())
+        self._index = np.zeros_like(self._index)
+        ids = np.array([example.example_id for example in examples], np.int32)
+        self._unsynced.append(
+            Commit(
+                self._number - 1,
+                self._batch_start,
+                segment.size,
+                index,
+                place,
+                segment.end_batch(),
+                ids,
+            )
+        )
+        self._batch_start = segment.size
+        if segment.size >= SEGMENT_BYTES:
+            self._sync()
+            segment.close()
+            self._begin_segment()
+        elif time.monotonic() - self._last_sync >= SYNC_SECONDS:
+            self._sync()
+
+    def _sync(self) -> None:
+        """Make the finished batches safe from a loss of power, and commit them."""
+        if self._unsynced:
+            self._segment.sync()
+            append_records(self._log, self._unsynced)
+            self._committed_size = self._unsynced[-1].stop
+            self._unsynced = []
+            self._watch_space()
+        self._last_sync = time.monotonic()
+
+    def _watch_space(self) -> None:
+        free = shutil.disk_usage(self.directory).free
+        written = sum(file.stat().st_size for file in self.directory.iterdir())
+        if free < written and not self._space_is_short:
+            self._space_is_short = True
+            log.warning(
+                "%s: %.1f GB are free, less than the Parquet files of what is captured so far may take "
+                "(%.1f GB); make room before the run ends",
+                self.directory.parent,
+                free / 1e9,
+                written / 1e9,
+            )

@@ -1,7 +1,9 @@
-"""Per-head Parquet files from the blocks of a journal, a bounded number of rows at a time."""
+"""Per-head Parquet files, a bounded number of rows at a time, from a journal and from earlier files."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,75 +12,69 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from qk_sniffer.errors import UserError
 from qk_sniffer.storage.files import replacing
-from qk_sniffer.storage.journal import Block
+from qk_sniffer.storage.reader import Runs, StreamReader
 from qk_sniffer.storage.schema import head_schema
 
 ROW_GROUP_BYTES = 32 * 2**20
 """Size of the vectors in a row group: enough for a column chunk to compress and read well."""
 
-Tokens = dict[int, pa.Array]
+EXAMPLES_KEY = b"qk_sniffer.examples"
+"""Metadata of a head's file: the digest of the examples that it holds, from ``finalize``."""
+
+_STORED = -1
+_STORED_ROWS_AT_ONCE = 2**14
+
 FileFacts = dict[str, Any]
-Runs = npt.NDArray[np.int64]
+TokensOf = Callable[[int], pa.Array]
 
 
-def sorted_runs(blocks: Sequence[Block]) -> Runs:
-    """Order the rows of some blocks by (example_id, position) without sorting single rows.
+@dataclass(frozen=True)
+class HeadFile:
+    """The file of one head that is to be written.
 
-    Rows of one example are adjacent in a block and ascend in position, so whole runs are moved.
-
-    Returns:
-        (R, 3) int64: block number, first row and row after the last of each run.
+    Attributes:
+        path: The file.
+        number: Index of the head into the stream's captured heads.
+        earlier: What a finished run has in this file, to be merged; None where there is none.
     """
-    runs = []
-    for number, block in enumerate(blocks):
-        example_ids, positions, _ = block.rows
-        starts = np.flatnonzero(np.diff(example_ids, prepend=example_ids[0] - 1))
-        stops = np.append(starts[1:], example_ids.size)
-        runs.append(
-            np.stack(
-                [
-                    example_ids[starts].astype(np.int64),
-                    positions[starts].astype(np.int64),
-                    np.full(starts.size, number),
-                    starts,
-                    stops,
-                ],
-                axis=1,
-            )
-        )
-    if not runs:
-        return np.empty((0, 3), np.int64)
-    joined = np.concatenate(runs)
-    order = np.lexsort((joined[:, 1], joined[:, 0]))
-    return np.ascontiguousarray(joined[order, 2:])
+
+    path: Path
+    number: int
+    earlier: FileFacts | None = None
 
 
-def write_head(
-    blocks: Sequence[Block],
-    runs: Runs,
-    head_dim: int,
-    tokens: Tokens | None,
-    path: Path,
-    head_number: int,
-) -> FileFacts:
-    """Write one head's file; it appears under its name only when it is complete.
+def write_heads(
+    stream: StreamReader, files: Sequence[HeadFile], tokens: TokensOf | None, digest: str
+) -> list[FileFacts]:
+    """Write some heads of one layer and kind; each file appears under its name when it is complete.
+
+    Files that hold ``digest`` already, from an attempt that was cut off, stay as they are.
 
     Args:
-        blocks: The blocks of the head's layer and kind.
-        runs: Their order, from ``sorted_runs``.
-        head_dim: Width of a vector.
-        tokens: The token strings of each example; None leaves token_str null.
-        path: The file.
-        head_number: Index of the head into the blocks' vectors.
+        stream: The journal's rows of the layer and kind.
+        files: The heads; all of them have earlier rows, or none.
+        tokens: Gives the token strings of an example; None leaves token_str null.
+        digest: Names the examples that the files hold in the end.
+
+    Returns:
+        Rows, size in bytes and SHA-256 of each file.
+
+    Raises:
+        UserError: A file that is to be merged is damaged.
     """
-    schema = head_schema(head_dim)
-    rows_at_once = max(1, ROW_GROUP_BYTES // (4 * head_dim))
-    with replacing(path) as temporary, _writer(temporary, schema) as writer:
-        for pieces in _bounded(runs, rows_at_once):
-            table = _table(schema, blocks, pieces, head_number, tokens)
-            writer.write_table(table, row_group_size=table.num_rows)
-    return describe_file(path)
+    missing = [file for file in files if not _holds(file.path, digest)]
+    if missing:
+        with ExitStack() as stack:
+            heads = [stack.enter_context(_HeadWriter(file, stream, digest)) for file in missing]
+            runs = _merge(stream.runs(), heads[0].stored_runs())
+            for ids, blocks, rows in _row_groups(runs, stream.head_dim):
+                numbers = _Numbers(stream, ids, blocks, rows, tokens, heads[0])
+                for head in heads:
+                    head.write(numbers)
+                stream.forget()
+    return [describe_file(file.path) for file in files]
 
 
 def write_table(path: Path, table: pa.Table) -> FileFacts:
@@ -90,14 +86,21 @@ def write_table(path: Path, table: pa.Table) -> FileFacts:
 
 def describe_file(path: Path) -> FileFacts:
     """Rows, size in bytes and SHA-256 of a Parquet file."""
+    return {
+        "rows": pq.read_metadata(path).num_rows,
+        "bytes": path.stat().st_size,
+        "sha256": sha256(path),
+    }
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    rows = pq.read_metadata(path).num_rows
-    return {"rows": rows, "bytes": path.stat().st_size, "sha256": digest}
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    numbers = ["bucket", "example_id", "position", "sliding_window"]
+def open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """A writer with the encodings of a head's file."""
     return pq.ParquetWriter(
         path,
         schema,
@@ -107,70 +110,176 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
             "position": "DELTA_BINARY_PACKED",
             "vector.list.element": "BYTE_STREAM_SPLIT",
         },
-        write_statistics=numbers,
+        write_statistics=["bucket", "example_id", "position", "sliding_window"],
         sorting_columns=[
             pq.SortingColumn(schema.get_field_index(name)) for name in ("example_id", "position")
         ],
     )
 
 
-def _bounded(runs: Runs, rows_at_once: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Consecutive runs of ``rows_at_once`` rows together, cut where they don't fit."""
-    pieces: list[tuple[int, int, int]] = []
-    room = rows_at_once
-    for block, start, stop in runs.tolist():
-        while start < stop:
-            end = min(stop, start + room)
-            pieces.append((block, start, end))
-            room -= end - start
-            start = end
-            if room == 0:
-                yield pieces
-                pieces, room = [], rows_at_once
-    if pieces:
-        yield pieces
+def _holds(path: Path, digest: str) -> bool:
+    if not path.exists():
+        return False
+    try:
+        metadata: Mapping[bytes, bytes] = pq.read_metadata(path).metadata or {}
+    except (OSError, pa.ArrowInvalid):
+        return False
+    return metadata.get(EXAMPLES_KEY) == digest.encode()
 
 
-def _table(
-    schema: pa.Schema,
-    blocks: Sequence[Block],
-    pieces: Iterable[tuple[int, int, int]],
-    head_number: int,
-    tokens: Tokens | None,
-) -> pa.Table:
-    parts = [(blocks[number], start, stop) for number, start, stop in pieces]
-    example_ids, positions, buckets = np.concatenate(
-        [block.rows[:, start:stop] for block, start, stop in parts], axis=1
+def _merge(new: Runs, stored: Runs) -> Runs:
+    """Runs of the journal and of an earlier file, ordered by example_id."""
+    runs = np.concatenate([new, stored])
+    return runs[np.argsort(runs[:, 0], kind="stable")]
+
+
+def _row_groups(runs: Runs, head_dim: int) -> Iterator[tuple[npt.NDArray[Any], ...]]:
+    """Example id, block and number in the block of the rows of each row group."""
+    rows_at_once = max(1, ROW_GROUP_BYTES // (4 * head_dim))
+    ids, blocks, starts, stops = runs.T
+    ends = np.cumsum(stops - starts)
+    total = int(ends[-1]) if ends.size else 0
+    for first in range(0, total, rows_at_once):
+        numbers = np.arange(first, min(first + rows_at_once, total))
+        run = np.searchsorted(ends, numbers, side="right")
+        yield ids[run], blocks[run], stops[run] - (ends[run] - numbers)
+
+
+class _Numbers:
+    """Everything but the vectors of the rows of a row group, made once for all heads."""
+
+    def __init__(
+        self,
+        stream: StreamReader,
+        ids: npt.NDArray[np.int64],
+        blocks: npt.NDArray[np.int64],
+        rows: npt.NDArray[np.int64],
+        tokens: TokensOf | None,
+        first_head: "_HeadWriter",
+    ) -> None:
+        is_stored = blocks == _STORED
+        self.size = len(rows)
+        self.stored, new = np.flatnonzero(is_stored), np.flatnonzero(~is_stored)
+        self.new = new
+        self.blocks, self.rows = blocks[new], rows[new]
+        positions, buckets, windows = stream.numbers(self.blocks, self.rows)
+        self.columns = pa.table(
+            {
+                "bucket": buckets,
+                "example_id": ids[new].astype(np.int32),
+                "position": positions,
+                "sliding_window": pa.array(windows, mask=windows < 0),
+                "token_str": pa.nulls(len(new), pa.string())
+                if tokens is None
+                else _token_strings(tokens, ids[new], positions),
+            }
+        )
+        if self.stored.size:
+            earlier = first_head.stored_numbers(self.stored.size)
+            order = np.empty(self.size, np.int64)
+            order[new], order[self.stored] = np.arange(len(new)), len(new) + np.arange(len(earlier))
+            self.columns = pa.concat_tables([self.columns, earlier]).take(order)
+
+
+def _token_strings(tokens: TokensOf, ids: npt.NDArray[Any], positions: npt.NDArray[Any]) -> Any:
+    starts = np.flatnonzero(np.diff(ids, prepend=ids[:1] - 1))
+    parts = np.split(positions, starts[1:]) if ids.size else []
+    return pa.chunked_array(
+        [
+            tokens(int(ids[start])).take(pa.array(part))
+            for start, part in zip(starts, parts, strict=True)
+        ],
+        pa.string(),
     )
-    vectors = np.concatenate(
-        [_as_float32(b.vectors[head_number, start:stop], b.dtype) for b, start, stop in parts]
-    )
-    columns: dict[str, Any] = {
-        "bucket": buckets,
-        "example_id": example_ids,
-        "position": positions,
-        "vector": pa.FixedSizeListArray.from_arrays(
-            pa.array(vectors.reshape(-1)), type=schema.field("vector").type
-        ),
-        "sliding_window": pa.chunked_array(
-            [
-                pa.repeat(pa.scalar(block.sliding_window, pa.int32()), stop - start)
-                for block, start, stop in parts
-            ]
-        ),
-        "token_str": pa.nulls(len(positions), pa.string())
-        if tokens is None
-        else pa.chunked_array(
-            [
-                tokens[int(block.rows[0, start])].take(pa.array(block.rows[1, start:stop]))
-                for block, start, stop in parts
-            ]
-        ),
-    }
-    return pa.table(columns, schema=schema)
 
 
-def _as_float32(vectors: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
-    if dtype == "bfloat16":
-        return (vectors.astype(np.uint32) << 16).view(np.float32)
-    return vectors.astype(np.float32, copy=False)
+class _HeadWriter:
+    """Writes one head's file, reading the rows of an earlier one in its order."""
+
+    def __init__(self, file: HeadFile, stream: StreamReader, digest: str) -> None:
+        self._file = file
+        self._stream = stream
+        self._digest = digest
+        self._schema = head_schema(stream.head_dim)
+        self._open = ExitStack()
+        self._vectors: _StoredRows | None = None
+        self._numbers: _StoredRows | None = None
+
+    def __enter__(self) -> "_HeadWriter":
+        file = self._file
+        with ExitStack() as stack:
+            if file.earlier is not None:
+                if not file.path.exists() or sha256(file.path) != file.earlier["sha256"]:
+                    raise UserError(
+                        f"{file.path}: damaged, it is not what the manifest describes; restore it from "
+                        "a copy, or set sniffer.output.overwrite to true to start anew"
+                    )
+                self._vectors = _StoredRows(file.path, ["vector"])
+                columns = [name for name in self._schema.names if name != "vector"]
+                self._numbers = _StoredRows(file.path, columns)
+            temporary = stack.enter_context(replacing(file.path))
+            self._writer = stack.enter_context(open_writer(temporary, self._schema))
+            self._writer.add_key_value_metadata({EXAMPLES_KEY: self._digest})
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
+
+    def stored_runs(self) -> Runs:
+        """The runs of the earlier file."""
+        runs = [np.empty((0, 4), np.int64)]
+        if self._file.earlier is not None:
+            first = 0
+            for batch in _batches(self._file.path, ["example_id"]):
+                ids = batch["example_id"].to_numpy().astype(np.int64)
+                starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))
+                stops = np.append(starts[1:], ids.size)
+                stored = np.full(starts.size, _STORED)
+                runs.append(np.stack([ids[starts], stored, first + starts, first + stops], axis=1))
+                first += ids.size
+        return np.concatenate(runs)
+
+    def stored_numbers(self, count: int) -> pa.Table:
+        """Everything but the vectors of the next rows of the earlier file."""
+        assert self._numbers is not None
+        return self._numbers.take(count)
+
+    def write(self, numbers: _Numbers) -> None:
+        """Write one row group."""
+        vectors = self._stream.vectors(self._file.number, numbers.blocks, numbers.rows)
+        if numbers.stored.size and self._vectors is not None:
+            stored = self._vectors.take(numbers.stored.size)["vector"].combine_chunks()
+            both = np.empty((numbers.size, vectors.shape[1]), np.float32)
+            both[numbers.new] = vectors
+            both[numbers.stored] = stored.flatten().to_numpy().reshape(-1, vectors.shape[1])
+            vectors = both
+        column = pa.FixedSizeListArray.from_arrays(
+            pa.array(vectors.reshape(-1)), type=self._schema.field("vector").type
+        )
+        place = self._schema.get_field_index("vector")
+        table = numbers.columns.add_column(place, self._schema.field("vector"), column)
+        self._writer.write_table(table.cast(self._schema), row_group_size=numbers.size)
+
+
+class _StoredRows:
+    """The rows of some columns of a file, in order and a bounded number at a time."""
+
+    def __init__(self, path: Path, columns: list[str]) -> None:
+        self._batches = _batches(path, columns)
+        self._rest: list[pa.RecordBatch] = []
+
+    def take(self, count: int) -> pa.Table:
+        """The next rows."""
+        size = sum(batch.num_rows for batch in self._rest)
+        while size < count:
+            self._rest.append(next(self._batches))
+            size += self._rest[-1].num_rows
+        table = pa.Table.from_batches(self._rest)
+        self._rest = table.slice(count).to_batches()
+        return table.slice(0, count)
+
+
+def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(path) as file:
+        yield from file.iter_batches(_STORED_ROWS_AT_ONCE, columns=columns, use_threads=False)

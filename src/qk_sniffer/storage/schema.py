@@ -8,6 +8,7 @@ SCHEMA_VERSION = 1
 DATA_FILE = "data.parquet"
 EXAMPLES_DIRECTORY = "examples"
 JOURNAL_DIRECTORY = ".journal"
+FINISHED_JOURNAL_DIRECTORY = ".journal-finished"
 MANIFEST_FILE = "manifest.json"
 CARD_FILE = "README.md"
 CONFIG_FILE = "config.yaml"

@@ -1,0 +1,90 @@
+"""What a run was made with: versions and settings, and the part of them that decides its rows."""
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import xxhash
+
+from qk_sniffer.config import CaptureConfig
+from qk_sniffer.storage import SCHEMA_VERSION
+
+_PACKAGES = ("qk-sniffer", "torch", "transformers", "lightning", "datasets", "pyarrow")
+_DECISIVE = {
+    "model": (
+        "name",
+        "revision",
+        "gguf_file",
+        "dtype",
+        "attn_implementation",
+        "config_overrides",
+        "models_dir",
+    ),
+    "data": ("path", "name", "revision", "split", "text_column", "id_column", "tokenizer"),
+}
+"""Fields that decide which rows there are and what is in them; the others may change from run to run:
+devices, batches, passages, and how many texts are read."""
+
+_WHOLE = ("config_overrides", "head_sampling")
+"""Fields that are null or a mapping: one setting each."""
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that a vector depends on."""
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **packages}
+
+
+def settings(
+    module: pl.LightningModule, data: pl.LightningDataModule | None, capture: CaptureConfig
+) -> dict[str, Any]:
+    """The sections model, data and capture as JSON takes them."""
+    return {
+        "model": _plain(module.hparams),
+        "data": _plain(getattr(data, "hparams", {})),
+        "capture": asdict(capture),
+    }
+
+
+def fingerprint(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide the rows of a run, by the names that they have in a config.
+
+    Two runs of one fingerprint may share a data root.
+    """
+    decisive = {
+        section: {name: settings[section][name] for name in names if name in settings[section]}
+        for section, names in _DECISIVE.items()
+    }
+    decisive["sniffer"] = {"capture": settings["capture"]}
+    flat = {"schema_version": SCHEMA_VERSION} | dict(_flatten("", decisive))
+    plain: dict[str, Any] = json.loads(json.dumps(flat))
+    return plain
+
+
+def heads_digest(streams: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any]]) -> str:
+    """Names the heads that are captured and the geometry of their layers."""
+    heads = json.dumps([list(streams), list(layers)], sort_keys=True)
+    return xxhash.xxh3_64_hexdigest(heads.encode())
+
+
+def _flatten(prefix: str, section: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for name, value in section.items():
+        if isinstance(value, Mapping) and name not in _WHOLE:
+            flat += _flatten(f"{prefix}{name}.", value)
+        else:
+            flat.append((prefix + name, value))
+    return flat
+
+
+def _plain(hparams: Any) -> dict[str, Any]:
+    """Hyperparameters as JSON takes them, without what Lightning's command line adds."""
+    return {
+        key: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        for key, value in dict(hparams).items()
+        if not key.startswith("_")
+    }

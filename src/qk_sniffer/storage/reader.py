@@ -1,0 +1,196 @@
+"""Reads a journal: by memory map, one row of vectors as one element, so that numpy moves whole rows."""
+
+import mmap
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import lru_cache
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from qk_sniffer.storage.commits import HEADER_FILE, Commit, read_commits, segment_path
+from qk_sniffer.storage.files import read_json
+from qk_sniffer.storage.journal import ALIGNMENT, DTYPES, INDEX
+
+_NUMPY_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(np.uint16),
+}
+_INT32 = np.dtype(np.int32)
+_BATCHES_AT_HAND = 64
+
+Runs = npt.NDArray[np.int64]
+"""(R, 4) int64: example id, number of the block, first row and row after the last of each run."""
+
+
+class JournalReader:
+    """Reads what was committed to a journal.
+
+    Args:
+        directory: The journal; nobody may write it meanwhile.
+
+    Raises:
+        UserError: The header is damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.header: dict[str, Any] = read_json(directory / HEADER_FILE)
+        self.log = read_commits(directory)
+        self._read_tokens = lru_cache(_BATCHES_AT_HAND)(self._tokens_of_batch)
+        self._batch_of_example: dict[int, int] | None = None
+
+    def examples(self) -> Iterator[pa.Table]:
+        """The examples of each batch, with the columns of ``TOKENS_SCHEMA``."""
+        for commit in self.log.commits:
+            yield self._examples_of(commit)
+
+    def tokens(self, example_id: int) -> pa.Array:
+        """The token strings of an example."""
+        if self._batch_of_example is None:
+            self._batch_of_example = {
+                example: number
+                for number, commit in enumerate(self.log.commits)
+                for example in commit.example_ids.tolist()
+            }
+        return self._read_tokens(self._batch_of_example[example_id])[example_id]
+
+    def stream(self, number: int) -> "StreamReader":
+        """The rows of one layer and kind, by its number among the header's streams."""
+        return StreamReader(self, number)
+
+    def _tokens_of_batch(self, number: int) -> dict[int, pa.Array]:
+        table = self._examples_of(self.log.commits[number])
+        ids = table["example_id"].to_pylist()
+        return {i: row.values for i, row in zip(ids, table["tokens"], strict=True)}
+
+    def _examples_of(self, commit: Commit) -> pa.Table:
+        with segment_path(self.directory, commit.segment).open("rb") as segment:
+            segment.seek(commit.examples)
+            with pa.ipc.open_stream(segment.read(commit.index - commit.examples)) as stream:
+                return stream.read_all()
+
+
+class StreamReader:
+    """The rows of one layer and kind: a context manager that holds the memory maps of the segments.
+
+    Every reader maps the segments for itself, so that it can give their pages back as it goes, and
+    threads don't disturb each other.
+    """
+
+    def __init__(self, journal: JournalReader, number: int) -> None:
+        stream = journal.header["streams"][number]
+        self.n_heads, self.head_dim = len(stream["heads"]), stream["head_dim"]
+        self._directory = journal.directory
+        self._commits = journal.log.commits
+        self._index_offset = number * INDEX.itemsize
+        self._maps: dict[int, mmap.mmap] = {}
+        self._open = ExitStack()
+
+    def __enter__(self) -> "StreamReader":
+        for segment in sorted({commit.segment for commit in self._commits}):
+            with segment_path(self._directory, segment).open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            self._maps[segment] = self._open.enter_context(mapped)
+        blocks = np.empty(len(self._commits), INDEX)
+        for number, commit in enumerate(self._commits):
+            offset = commit.index + self._index_offset
+            blocks[number : number + 1] = np.frombuffer(self._maps[commit.segment], INDEX, 1, offset)
+        self._blocks = blocks
+        self._dtypes = np.unique(blocks["dtype"][blocks["n_rows"] > 0]).tolist()
+        self._segments = np.array([commit.segment for commit in self._commits], np.int64)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def runs(self) -> Runs:
+        """The rows of each example in each block, ordered by (example_id, position).
+
+        Rows of one example are adjacent in a block and ascend in position, so whole runs are moved.
+        """
+        runs = [np.empty((0, 4), np.int64)]
+        for number, block in enumerate(self._blocks):
+            if size := int(block["n_rows"]):
+                numbers = self._elements(int(self._segments[number]), _INT32, 4)
+                ids = numbers[block["rows"] // 4 :][:size]
+                starts = np.flatnonzero(np.diff(ids, prepend=np.int64(ids[0]) - 1))
+                stops = np.append(starts[1:], size)
+                runs.append(
+                    np.stack([ids[starts], np.full(starts.size, number), starts, stops], axis=1)
+                )
+        joined = np.concatenate(runs)
+        self.forget()
+        return joined[np.argsort(joined[:, 0], kind="stable")]
+
+    def numbers(self, blocks: Any, rows: Any) -> tuple[npt.NDArray[Any], ...]:
+        """Position, bucket and window (-1 for none) of some rows: three int32 arrays.
+
+        Args:
+            blocks: (K,) number of the block of each row.
+            rows: (K,) its number there.
+        """
+        table = self._blocks[blocks]
+        first = table["rows"] // 4 + rows
+        gathered = [self._gather(_INT32, 4, blocks, first + i * table["n_rows"]) for i in (1, 2)]
+        return *gathered, table["window"]
+
+    def vectors(self, head: int, blocks: Any, rows: Any) -> npt.NDArray[np.float32]:
+        """The vectors of some rows of one head: (K, head_dim).
+
+        Args:
+            head: Its number among the stream's captured heads.
+            blocks: (K,) number of the block of each row.
+            rows: (K,) its number there.
+        """
+        table = self._blocks[blocks]
+        vectors = np.empty((len(rows), self.head_dim), np.float32)
+        for code in self._dtypes:
+            # A model has one dtype as a rule: then all rows are taken at once, without a copy.
+            chosen = slice(None) if len(self._dtypes) == 1 else np.flatnonzero(table["dtype"] == code)
+            dtype: Any = _NUMPY_DTYPES[DTYPES[code]]
+            width = dtype.itemsize * self.head_dim
+            entry = table[chosen]
+            places = entry["vectors"] + (head * entry["n_rows"].astype(np.int64) + rows[chosen]) * width
+            step = gcd(width, ALIGNMENT)
+            raw = self._gather(np.dtype((np.void, width)), step, blocks[chosen], places // step)
+            values = _as_float32(raw.view(dtype).reshape(-1, self.head_dim), DTYPES[code])
+            if len(self._dtypes) == 1:
+                return values
+            vectors[chosen] = values
+        return vectors
+
+    def forget(self) -> None:
+        """Give back the pages that have been read, so that memory does not grow with the journal."""
+        for mapped in self._maps.values():
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+    def _gather(self, dtype: np.dtype[Any], step: int, blocks: Any, places: Any) -> npt.NDArray[Any]:
+        """The elements that begin at ``places`` times ``step`` bytes of their segments."""
+        segments = self._segments[blocks]
+        out = np.empty(len(places), dtype)
+        for segment in self._maps:
+            elements = self._elements(segment, dtype, step)
+            if len(self._maps) == 1:
+                out = elements[places]
+                break
+            chosen = segments == segment
+            out[chosen] = elements[places[chosen]]
+        return out
+
+    def _elements(self, segment: int, dtype: np.dtype[Any], step: int) -> npt.NDArray[Any]:
+        """A segment as overlapping elements of ``dtype``, one at every ``step`` bytes."""
+        mapped = self._maps[segment]
+        size = max(0, (len(mapped) - dtype.itemsize) // step + 1)
+        return np.ndarray((size,), dtype, mapped, strides=(step,))
+
+
+def _as_float32(vectors: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
+    if dtype == "bfloat16":
+        return (vectors.astype(np.uint32) << 16).view(np.float32)
+    return vectors.astype(np.float32, copy=False)
