@@ -28,7 +28,7 @@ def render_card(manifest: dict[str, Any]) -> str:
                 "data_files": [{"split": "train", "path": f"{name}/{DATA_FILE}"}],
                 # load_dataset caches a local directory under its base name and these configs alone:
                 # without the digest it would serve the rows of an older or a namesake data root.
-                "description": f"sha256 {file['sha256']}",
+                "description": f"XXH3 {file['xxh3_128']}",
             }
             for name, file in files.items()
         ],

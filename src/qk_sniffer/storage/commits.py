@@ -6,6 +6,7 @@ only a failing disk breaks that, and then the batch's own digest shows it.
 """
 
 import json
+import mmap
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,6 @@ from qk_sniffer.storage.files import replacing
 
 COMMITS_FILE, HEADER_FILE = "commits.jsonl", "header.json"
 _LOCK_FILE = "lock"
-_HASHED_AT_ONCE = 2**22
 
 LOCK_SECONDS = 10.0
 """How long to wait for a lock: the workers of a process that was killed keep it until they notice."""
@@ -145,14 +145,13 @@ def write_commits(directory: Path, commits: Iterable[Commit]) -> None:
 
 def is_intact(directory: Path, commit: Commit) -> bool:
     """Whether the bytes of a batch are those that were written."""
-    digest = xxhash.xxh3_64()
-    with segment_path(directory, commit.segment).open("rb") as segment:
-        segment.seek(commit.start)
-        remaining = commit.stop - commit.start
-        while remaining and (data := segment.read(min(remaining, _HASHED_AT_ONCE))):
-            digest.update(data)
-            remaining -= len(data)
-    return remaining == 0 and digest.hexdigest() == commit.digest
+    with (
+        segment_path(directory, commit.segment).open("rb") as segment,
+        mmap.mmap(segment.fileno(), 0, prot=mmap.PROT_READ) as content,
+        memoryview(content) as view,
+        view[commit.start : commit.stop] as batch,
+    ):
+        return xxhash.xxh3_64_hexdigest(batch) == commit.digest
 
 
 def repair(directory: Path) -> CommitLog:

@@ -66,7 +66,8 @@ def finalize(data_root: Path, progress: Progress, *, complete: bool = False) -> 
     directory = data_root / JOURNAL_DIRECTORY
     if not (directory / HEADER_FILE).exists():
         raise UserError(f"{data_root}: no interrupted run is here; name the data root of one")
-    remedy = f"make room or mend the disk, then go on with `qk-sniffer finalize {data_root}`; nothing is lost"
+    again = f"qk-sniffer finalize {data_root}"
+    remedy = f"make room or mend the disk, then go on with `{again}`; nothing is lost"
     with explained_writing(data_root, remedy):
         lock = lock_journal(directory)
         try:
@@ -142,7 +143,8 @@ def _n_heads(journal: JournalReader) -> int:
 
 
 def _n_threads() -> int:
-    return min(_MOST_THREADS, os.cpu_count() or 1)
+    # One more than there are cores, since a thread waits for the disk now and then.
+    return min(_MOST_THREADS, (os.cpu_count() or 1) + 1)
 
 
 def _write_heads(

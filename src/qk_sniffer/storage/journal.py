@@ -59,7 +59,10 @@ INDEX = np.dtype(
 none), the layer's window (-1 for none) and the number of its dtype in ``DTYPES``."""
 
 TOKENS_SCHEMA = EXAMPLES_SCHEMA.append(pa.field("tokens", pa.list_(pa.string())))
-_CONTINUE = "make room or mend the disk, then run the same command again, which goes on after the last saved batch"
+_CONTINUE = (
+    "make room or mend the disk, then run the same command again, which goes on after the last batch "
+    "that was saved"
+)
 
 
 @dataclass(frozen=True)

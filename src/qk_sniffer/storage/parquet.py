@@ -1,6 +1,6 @@
 """Per-head Parquet files, a bounded number of rows at a time, from a journal and from earlier files."""
 
-import hashlib
+import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.storage.files import replacing
@@ -24,6 +25,7 @@ EXAMPLES_KEY = b"qk_sniffer.examples"
 """Metadata of a head's file: the digest of the examples that it holds, from ``finalize``."""
 
 _STORED = -1
+_ROWS_ENCODED_AT_ONCE = 2**16
 _STORED_ROWS_AT_ONCE = 2**14
 
 FileFacts = dict[str, Any]
@@ -59,7 +61,7 @@ def write_heads(
         digest: Names the examples that the files hold in the end.
 
     Returns:
-        Rows, size in bytes and SHA-256 of each file.
+        Rows, size in bytes and checksum of each file.
 
     Raises:
         UserError: A file that is to be merged is damaged.
@@ -85,18 +87,18 @@ def write_table(path: Path, table: pa.Table) -> FileFacts:
 
 
 def describe_file(path: Path) -> FileFacts:
-    """Rows, size in bytes and SHA-256 of a Parquet file."""
+    """Rows, size in bytes and checksum of a Parquet file."""
     return {
         "rows": pq.read_metadata(path).num_rows,
         "bytes": path.stat().st_size,
-        "sha256": sha256(path),
+        "xxh3_128": checksum(path),
     }
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def checksum(path: Path) -> str:
+    """The 128-bit XXH3 digest of a file, in hexadecimal, as `xxhsum -H2` prints it."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+        return xxhash.xxh3_128_hexdigest(content)
 
 
 def open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
@@ -111,6 +113,7 @@ def open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
             "vector.list.element": "BYTE_STREAM_SPLIT",
         },
         write_statistics=["bucket", "example_id", "position", "sliding_window"],
+        write_batch_size=_ROWS_ENCODED_AT_ONCE,
         sorting_columns=[
             pq.SortingColumn(schema.get_field_index(name)) for name in ("example_id", "position")
         ],
@@ -209,7 +212,7 @@ class _HeadWriter:
         file = self._file
         with ExitStack() as stack:
             if file.earlier is not None:
-                if not file.path.exists() or sha256(file.path) != file.earlier["sha256"]:
+                if not file.path.exists() or checksum(file.path) != file.earlier["xxh3_128"]:
                     raise UserError(
                         f"{file.path}: damaged, it is not what the manifest describes; restore it from "
                         "a copy, or set sniffer.output.overwrite to true to start anew"
@@ -247,19 +250,31 @@ class _HeadWriter:
 
     def write(self, numbers: _Numbers) -> None:
         """Write one row group."""
-        vectors = self._stream.vectors(self._file.number, numbers.blocks, numbers.rows)
+        pieces = self._stream.vectors(self._file.number, numbers.blocks, numbers.rows)
         if numbers.stored.size and self._vectors is not None:
-            stored = self._vectors.take(numbers.stored.size)["vector"].combine_chunks()
-            both = np.empty((numbers.size, vectors.shape[1]), np.float32)
-            both[numbers.new] = vectors
-            both[numbers.stored] = stored.flatten().to_numpy().reshape(-1, vectors.shape[1])
-            vectors = both
-        column = pa.FixedSizeListArray.from_arrays(
-            pa.array(vectors.reshape(-1)), type=self._schema.field("vector").type
+            pieces = [self._with_stored(pieces, numbers)]
+        kind = self._schema.field("vector").type
+        column = pa.chunked_array(
+            [
+                pa.FixedSizeListArray.from_arrays(pa.array(piece.reshape(-1)), type=kind)
+                for piece in pieces
+            ],
+            kind,
         )
-        place = self._schema.get_field_index("vector")
-        table = numbers.columns.add_column(place, self._schema.field("vector"), column)
-        self._writer.write_table(table.cast(self._schema), row_group_size=numbers.size)
+        columns = {name: numbers.columns[name] for name in numbers.columns.column_names}
+        table = pa.table(columns | {"vector": column}, schema=self._schema)
+        self._writer.write_table(table, row_group_size=numbers.size)
+
+    def _with_stored(self, pieces: Any, numbers: _Numbers) -> npt.NDArray[np.float32]:
+        """The journal's vectors and those of the earlier file, each in its place."""
+        assert self._vectors is not None
+        head_dim = self._stream.head_dim
+        stored = self._vectors.take(numbers.stored.size)["vector"].combine_chunks()
+        vectors = np.empty((numbers.size, head_dim), np.float32)
+        vectors[numbers.stored] = stored.flatten().to_numpy().reshape(-1, head_dim)
+        if pieces:
+            vectors[numbers.new] = np.concatenate(pieces)
+        return vectors
 
 
 class _StoredRows:

@@ -23,6 +23,8 @@ _NUMPY_DTYPES = {
 }
 _INT32 = np.dtype(np.int32)
 _BATCHES_AT_HAND = 64
+_LONG_STRETCH = 256
+"""Rows from which stretches are worth a piece of their own."""
 
 Runs = npt.NDArray[np.int64]
 """(R, 4) int64: example id, number of the block, first row and row after the last of each run."""
@@ -137,11 +139,18 @@ class StreamReader:
         """
         table = self._blocks[blocks]
         first = table["rows"] // 4 + rows
-        gathered = [self._gather(_INT32, 4, blocks, first + i * table["n_rows"]) for i in (1, 2)]
-        return *gathered, table["window"]
+        segments = self._segments[blocks]
+        position, bucket = (
+            np.concatenate([np.empty(0, _INT32), *self._gather(_INT32, 4, segments, places)])
+            for places in (first + table["n_rows"], first + 2 * table["n_rows"])
+        )
+        return position, bucket, table["window"]
 
-    def vectors(self, head: int, blocks: Any, rows: Any) -> npt.NDArray[np.float32]:
-        """The vectors of some rows of one head: (K, head_dim).
+    def vectors(self, head: int, blocks: Any, rows: Any) -> list[npt.NDArray[np.float32]]:
+        """The vectors of some rows of one head, in pieces of (n, head_dim).
+
+        Long stretches of float32 rows are views of the memory map and cost no copy; let go of them
+        before ``forget``.
 
         Args:
             head: Its number among the stream's captured heads.
@@ -149,39 +158,58 @@ class StreamReader:
             rows: (K,) its number there.
         """
         table = self._blocks[blocks]
+        if len(self._dtypes) == 1:
+            return self._vectors(head, self._dtypes[0], table, self._segments[blocks], rows)
         vectors = np.empty((len(rows), self.head_dim), np.float32)
         for code in self._dtypes:
-            # A model has one dtype as a rule: then all rows are taken at once, without a copy.
-            chosen = slice(None) if len(self._dtypes) == 1 else np.flatnonzero(table["dtype"] == code)
-            dtype: Any = _NUMPY_DTYPES[DTYPES[code]]
-            width = dtype.itemsize * self.head_dim
-            entry = table[chosen]
-            places = entry["vectors"] + (head * entry["n_rows"].astype(np.int64) + rows[chosen]) * width
-            step = gcd(width, ALIGNMENT)
-            raw = self._gather(np.dtype((np.void, width)), step, blocks[chosen], places // step)
-            values = _as_float32(raw.view(dtype).reshape(-1, self.head_dim), DTYPES[code])
-            if len(self._dtypes) == 1:
-                return values
-            vectors[chosen] = values
-        return vectors
+            chosen = np.flatnonzero(table["dtype"] == code)
+            segments = self._segments[blocks[chosen]]
+            vectors[chosen] = np.concatenate(
+                self._vectors(head, code, table[chosen], segments, rows[chosen])
+            )
+        return [vectors]
+
+    def _vectors(
+        self, head: int, code: int, table: Any, segments: Any, rows: Any
+    ) -> list[npt.NDArray[np.float32]]:
+        dtype: Any = _NUMPY_DTYPES[DTYPES[code]]
+        width = dtype.itemsize * self.head_dim
+        places = table["vectors"] + (head * table["n_rows"].astype(np.int64) + rows) * width
+        step = gcd(width, ALIGNMENT)
+        raw: Any = self._gather(np.dtype((np.void, width)), step, segments, places // step)
+        return [
+            _as_float32(piece.view(dtype).reshape(-1, self.head_dim), DTYPES[code]) for piece in raw
+        ]
 
     def forget(self) -> None:
         """Give back the pages that have been read, so that memory does not grow with the journal."""
         for mapped in self._maps.values():
             mapped.madvise(mmap.MADV_DONTNEED)
 
-    def _gather(self, dtype: np.dtype[Any], step: int, blocks: Any, places: Any) -> npt.NDArray[Any]:
-        """The elements that begin at ``places`` times ``step`` bytes of their segments."""
-        segments = self._segments[blocks]
+    def _gather(
+        self, dtype: np.dtype[Any], step: int, segments: Any, places: Any
+    ) -> list[npt.NDArray[Any]]:
+        """The elements that begin at ``places`` times ``step`` bytes of their segments, in pieces."""
+        stride = dtype.itemsize // step
+        breaks = np.flatnonzero((np.diff(places) != stride) | (np.diff(segments) != 0)) + 1
+        if breaks.size * _LONG_STRETCH <= places.size:
+            starts, stops = [0, *breaks.tolist()], [*breaks.tolist(), places.size]
+            return [
+                self._stretch(int(segments[start]), dtype, int(places[start]) * step, stop - start)
+                for start, stop in zip(starts, stops, strict=True)
+                if stop > start
+            ]
         out = np.empty(len(places), dtype)
         for segment in self._maps:
-            elements = self._elements(segment, dtype, step)
-            if len(self._maps) == 1:
-                out = elements[places]
-                break
             chosen = segments == segment
-            out[chosen] = elements[places[chosen]]
-        return out
+            out[chosen] = self._elements(segment, dtype, step)[places[chosen]]
+        return [out]
+
+    def _stretch(
+        self, segment: int, dtype: np.dtype[Any], offset: int, length: int
+    ) -> npt.NDArray[Any]:
+        """Adjacent elements, as they lie in the memory map."""
+        return np.ndarray((length,), dtype, self._maps[segment], offset)
 
     def _elements(self, segment: int, dtype: np.dtype[Any], step: int) -> npt.NDArray[Any]:
         """A segment as overlapping elements of ``dtype``, one at every ``step`` bytes."""
