@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -28,6 +27,7 @@ from qk_sniffer.capture import (
 )
 from qk_sniffer.config import CaptureConfig, OutputConfig
 from qk_sniffer.errors import UserError
+from qk_sniffer.ids import ExampleFilter
 from qk_sniffer.models import (
     AttentionMap,
     check_capture,
@@ -115,10 +115,9 @@ class SnifferCallback(pl.Callback):
             earlier.require(self.data_root, fingerprint(settings(module, data, self.capture)))
         return earlier
 
-    def captured_examples(self, trainer: pl.Trainer) -> npt.NDArray[np.int32]:
-        """The examples that an earlier run has captured, which the data module leaves out."""
-        earlier = self.earlier_run(trainer.lightning_module, _data_module(trainer))
-        return np.empty(0, np.int32) if earlier is None else earlier.example_ids
+    def example_filter(self, trainer: pl.Trainer) -> ExampleFilter:
+        """The texts that the data module reads: those that no earlier run has captured."""
+        return _uncaptured(self.earlier_run(trainer.lightning_module, _data_module(trainer)))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the settings that need no model, and finish files that an earlier run has begun."""
@@ -182,7 +181,7 @@ class SnifferCallback(pl.Callback):
             clear_data_root(self.data_root)
         else:
             earlier.require(self.data_root, header["fingerprint"])
-        self._captured = np.empty(0, np.int32) if earlier is None else earlier.example_ids
+        self._is_left = _uncaptured(earlier)
         if self.config_yaml is not None:
             write_text(self.data_root / CONFIG_FILE, self.config_yaml)
         journal = JournalWriter(self.data_root / JOURNAL_DIRECTORY, header)
@@ -283,8 +282,7 @@ class SnifferCallback(pl.Callback):
         self._journal.append(lambda: _block(chunk), chunk.n_bytes)
 
     def _is_new(self, batch: dict[str, Any]) -> torch.Tensor:
-        ids = batch["example_ids"].cpu().numpy()
-        return torch.from_numpy(~np.isin(ids, self._captured))
+        return torch.from_numpy(self._is_left(batch["example_ids"].cpu().numpy()))
 
     def _examples(self, batch: dict[str, Any]) -> list[Example]:
         lengths = batch["sequence_lengths"].tolist()
@@ -361,6 +359,12 @@ class SnifferCallback(pl.Callback):
             itemsize = next(self._backbone.parameters()).dtype.itemsize
             widths = sum(len(stream["heads"]) * stream["head_dim"] for stream in streams)
             check_space(self.data_root, int(rows * (widths * itemsize + 12 * len(streams))))
+
+
+def _uncaptured(earlier: EarlierRun | None) -> ExampleFilter:
+    return ExampleFilter(
+        np.empty(0, np.int32) if earlier is None else earlier.example_ids, listed=False
+    )
 
 
 def _data_module(trainer: pl.Trainer) -> pl.LightningDataModule | None:

@@ -16,18 +16,20 @@ Capture the query and key vectors of every attention head of a causal language m
 commands:
   predict --config FILE   run a model over texts and write one Parquet file per head
   finalize DATA_ROOT      write Parquet files from what an interrupted run captured
+  verify DATA_ROOT        check the files of a finished run; --against-model reads texts again
 
 `qk-sniffer predict --help` explains every field; `--print_config` prints a commented config.
 """
 
 
-def _predict(args: list[str]) -> None:
+def _predict(args: list[str]) -> int:
     from qk_sniffer.predict import predict
 
     predict(args)
+    return 0
 
 
-def _finalize(args: list[str]) -> None:
+def _finalize(args: list[str]) -> int:
     if len(args) != 1:
         raise UserError("finalize: give the data root of the interrupted run, and nothing else")
     from qk_sniffer.storage import finalize
@@ -36,16 +38,43 @@ def _finalize(args: list[str]) -> None:
     data_root, started = Path(args[0]), time.monotonic()
     manifest = finalize(data_root, file_progress)
     sys.stdout.write(summary_table(data_root, manifest, seconds=time.monotonic() - started) + "\n")
+    return 0
 
 
-_COMMANDS: dict[str, Callable[[list[str]], None]] = {"predict": _predict, "finalize": _finalize}
+def _verify(args: list[str]) -> int:
+    data_roots = [arg for arg in args if arg != "--against-model"]
+    if len(data_roots) != 1:
+        raise UserError("verify: give one data root, and perhaps --against-model")
+    from qk_sniffer.verify import require_manifest, verify
+
+    data_root = Path(data_roots[0])
+    faults = verify(data_root)
+    if not faults and "--against-model" in args:
+        from qk_sniffer.against_model import verify_against_model
+
+        faults = verify_against_model(data_root)
+    if faults:
+        sys.stdout.write("".join(f"{fault}\n" for fault in faults))
+        return 1
+    heads = require_manifest(data_root)["heads"]
+    rows = sum(facts["rows"] for facts in heads.values())
+    sys.stdout.write(f"{data_root}: all is well, {len(heads):,} heads, {rows:,} rows\n")
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "predict": _predict,
+    "finalize": _finalize,
+    "verify": _verify,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0, or 2 for a mistake in the config, the command line or the data.
+        The exit status: 0, 1 where verify found a fault, or 2 for a mistake in the config, the command
+        line or the data.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
@@ -53,11 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if args else 2
     try:
         if args[0] not in _COMMANDS:
-            raise UserError(f"{args[0]}: no such command; choose {' or '.join(_COMMANDS)}")
-        _COMMANDS[args[0]](args[1:])
+            raise UserError(f"{args[0]}: no such command; choose {', '.join(_COMMANDS)}")
+        return _COMMANDS[args[0]](args[1:])
     except UserError as error:
         # A DataLoader worker wraps the message in its own traceback; the message is the last line.
         message = str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]
         sys.stderr.write(f"qk-sniffer: error: {redact(message)}\n")
         return 2
-    return 0

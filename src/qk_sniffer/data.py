@@ -1,6 +1,6 @@
 """TextDataModule: texts from a Hub dataset or local files as batches of tokens, with example ids."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qk_sniffer.config import TokenizerConfig
 from qk_sniffer.errors import UserError, explained_loading
-from qk_sniffer.ids import collision, hash_ids
+from qk_sniffer.ids import ExampleFilter, collision, hash_ids
 from qk_sniffer.models import ModelSource
 from qk_sniffer.texts import Row, StreamedRows, TextSource, check_columns, example_ids
 
@@ -92,14 +92,14 @@ class TextDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Load the tokenizer and the dataset; where it doesn't stream, check ids and tokenize it.
 
-        Texts that a callback of the trainer has captured in an earlier run are left out before they
-        are tokenized.
+        Texts that a callback of the trainer doesn't need, since an earlier run has captured them, are
+        left out before they are tokenized.
 
         Raises:
             UserError: The tokenizer, the dataset or a column is missing, an id is missing or shared,
                 a text is not a string, or there are no rows.
         """
-        captured = self._captured_examples()
+        filters = self._filters()
         self.tokenizer = self._load_tokenizer()
         source = TextSource(self.path, self.name, self.revision, self.split)
         encode = _Encode(
@@ -108,11 +108,12 @@ class TextDataModule(pl.LightningDataModule):
         self._dataset: torch.utils.data.Dataset[Any]
         if self.streaming:
             rows = source.stream(self.max_samples)
-            self._dataset = _StreamedBatches(rows, encode, self.batch_size, captured)
+            self._dataset = _StreamedBatches(rows, encode, self.batch_size, filters)
             return
         dataset = source.load(self.max_samples)
         check_columns(dataset.column_names, self.text_column, self.id_column)
-        left = np.flatnonzero(~np.isin(example_ids(dataset, self.id_column), captured))
+        ids = example_ids(dataset, self.id_column)
+        left = np.flatnonzero(_are_left(ids, filters))
         if len(left) < len(dataset):
             encode.row_numbers = left
             dataset = dataset.select(left)
@@ -145,13 +146,12 @@ class TextDataModule(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def _captured_examples(self) -> npt.NDArray[np.int32]:
-        captured = [
-            callback.captured_examples(self.trainer)
+    def _filters(self) -> list[ExampleFilter]:
+        return [
+            callback.example_filter(self.trainer)
             for callback in getattr(self.trainer, "callbacks", [])
-            if hasattr(callback, "captured_examples")
+            if hasattr(callback, "example_filter")
         ]
-        return np.unique(np.concatenate([np.empty(0, np.int32), *captured]))
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         source = self._tokenizer_source()
@@ -238,12 +238,12 @@ class _StreamedBatches(IterableDataset[list[Row]]):
         rows: StreamedRows,
         encode: _Encode,
         batch_size: int,
-        captured: npt.NDArray[np.int32],
+        filters: Sequence[ExampleFilter],
     ) -> None:
         self.rows = rows
         self.encode = encode
         self.batch_size = batch_size
-        self.captured = captured
+        self.filters = filters
 
     def __iter__(self) -> Iterator[list[Row]]:
         rows = self._rows_left()
@@ -256,7 +256,7 @@ class _StreamedBatches(IterableDataset[list[Row]]):
             ]
 
     def _rows_left(self) -> Iterator[tuple[int, Row]]:
-        """The numbered rows that are not captured yet, checked for a shared id."""
+        """The numbered rows that are to be read, checked for a shared id."""
         seen: dict[int, int | str] = {}
         id_column = self.encode.id_column
         for index, row in self.rows:
@@ -268,9 +268,15 @@ class _StreamedBatches(IterableDataset[list[Row]]):
                 if number in seen:
                     raise collision(seen[number], source_id)
                 seen[number] = source_id
-            place = np.searchsorted(self.captured, number)
-            if place == self.captured.size or self.captured[place] != number:
+            if _are_left(np.array([number]), self.filters).all():
                 yield index, row
+
+
+def _are_left(ids: npt.NDArray[Any], filters: Sequence[ExampleFilter]) -> npt.NDArray[np.bool_]:
+    left = np.full(ids.shape, True)
+    for selects in filters:
+        left &= selects(ids)
+    return left
 
 
 class _Collate:

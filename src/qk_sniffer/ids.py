@@ -2,7 +2,11 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from qk_sniffer.errors import UserError
 
@@ -35,6 +39,27 @@ def hash_ids(source_ids: Sequence[Any], rows: Sequence[int]) -> list[int]:
                 "string; mend the row, or set id_column to null to number the rows"
             )
     return [example_id(source_id) for source_id in source_ids]
+
+
+@dataclass(frozen=True)
+class ExampleFilter:
+    """Which texts are to be read.
+
+    Attributes:
+        ids: (E,) int32, ascending.
+        listed: Whether the listed texts are read, or all others.
+    """
+
+    ids: npt.NDArray[np.int32]
+    listed: bool
+
+    def __call__(self, ids: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """Whether each of some texts is to be read."""
+        ids = np.asarray(ids)
+        if self.ids.size == 0:
+            return np.full(ids.shape, not self.listed)
+        places = np.searchsorted(self.ids, ids).clip(max=self.ids.size - 1)
+        return (self.ids[places] == ids) == self.listed
 
 
 def collision(first: int | str, second: int | str) -> UserError:

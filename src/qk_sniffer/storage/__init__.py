@@ -10,23 +10,46 @@ from qk_sniffer.storage.data_root import (
 from qk_sniffer.storage.files import write_text
 from qk_sniffer.storage.finalizing import finalize, finished, mark_complete
 from qk_sniffer.storage.journal import Block, Example, JournalWriter
-from qk_sniffer.storage.schema import CONFIG_FILE, JOURNAL_DIRECTORY, SCHEMA_VERSION, Kind
+from qk_sniffer.storage.manifest import read_manifest
+from qk_sniffer.storage.parquet import FileFacts, StoredRows, checksum
+from qk_sniffer.storage.schema import (
+    CARD_FILE,
+    CONFIG_FILE,
+    DATA_FILE,
+    EXAMPLES_DIRECTORY,
+    EXAMPLES_SCHEMA,
+    JOURNAL_DIRECTORY,
+    SCHEMA_VERSION,
+    Kind,
+    head_name,
+    head_schema,
+)
 
 __all__ = [
+    "CARD_FILE",
     "CONFIG_FILE",
+    "DATA_FILE",
+    "EXAMPLES_DIRECTORY",
+    "EXAMPLES_SCHEMA",
     "JOURNAL_DIRECTORY",
     "SCHEMA_VERSION",
     "Block",
     "EarlierRun",
     "Example",
+    "FileFacts",
     "JournalWriter",
     "Kind",
+    "StoredRows",
     "check_data_root",
     "check_space",
+    "checksum",
     "clear_data_root",
     "earlier_run",
     "finalize",
     "finished",
+    "head_name",
+    "head_schema",
     "mark_complete",
+    "read_manifest",
     "write_text",
 ]

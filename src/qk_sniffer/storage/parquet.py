@@ -205,8 +205,8 @@ class _HeadWriter:
         self._digest = digest
         self._schema = head_schema(stream.head_dim)
         self._open = ExitStack()
-        self._vectors: _StoredRows | None = None
-        self._numbers: _StoredRows | None = None
+        self._vectors: StoredRows | None = None
+        self._numbers: StoredRows | None = None
 
     def __enter__(self) -> "_HeadWriter":
         file = self._file
@@ -217,9 +217,9 @@ class _HeadWriter:
                         f"{file.path}: damaged, it is not what the manifest describes; restore it from "
                         "a copy, or set sniffer.output.overwrite to true to start anew"
                     )
-                self._vectors = _StoredRows(file.path, ["vector"])
+                self._vectors = StoredRows(file.path, ["vector"])
                 columns = [name for name in self._schema.names if name != "vector"]
-                self._numbers = _StoredRows(file.path, columns)
+                self._numbers = StoredRows(file.path, columns)
             temporary = stack.enter_context(replacing(file.path))
             self._writer = stack.enter_context(open_writer(temporary, self._schema))
             self._writer.add_key_value_metadata({EXAMPLES_KEY: self._digest})
@@ -277,24 +277,26 @@ class _HeadWriter:
         return vectors
 
 
-class _StoredRows:
+class StoredRows:
     """The rows of some columns of a file, in order and a bounded number at a time."""
 
     def __init__(self, path: Path, columns: list[str]) -> None:
+        self._schema = pa.schema([pq.read_schema(path).field(name) for name in columns])
         self._batches = _batches(path, columns)
         self._rest: list[pa.RecordBatch] = []
 
     def take(self, count: int) -> pa.Table:
-        """The next rows."""
+        """The next rows; fewer at the end of the file."""
         size = sum(batch.num_rows for batch in self._rest)
-        while size < count:
-            self._rest.append(next(self._batches))
-            size += self._rest[-1].num_rows
-        table = pa.Table.from_batches(self._rest)
+        while size < count and (batch := next(self._batches, None)) is not None:
+            self._rest.append(batch)
+            size += batch.num_rows
+        table = pa.Table.from_batches(self._rest, self._schema)
         self._rest = table.slice(count).to_batches()
         return table.slice(0, count)
 
 
 def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(path) as file:
-        yield from file.iter_batches(_STORED_ROWS_AT_ONCE, columns=columns, use_threads=False)
+        for batch in file.iter_batches(_STORED_ROWS_AT_ONCE, columns=columns, use_threads=False):
+            yield batch.select(columns)

@@ -1,0 +1,149 @@
+"""Stored vectors against the model: it reads a few of the texts again."""
+
+import random
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import Tensor, nn
+
+from qk_sniffer.capture import Chunk, Sniffer, active_sniffer, build_sampler
+from qk_sniffer.config import TokenizerConfig
+from qk_sniffer.data import TextDataModule
+from qk_sniffer.errors import UserError
+from qk_sniffer.ids import ExampleFilter
+from qk_sniffer.models import check_capture
+from qk_sniffer.module import SnifferModule
+from qk_sniffer.storage import DATA_FILE, EXAMPLES_DIRECTORY, head_name
+from qk_sniffer.verify import captured_heads, require_manifest
+
+_TEXTS = 4
+
+
+def verify_against_model(data_root: Path) -> list[str]:
+    """Let the model of a data root read a few of its texts again, and compare.
+
+    Attention is recomputed from the vectors that the model uses and must be the model's own, and the
+    stored vectors, of a few heads of every layer, must be those vectors.
+
+    Returns:
+        One line for each fault; none if all is well.
+
+    Raises:
+        UserError: The model or the texts can't be loaded.
+    """
+    manifest = require_manifest(data_root)
+    settings = manifest["settings"]
+    if "name" not in settings["model"] or "path" not in settings["data"]:
+        raise UserError(
+            f"{data_root}: the run had a module or texts of its own, which the manifest does not name, "
+            "so they can't be read again; leave out --against-model"
+        )
+    comparison = _Comparison(data_root, manifest)
+    tokenizer = TokenizerConfig(**settings["data"]["tokenizer"])
+    data = TextDataModule(**settings["data"] | {"tokenizer": tokenizer, "batch_size": 1})
+    trainer = pl.Trainer(
+        devices=1, logger=False, enable_checkpointing=False, callbacks=[comparison, TQDMProgressBar()]
+    )
+    trainer.predict(SnifferModule(**settings["model"]), datamodule=data, return_predictions=False)
+    return comparison.faults()
+
+
+class _Comparison(pl.Callback):
+    """Captures the chosen texts once more and holds them against the files."""
+
+    def __init__(self, data_root: Path, manifest: dict[str, Any]) -> None:
+        self._data_root = data_root
+        self._heads = captured_heads(manifest)
+        self._capture = manifest["settings"]["capture"]
+        examples = pq.read_table(data_root / EXAMPLES_DIRECTORY / DATA_FILE)
+        ids = examples["example_id"].to_pylist()
+        self._lengths = dict(zip(ids, examples["n_tokens"].to_pylist(), strict=True))
+        self._left = set(random.Random(0).sample(ids, min(_TEXTS, len(ids))))
+        self._found: list[str] = []
+        self._running = ExitStack()
+
+    def example_filter(self, trainer: pl.Trainer) -> ExampleFilter:
+        """The chosen texts, which are all that the data module reads."""
+        return ExampleFilter(np.array(sorted(self._left), np.int32), listed=True)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make a sniffer like that of the run."""
+        self._backbone = cast(nn.Module, pl_module.backbone)
+        sampler = self._capture["sampler"]
+        self._sniffer = Sniffer(
+            self._heads,
+            build_sampler(sampler["type"], sampler["base_rate"], self._capture["min_bucket_size"]),
+            sampler["seed"],
+            self._compare,
+            capture_queries=self._capture["capture_queries"],
+            capture_keys=self._capture["capture_keys"],
+            pre_rope=self._capture["capture_pre_rope"],
+        )
+        self._running.enter_context(active_sniffer(self._sniffer))
+
+    def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
+        """Recompute attention, and draw the rows that were stored; a batch is one text."""
+        (example_id,), lengths = batch["example_ids"].tolist(), batch["sequence_lengths"].tolist()
+        if lengths != [self._lengths[example_id]]:
+            self._found.append(
+                f"{EXAMPLES_DIRECTORY}/{DATA_FILE}: the text of example {example_id} has {lengths[0]} "
+                f"tokens now and had {self._lengths[example_id]}"
+            )
+        try:
+            check_capture(self._backbone, batch["input_ids"], list(self._heads))
+        except UserError as error:
+            self._found.append(f"example {example_id}: {error}")
+        self._sniffer.begin_batch([example_id], lengths)
+        self._left.discard(example_id)
+
+    def on_predict_batch_end(self, *_: Any) -> None:
+        """Compare the rows of the text."""
+        self._sniffer.flush_batch()
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let go of the attention."""
+        self._running.close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Let go of the attention."""
+        self._running.close()
+
+    def faults(self) -> list[str]:
+        """What was found, and the texts that were not."""
+        missing = [
+            f"{EXAMPLES_DIRECTORY}/{DATA_FILE}: example {example_id} is not in the dataset any more"
+            for example_id in sorted(self._left)
+        ]
+        return self._found + missing
+
+    def _compare(self, chunk: Chunk) -> None:
+        """Hold a few heads of a layer and kind of one text against their files."""
+        captured = self._heads[chunk.layer_idx]
+        heads = captured.query if chunk.kind == "q" else captured.key
+        vectors = chunk.vectors
+        for number in sorted({0, len(heads) - 1}):
+            name = head_name(chunk.layer_idx, heads[number], chunk.kind)
+            if fault := self._fault(name, chunk, vectors[number]):
+                self._found.append(f"{name}/{DATA_FILE}: example {int(chunk.example_ids[0])}: {fault}")
+
+    def _fault(self, name: str, chunk: Chunk, vectors: Tensor) -> str | None:
+        rows = pq.read_table(
+            self._data_root / name / DATA_FILE,
+            columns=["position", "vector"],
+            filters=[("example_id", "=", int(chunk.example_ids[0]))],
+        )
+        if rows["position"].to_pylist() != chunk.positions.tolist():
+            return "its positions are not those that the settings draw"
+        stored = torch.from_numpy(np.stack(rows["vector"].to_numpy()))
+        error = float(((stored - vectors.float()).norm(dim=1) / vectors.float().norm(dim=1)).max())
+        if not error <= max(1e-3, 8 * torch.finfo(vectors.dtype).eps):
+            return f"a vector is off by {error:.1%} from the one that the model attends with"
+        return None

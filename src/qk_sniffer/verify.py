@@ -1,0 +1,287 @@
+"""Is a data root what its manifest, its settings and its examples say it must be?
+
+The rows that a head's file must hold follow from the settings and the examples table alone, so a row that
+is lost, repeated or out of order is found without the model.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from huggingface_hub import DatasetCard
+
+from qk_sniffer.capture import (
+    AttentionLayer,
+    CapturedHeads,
+    build_sampler,
+    draw_positions,
+    select_heads,
+)
+from qk_sniffer.errors import UserError, first_line
+from qk_sniffer.storage import (
+    CARD_FILE,
+    DATA_FILE,
+    EXAMPLES_DIRECTORY,
+    EXAMPLES_SCHEMA,
+    JOURNAL_DIRECTORY,
+    FileFacts,
+    Kind,
+    StoredRows,
+    checksum,
+    head_name,
+    head_schema,
+    read_manifest,
+)
+
+_HEAD_DIRECTORY = re.compile(r"l\d{2,}h\d{2,}[qk]")
+_TOKENS_AT_ONCE = 2**20
+_UNREADABLE = (OSError, pa.ArrowException)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The captured heads of one layer and kind, which share their rows."""
+
+    layer: AttentionLayer
+    kind: Kind
+    heads: tuple[int, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Directories of the heads."""
+        return [head_name(self.layer.layer_idx, head, self.kind) for head in self.heads]
+
+    @property
+    def number(self) -> int:
+        """The stream's number in the draw of positions."""
+        return 2 * self.layer.layer_idx + (self.kind == "k")
+
+
+def require_manifest(data_root: Path) -> dict[str, Any]:
+    """The manifest of a finished data root.
+
+    Raises:
+        UserError: There is none, or it is damaged.
+    """
+    manifest = read_manifest(data_root)
+    if manifest is None:
+        raise UserError(
+            f"{data_root}: no manifest.json is here, so no run has finished; name a data root, or write "
+            f"what an interrupted run captured with `qk-sniffer finalize {data_root}`"
+        )
+    return manifest
+
+
+def verify(data_root: Path) -> list[str]:
+    """Check every file of a data root.
+
+    Returns:
+        One line for each fault, beginning with the file; none if all is well.
+
+    Raises:
+        UserError: There is no manifest, or it is damaged.
+    """
+    manifest = require_manifest(data_root)
+    faults = []
+    if (data_root / JOURNAL_DIRECTORY).exists():
+        faults.append(
+            f"{JOURNAL_DIRECTORY}: rows are waiting to be merged; run predict again, or "
+            f"`qk-sniffer finalize {data_root}`"
+        )
+    streams = _streams(manifest)
+    faults += _check_names(data_root, manifest, [name for stream in streams for name in stream.names])
+    faults += _check_card(data_root, manifest)
+    examples, found = _check_examples(data_root, manifest)
+    faults += found
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for found in pool.map(lambda s: _check_stream(data_root, manifest, s, examples), streams):
+            faults += found
+    return faults
+
+
+def captured_heads(manifest: Mapping[str, Any]) -> dict[int, CapturedHeads]:
+    """The heads that the settings of a manifest capture, by layer."""
+    capture = manifest["settings"]["capture"]
+    sampling = capture["head_sampling"]
+    return select_heads(
+        [AttentionLayer(**layer) for layer in manifest["layers"]],
+        layers=capture["layers"],
+        heads=capture["heads"],
+        sample_count=sampling["count"] if sampling else None,
+        sample_seed=sampling["seed"] if sampling else 0,
+        full_attention_only=capture["full_attention_only"],
+    )
+
+
+def _streams(manifest: Mapping[str, Any]) -> list[Stream]:
+    capture = manifest["settings"]["capture"]
+    streams = []
+    for heads in captured_heads(manifest).values():
+        if capture["capture_queries"]:
+            streams.append(Stream(heads.layer, "q", heads.query))
+        if capture["capture_keys"]:
+            streams.append(Stream(heads.layer, "k", heads.key))
+    return streams
+
+
+def _check_names(data_root: Path, manifest: Mapping[str, Any], expected: Sequence[str]) -> list[str]:
+    """The heads of settings, manifest and directories must be the same."""
+    listed = set(manifest["heads"])
+    there = {path.name for path in data_root.iterdir() if _HEAD_DIRECTORY.fullmatch(path.name)}
+    faults = [f"manifest.json: the head {name} is missing" for name in expected if name not in listed]
+    faults += [
+        f"{name}/{DATA_FILE}: in the manifest, but the settings don't capture this head"
+        for name in sorted(listed - set(expected))
+    ]
+    return faults + [f"{name}: not in the manifest" for name in sorted(there - listed)]
+
+
+def _check_card(data_root: Path, manifest: Mapping[str, Any]) -> list[str]:
+    path = data_root / CARD_FILE
+    if not path.exists():
+        return [f"{CARD_FILE}: missing, so load_dataset can't find heads by name"]
+    try:
+        configs = DatasetCard.load(path).data.to_dict().get("configs") or []
+        listed = {config["config_name"]: config.get("description", "") for config in configs}
+    except Exception as error:
+        return [f"{CARD_FILE}: its front matter can't be read ({first_line(error)})"]
+    return [
+        f"{CARD_FILE}: {name} is not listed with its checksum, so load_dataset may not find it or serve "
+        "other rows from its cache"
+        for name, facts in manifest["heads"].items()
+        if facts["xxh3_128"] not in listed.get(name, "")
+    ]
+
+
+def _check_file(
+    data_root: Path, name: str, facts: FileFacts, schema: pa.Schema
+) -> tuple[Path | None, list[str]]:
+    """The file if its rows can be trusted to be what was written, and its faults."""
+    path = data_root / name / DATA_FILE
+    label = f"{name}/{DATA_FILE}"
+    if not path.exists():
+        return None, [f"{label}: missing"]
+    if path.stat().st_size != facts["bytes"]:
+        return None, [
+            f"{label}: damaged, it has {path.stat().st_size} bytes and the manifest says {facts['bytes']}"
+        ]
+    if checksum(path) != facts["xxh3_128"]:
+        return None, [f"{label}: damaged, its checksum is not that of the manifest"]
+    try:
+        stored, rows = pq.read_schema(path), pq.read_metadata(path).num_rows
+    except _UNREADABLE as error:
+        return None, [f"{label}: can't be read ({first_line(error)})"]
+    if not stored.equals(schema):
+        wrong = [field.name for field in schema if field not in stored] or ["the order"]
+        return None, [f"{label}: other columns than the schema has, see {', '.join(wrong)}"]
+    if rows != facts["rows"]:
+        return path, [f"{label}: {rows} rows, and the manifest says {facts['rows']}"]
+    return path, []
+
+
+def _check_examples(data_root: Path, manifest: Mapping[str, Any]) -> tuple[pa.Table | None, list[str]]:
+    path, faults = _check_file(data_root, EXAMPLES_DIRECTORY, manifest["examples"], EXAMPLES_SCHEMA)
+    if path is None:
+        return None, [*faults, "heads: their rows can't be checked without the examples"]
+    table = pq.read_table(path, columns=["example_id", "n_tokens"])
+    if (np.diff(table["example_id"].to_numpy().astype(np.int64)) <= 0).any():
+        faults.append(
+            f"{EXAMPLES_DIRECTORY}/{DATA_FILE}: not sorted by example_id, or an id is repeated"
+        )
+        return None, faults
+    return table, faults
+
+
+def _check_stream(
+    data_root: Path, manifest: Mapping[str, Any], stream: Stream, examples: pa.Table | None
+) -> list[str]:
+    """The files of one layer and kind against the rows that they must hold."""
+    faults: list[str] = []
+    heads: list[_Head] = []
+    tokens = manifest["settings"]["capture"]["capture_token_strings"]
+    for name in stream.names:
+        if name in manifest["heads"]:
+            schema = head_schema(stream.layer.head_dim)
+            path, found = _check_file(data_root, name, manifest["heads"][name], schema)
+            faults += found
+            if path is not None and not found:
+                heads.append(_Head(path, f"{name}/{DATA_FILE}", stream.layer.sliding_window, tokens))
+    if examples is not None and heads:
+        for expected in _expected_rows(manifest, stream, examples):
+            for head in heads:
+                head.compare(expected)
+        for head in heads:
+            faults += head.end()
+    return faults
+
+
+def _expected_rows(
+    manifest: Mapping[str, Any], stream: Stream, examples: pa.Table
+) -> Iterator[npt.NDArray[np.int64]]:
+    """(3, K) example id, position and bucket of the rows that a stream keeps, some texts at a time."""
+    capture = manifest["settings"]["capture"]
+    settings = capture["sampler"]
+    sampler = build_sampler(settings["type"], settings["base_rate"], capture["min_bucket_size"])
+    ids = torch.from_numpy(examples["example_id"].to_numpy().astype(np.int64))
+    lengths = torch.from_numpy(examples["n_tokens"].to_numpy().astype(np.int64))
+    groups = (lengths.cumsum(0) // _TOKENS_AT_ONCE).unique_consecutive(return_counts=True)[1]
+    for some_ids, some_lengths in zip(
+        ids.split(groups.tolist()), lengths.split(groups.tolist()), strict=True
+    ):
+        numbers = torch.full_like(some_ids, stream.number)
+        texts, positions = draw_positions(sampler, settings["seed"], numbers, some_ids, some_lengths)
+        yield torch.stack([some_ids[texts], positions, sampler.buckets(positions)]).numpy()
+
+
+class _Head:
+    """One head's file while it is compared; the first fault is kept."""
+
+    def __init__(self, path: Path, label: str, window: int | None, has_tokens: bool) -> None:
+        columns = ["example_id", "position", "bucket", "sliding_window", "token_str"]
+        self._rows = StoredRows(path, columns)
+        self._label = label
+        self._window = window
+        self._has_tokens = has_tokens
+        self._row = 0
+        self._fault: str | None = None
+
+    def compare(self, expected: npt.NDArray[np.int64]) -> None:
+        """See that the next rows are these."""
+        if self._fault is not None:
+            return
+        size = expected.shape[1]
+        table = self._rows.take(size)
+        stored = np.stack([table[i].to_numpy().astype(np.int64) for i in range(3)])
+        differing = (stored != expected[:, : stored.shape[1]]).any(axis=0)
+        if differing.any():
+            at = int(differing.argmax())
+            self._fault = (
+                f"row {self._row + at} has (example_id, position, bucket) {_row(stored, at)} where "
+                f"{_row(expected, at)} must follow: a row is lost, repeated or out of order"
+            )
+        elif stored.shape[1] < size:
+            self._fault = f"it ends before {_row(expected, stored.shape[1])}: rows are lost"
+        elif table["sliding_window"].unique().to_pylist() not in ([], [self._window]):
+            self._fault = f"sliding_window is not that of the layer, {self._window}"
+        elif table["token_str"].null_count != (0 if self._has_tokens else size):
+            self._fault = "token_str is null where it should not be, or the other way round"
+        self._row += size
+
+    def end(self) -> list[str]:
+        """The fault, if there is one."""
+        if self._fault is None and self._rows.take(1).num_rows:
+            self._fault = f"it goes on after row {self._row - 1}, the last that the examples give it"
+        return [] if self._fault is None else [f"{self._label}: {self._fault}"]
+
+
+def _row(rows: npt.NDArray[np.int64], at: int) -> tuple[int, ...]:
+    return tuple(rows[:, at].tolist())
