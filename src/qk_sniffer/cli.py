@@ -51,7 +51,9 @@ def _verify(args: list[str]) -> int:
     faults = verify(data_root)
     if not faults and "--against-model" in args:
         from qk_sniffer.against_model import verify_against_model
+        from qk_sniffer.predict import quiet_lightning
 
+        quiet_lightning()
         faults = verify_against_model(data_root)
     if faults:
         sys.stdout.write("".join(f"{fault}\n" for fault in faults))

@@ -98,9 +98,7 @@ def predict(args: list[str]) -> None:
         UserError: The config or the command line is wrong.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    # Lightning's report of its devices and its tips would bury the run's own lines.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", module="lightning")
+    quiet_lightning()
     # LightningCLI reads sys.argv, and so do the processes that a strategy launches.
     sys.argv[1:] = [
         "predict",
@@ -118,6 +116,14 @@ def predict(args: list[str]) -> None:
         )
     except ArgumentError as error:
         raise UserError(explain(str(error))) from error
+
+
+def quiet_lightning() -> None:
+    """Leave out Lightning's report of its devices and its tips, which bury the run's own lines."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", module="lightning")
+    # Nothing is left to read where an earlier run has captured every text.
+    warnings.filterwarnings("ignore", message="Total length of `DataLoader`", module="lightning")
 
 
 def explain(message: str) -> str:

@@ -1,9 +1,10 @@
 """Is a data root what its manifest, its settings and its examples say it must be?
 
-The rows that a head's file must hold follow from the settings and the examples table alone, so a row that
-is lost, repeated or out of order is found without the model.
+The rows that a head's file must hold follow from the settings and the examples table alone, so a row
+that is lost, repeated or out of order is found without the model.
 """
 
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,8 +76,8 @@ def require_manifest(data_root: Path) -> dict[str, Any]:
     manifest = read_manifest(data_root)
     if manifest is None:
         raise UserError(
-            f"{data_root}: no manifest.json is here, so no run has finished; name a data root, or write "
-            f"what an interrupted run captured with `qk-sniffer finalize {data_root}`"
+            f"{data_root}: no manifest.json is here, so no run has finished; name a data root, or "
+            f"write what an interrupted run captured with `qk-sniffer finalize {data_root}`"
         )
     return manifest
 
@@ -155,8 +156,8 @@ def _check_card(data_root: Path, manifest: Mapping[str, Any]) -> list[str]:
     except Exception as error:
         return [f"{CARD_FILE}: its front matter can't be read ({first_line(error)})"]
     return [
-        f"{CARD_FILE}: {name} is not listed with its checksum, so load_dataset may not find it or serve "
-        "other rows from its cache"
+        f"{CARD_FILE}: {name} is not listed with its checksum, so load_dataset may not find it or "
+        "serve other rows from its cache"
         for name, facts in manifest["heads"].items()
         if facts["xxh3_128"] not in listed.get(name, "")
     ]
@@ -172,7 +173,8 @@ def _check_file(
         return None, [f"{label}: missing"]
     if path.stat().st_size != facts["bytes"]:
         return None, [
-            f"{label}: damaged, it has {path.stat().st_size} bytes and the manifest says {facts['bytes']}"
+            f"{label}: damaged, it has {path.stat().st_size} bytes and not {facts['bytes']} as in the "
+            "manifest"
         ]
     if checksum(path) != facts["xxh3_128"]:
         return None, [f"{label}: damaged, its checksum is not that of the manifest"]
@@ -233,12 +235,14 @@ def _expected_rows(
     sampler = build_sampler(settings["type"], settings["base_rate"], capture["min_bucket_size"])
     ids = torch.from_numpy(examples["example_id"].to_numpy().astype(np.int64))
     lengths = torch.from_numpy(examples["n_tokens"].to_numpy().astype(np.int64))
-    groups = (lengths.cumsum(0) // _TOKENS_AT_ONCE).unique_consecutive(return_counts=True)[1]
-    for some_ids, some_lengths in zip(
-        ids.split(groups.tolist()), lengths.split(groups.tolist()), strict=True
-    ):
+    borders = (lengths.cumsum(0) // _TOKENS_AT_ONCE).diff().nonzero().flatten() + 1
+    groups = [0, *borders.tolist(), len(ids)]
+    for start, stop in itertools.pairwise(groups):
+        some_ids = ids[start:stop]
         numbers = torch.full_like(some_ids, stream.number)
-        texts, positions = draw_positions(sampler, settings["seed"], numbers, some_ids, some_lengths)
+        texts, positions = draw_positions(
+            sampler, settings["seed"], numbers, some_ids, lengths[start:stop]
+        )
         yield torch.stack([some_ids[texts], positions, sampler.buckets(positions)]).numpy()
 
 
