@@ -53,3 +53,8 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     assert last.startswith(prefix)
     assert stderr.count(prefix) == 1
     return last.removeprefix(prefix)
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    """The bytes of every Parquet file, by its directory."""
+    return {path.parent.name: path.read_bytes() for path in sorted(root.glob("*/data.parquet"))}

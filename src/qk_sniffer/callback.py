@@ -43,13 +43,13 @@ from qk_sniffer.storage import (
     EarlierRun,
     Example,
     JournalWriter,
-    check_data_root,
     check_space,
     clear_data_root,
     earlier_run,
     finalize,
     finished,
     mark_complete,
+    prepare_data_root,
     write_text,
 )
 from qk_sniffer.summary import file_progress, summary_table
@@ -95,12 +95,12 @@ class SnifferCallback(pl.Callback):
         self._started = 0.0
 
     def check_output(self) -> None:
-        """See that the data root can take a run.
+        """See that the data root can take a run, and repair what an interrupted one left there.
 
         Raises:
             UserError: It is not writable, or what it holds can't be continued or replaced.
         """
-        check_data_root(self.data_root, self.output.overwrite)
+        prepare_data_root(self.data_root, self.output.overwrite)
 
     def earlier_run(
         self, module: pl.LightningModule, data: pl.LightningDataModule | None

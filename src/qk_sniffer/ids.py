@@ -59,7 +59,8 @@ class ExampleFilter:
         if self.ids.size == 0:
             return np.full(ids.shape, not self.listed)
         places = np.searchsorted(self.ids, ids).clip(max=self.ids.size - 1)
-        return np.equal(self.ids[places] == ids, self.listed)
+        selected: npt.NDArray[np.bool_] = (self.ids[places] == ids) == self.listed
+        return selected
 
 
 def collision(first: int | str, second: int | str) -> UserError:

@@ -2,10 +2,10 @@
 
 from qk_sniffer.storage.data_root import (
     EarlierRun,
-    check_data_root,
     check_space,
     clear_data_root,
     earlier_run,
+    prepare_data_root,
 )
 from qk_sniffer.storage.files import write_text
 from qk_sniffer.storage.finalizing import finalize, finished, mark_complete
@@ -40,7 +40,6 @@ __all__ = [
     "JournalWriter",
     "Kind",
     "StoredRows",
-    "check_data_root",
     "check_space",
     "checksum",
     "clear_data_root",
@@ -50,6 +49,7 @@ __all__ = [
     "head_name",
     "head_schema",
     "mark_complete",
+    "prepare_data_root",
     "read_manifest",
     "write_text",
 ]

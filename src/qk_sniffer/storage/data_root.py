@@ -1,6 +1,7 @@
 """A data root before a run: is it free, what does it hold already, and is there room."""
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Mapping
@@ -13,8 +14,14 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from qk_sniffer.errors import UserError
-from qk_sniffer.storage.commits import HEADER_FILE, read_commits
-from qk_sniffer.storage.files import read_json
+from qk_sniffer.storage.commits import (
+    COMMITS_FILE,
+    HEADER_FILE,
+    lock_journal,
+    read_commits,
+    repair,
+)
+from qk_sniffer.storage.files import explained_writing, read_json
 from qk_sniffer.storage.manifest import read_manifest
 from qk_sniffer.storage.schema import (
     CARD_FILE,
@@ -25,6 +32,8 @@ from qk_sniffer.storage.schema import (
     JOURNAL_DIRECTORY,
     MANIFEST_FILE,
 )
+
+log = logging.getLogger(__name__)
 
 _FIELD = "sniffer.output.data_root"
 _HEAD_DIRECTORY = re.compile(r"l\d{2,}h\d{2,}[qk]")
@@ -103,11 +112,12 @@ def earlier_run(data_root: Path) -> EarlierRun | None:
     )
 
 
-def check_data_root(data_root: Path, overwrite: bool) -> None:
-    """Make the directory if it is missing, and see that a run may write into it.
+def prepare_data_root(data_root: Path, overwrite: bool) -> None:
+    """Make the directory if it is missing, see that a run may write into it, and repair its journal.
 
     Raises:
-        UserError: It is not writable, or it holds what is not a run's and ``overwrite`` is false.
+        UserError: It is not writable or in use, or it holds what is not a run's and ``overwrite`` is
+            false.
     """
     try:
         data_root.mkdir(parents=True, exist_ok=True)
@@ -121,7 +131,21 @@ def check_data_root(data_root: Path, overwrite: bool) -> None:
         ) from error
     shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY, ignore_errors=True)
     names = {entry.name for entry in data_root.iterdir()}
-    if overwrite or names <= _BEFORE_A_JOURNAL or earlier_run(data_root) is not None:
+    if overwrite or names <= _BEFORE_A_JOURNAL:
+        return
+    journal = data_root / JOURNAL_DIRECTORY
+    if (journal / HEADER_FILE).exists():
+        with explained_writing(journal, "make room or mend the disk, then try again"):
+            lock = lock_journal(journal)
+            n_broken = repair(journal).n_broken
+            lock.release()
+        if n_broken:
+            log.warning(
+                "%s: %d entries were torn or damaged; what they hold is captured again",
+                journal / COMMITS_FILE,
+                n_broken,
+            )
+    if earlier_run(data_root) is not None:
         return
     raise UserError(
         f"{_FIELD}: {data_root} is not empty and holds no run that could be continued; name a new "

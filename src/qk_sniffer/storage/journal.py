@@ -185,8 +185,6 @@ class JournalWriter:
             self._release = undo.pop_all().close
         self.example_ids = np.sort(earlier.example_ids())
         """The examples that were committed before this writer began, ascending."""
-        self.n_dropped = earlier.n_broken
-        """Batches that were found broken and dropped when the journal was opened."""
         self._unsynced: list[Commit] = []
         self._last_sync = time.monotonic()
         self._space_is_short = False
