@@ -18,6 +18,7 @@ from qk_sniffer.cli import main
 from qk_sniffer.config import CaptureConfig, OutputConfig, SamplerConfig
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.module import SnifferModule
+from qk_sniffer.storage.commits import locked_journal
 from readers import error_line, files_of
 from test_callback import FailAt, plain_batch, trainer
 
@@ -286,16 +287,13 @@ def test_a_journal_in_use_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from qk_sniffer.storage.commits import lock_journal
-
     monkeypatch.setattr("qk_sniffer.storage.commits.LOCK_SECONDS", 0.1)
     interrupt()
-    lock = lock_journal(tmp_path / "root" / ".journal")
     capsys.readouterr()
-    assert predict() == 2
-    assert "is being written by another process" in error_line(capsys)
-    assert main(["finalize", str(tmp_path / "root")]) == 2
-    lock.release()
+    with locked_journal(tmp_path / "root" / ".journal"):
+        assert predict() == 2
+        assert "is being written by another process" in error_line(capsys)
+        assert main(["finalize", str(tmp_path / "root")]) == 2
     assert predict() == 0
 
 

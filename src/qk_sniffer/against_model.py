@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor, nn
 
 from qk_sniffer.capture import Chunk, Sniffer, active_sniffer, build_sampler
@@ -48,7 +47,11 @@ def verify_against_model(data_root: Path) -> list[str]:
     tokenizer = TokenizerConfig(**settings["data"]["tokenizer"])
     data = TextDataModule(**settings["data"] | {"tokenizer": tokenizer, "batch_size": 1})
     trainer = pl.Trainer(
-        devices=1, logger=False, enable_checkpointing=False, callbacks=[comparison, TQDMProgressBar()]
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=[comparison],
     )
     trainer.predict(SnifferModule(**settings["model"]), datamodule=data, return_predictions=False)
     return comparison.faults()

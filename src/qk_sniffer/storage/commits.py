@@ -6,9 +6,11 @@ only a failing disk breaks that, and then the batch's own digest shows it.
 """
 
 import json
+import logging
 import mmap
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from filelock import FileLock, Timeout
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.storage.files import replacing
+
+log = logging.getLogger(__name__)
 
 COMMITS_FILE, HEADER_FILE = "commits.jsonl", "header.json"
 _LOCK_FILE = "lock"
@@ -69,28 +73,38 @@ class CommitLog:
         """The committed examples."""
         return np.concatenate([np.empty(0, np.int32), *(commit.example_ids for commit in self.commits)])
 
+    def warn(self, directory: Path, consequence: str) -> None:
+        """Tell the user of lines that could not be trusted."""
+        if self.n_broken:
+            path = directory / COMMITS_FILE
+            log.warning("%s: %d entries were torn or damaged; %s", path, self.n_broken, consequence)
+
 
 def segment_path(directory: Path, number: int) -> Path:
     """The file of a segment."""
     return directory / f"segment-{number:05d}.arrow"
 
 
-def lock_journal(directory: Path) -> FileLock:
-    """Take the lock that the writers of a journal hold; it is released with the process.
+@contextmanager
+def locked_journal(directory: Path) -> Iterator[None]:
+    """Hold the lock of those who write a journal; a process that dies lets go of it.
 
     Raises:
         UserError: Another process holds it.
     """
     # Not bound to the thread: the writer's own thread gives it back.
-    lock = FileLock(directory / _LOCK_FILE, timeout=LOCK_SECONDS, thread_local=False)
+    lock = FileLock(directory / _LOCK_FILE, thread_local=False)
     try:
-        lock.acquire()
+        lock.acquire(timeout=LOCK_SECONDS)
     except Timeout as error:
         raise UserError(
             f"sniffer.output.data_root: {directory.parent} is being written by another process; wait "
             "for it, or name another directory"
         ) from error
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def encode(records: Iterable[Commit | bool]) -> bytes:

@@ -1,7 +1,6 @@
 """A data root before a run: is it free, what does it hold already, and is there room."""
 
 import json
-import logging
 import re
 import shutil
 from collections.abc import Mapping
@@ -15,9 +14,8 @@ import pyarrow.parquet as pq
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.storage.commits import (
-    COMMITS_FILE,
     HEADER_FILE,
-    lock_journal,
+    locked_journal,
     read_commits,
     repair,
 )
@@ -32,8 +30,6 @@ from qk_sniffer.storage.schema import (
     JOURNAL_DIRECTORY,
     MANIFEST_FILE,
 )
-
-log = logging.getLogger(__name__)
 
 _FIELD = "sniffer.output.data_root"
 _HEAD_DIRECTORY = re.compile(r"l\d{2,}h\d{2,}[qk]")
@@ -131,26 +127,22 @@ def prepare_data_root(data_root: Path, overwrite: bool) -> None:
         ) from error
     shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY, ignore_errors=True)
     names = {entry.name for entry in data_root.iterdir()}
-    if overwrite or names <= _BEFORE_A_JOURNAL:
+    if overwrite:
         return
-    journal = data_root / JOURNAL_DIRECTORY
-    if (journal / HEADER_FILE).exists():
-        with explained_writing(journal, "make room or mend the disk, then try again"):
-            lock = lock_journal(journal)
-            n_broken = repair(journal).n_broken
-            lock.release()
-        if n_broken:
-            log.warning(
-                "%s: %d entries were torn or damaged; what they hold is captured again",
-                journal / COMMITS_FILE,
-                n_broken,
-            )
-    if earlier_run(data_root) is not None:
+    if (data_root / JOURNAL_DIRECTORY / HEADER_FILE).exists():
+        _repair_journal(data_root / JOURNAL_DIRECTORY)
+    if names <= _BEFORE_A_JOURNAL or earlier_run(data_root) is not None:
         return
     raise UserError(
         f"{_FIELD}: {data_root} is not empty and holds no run that could be continued; name a new "
         "directory, or set sniffer.output.overwrite to true to replace the run that it holds"
     )
+
+
+def _repair_journal(directory: Path) -> None:
+    remedy = "make room or mend the disk, then try again"
+    with explained_writing(directory, remedy), locked_journal(directory):
+        repair(directory).warn(directory, "what they stood for is captured again")
 
 
 def clear_data_root(data_root: Path) -> None:

@@ -21,7 +21,7 @@ from qk_sniffer.storage.commits import (
     HEADER_FILE,
     append_records,
     is_intact,
-    lock_journal,
+    locked_journal,
     segment_path,
     write_commits,
 )
@@ -69,13 +69,10 @@ def finalize(data_root: Path, progress: Progress, *, complete: bool = False) -> 
     again = f"qk-sniffer finalize {data_root}"
     remedy = f"make room or mend the disk, then go on with `{again}`; nothing is lost"
     with explained_writing(data_root, remedy):
-        lock = lock_journal(directory)
-        try:
+        with locked_journal(directory):
             manifest = _finalize(data_root, JournalReader(directory), progress, complete)
             directory.rename(data_root / FINISHED_JOURNAL_DIRECTORY)
             sync_directory(data_root)
-        finally:
-            lock.release()
         shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY)
     return manifest
 
@@ -84,6 +81,7 @@ def _finalize(
     data_root: Path, journal: JournalReader, progress: Progress, complete: bool
 ) -> dict[str, Any]:
     earlier = read_manifest(data_root) or {"heads": {}, "examples": None}
+    journal.log.warn(journal.directory, "what they stood for is not in the files")
     if journal.log.finalizing is None:
         _drop_damaged(journal)
         with (journal.directory / COMMITS_FILE).open("ab") as log:

@@ -29,7 +29,7 @@ from qk_sniffer.storage.commits import (
     HEADER_FILE,
     Commit,
     append_records,
-    lock_journal,
+    locked_journal,
     repair,
     segment_path,
 )
@@ -175,8 +175,7 @@ class JournalWriter:
         }
         with ExitStack() as undo, explained_writing(directory, _CONTINUE):
             directory.mkdir(parents=True, exist_ok=True)
-            lock = lock_journal(directory)
-            undo.callback(lock.release)
+            undo.enter_context(locked_journal(directory))
             earlier = repair(directory)
             write_text(directory / HEADER_FILE, json.dumps(header))
             self._number = max((commit.segment for commit in earlier.commits), default=-1) + 1
@@ -248,13 +247,13 @@ class JournalWriter:
             with self._room:
                 self._queued_bytes -= n_bytes
                 self._room.notify()
-        self._attempt(self._sync)
-        self._attempt(lambda: self._segment.close(self._committed_size))
+        self._attempt(self._sync, after_error=True)
+        self._attempt(lambda: self._segment.close(self._committed_size), after_error=True)
         self._log.close()
         self._release()
 
-    def _attempt(self, task: Callable[[], None]) -> None:
-        if self._error is not None and task != self._sync:
+    def _attempt(self, task: Callable[[], None], *, after_error: bool = False) -> None:
+        if self._error is not None and not after_error:
             return
         try:
             with explained_writing(self._segment.path, _CONTINUE):
