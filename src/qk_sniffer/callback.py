@@ -5,7 +5,6 @@ import shlex
 import signal
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +16,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from qk_sniffer.capture import (
-    CapturedHeads,
     Chunk,
     Sniffer,
     active_sniffer,
@@ -29,13 +27,11 @@ from qk_sniffer.config import CaptureConfig, OutputConfig
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter
 from qk_sniffer.models import (
-    AttentionMap,
     check_capture,
     check_passages,
     probe_attention,
-    weights_digest,
 )
-from qk_sniffer.provenance import fingerprint, heads_digest, settings, versions
+from qk_sniffer.provenance import describe, fingerprint, settings
 from qk_sniffer.storage import (
     CONFIG_FILE,
     JOURNAL_DIRECTORY,
@@ -157,7 +153,9 @@ class SnifferCallback(pl.Callback):
                 "tokenizer from; pass one as datamodule, or set it to false"
             )
         self._tokenizer: PreTrainedTokenizerBase | None = tokenizer
-        header = self._header(trainer, pl_module, attention, heads)
+        header = describe(
+            settings(pl_module, _data_module(trainer), config), self._backbone, attention, heads
+        )
         self._check_space(trainer, header["streams"])
         self._open_journal(header)
         self._sniffer = Sniffer(
@@ -290,7 +288,7 @@ class SnifferCallback(pl.Callback):
         if self.capture.capture_token_strings and self._tokenizer is not None:
             tokens = [
                 self._tokenizer.convert_ids_to_tokens(ids[:length])
-                for ids, length in zip(batch["input_ids"].tolist(), lengths, strict=True)
+                for ids, length in zip(_host_input_ids(batch).tolist(), lengths, strict=True)
             ]
         rows = zip(
             batch["example_ids"].tolist(),
@@ -308,47 +306,6 @@ class SnifferCallback(pl.Callback):
         if bar is not None:
             rate = self._tokens_seen / (time.monotonic() - self._started)
             bar.set_postfix_str(f"{rate:,.0f} tokens/s, {self._sniffer.rows_kept:,} rows kept")
-
-    def _notes(self, attention: AttentionMap) -> list[str]:
-        """What the card says of the architecture."""
-        if not self.capture.capture_pre_rope:
-            return attention.notes
-        return attention.notes + attention.rotary.notes()
-
-    def _header(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        attention: AttentionMap,
-        heads: dict[int, CapturedHeads],
-    ) -> dict[str, Any]:
-        """What finalizing needs to know: fingerprint, versions, settings, layers, captured heads."""
-        kinds = [("q", "query")] * self.capture.capture_queries
-        kinds += [("k", "key")] * self.capture.capture_keys
-        streams = [
-            {
-                "layer_idx": layer_idx,
-                "kind": kind,
-                "heads": list(getattr(captured, field)),
-                "head_dim": captured.layer.head_dim,
-            }
-            for layer_idx, captured in heads.items()
-            for kind, field in kinds
-        ]
-        layers = [asdict(layer) for layer in attention.layers]
-        made_with = settings(pl_module, _data_module(trainer), self.capture)
-        return {
-            "fingerprint": fingerprint(made_with)
-            | {
-                "model.weights": weights_digest(self._backbone),
-                "model.heads": heads_digest(streams, layers),
-            },
-            "versions": versions(),
-            "settings": made_with,
-            "layers": layers,
-            "notes": self._notes(attention),
-            "streams": streams,
-        }
 
     def _check_space(self, trainer: pl.Trainer, streams: list[dict[str, Any]]) -> None:
         """Compare the room on the disk with what the texts that are left will take."""
@@ -369,6 +326,12 @@ def _uncaptured(earlier: EarlierRun | None) -> ExampleFilter:
 
 def _data_module(trainer: pl.Trainer) -> pl.LightningDataModule | None:
     return getattr(trainer, "datamodule", None)
+
+
+def _host_input_ids(batch: dict[str, Any]) -> torch.Tensor:
+    """The tokens, without waiting for a device where the batch kept them."""
+    tokens: torch.Tensor = getattr(batch, "host_input_ids", batch["input_ids"])
+    return tokens
 
 
 def _block(chunk: Chunk) -> Block:

@@ -22,10 +22,14 @@ from qk_sniffer.texts import Row, StreamedRows, TextSource, check_columns, examp
 class TokenBatch(dict[str, Any]):
     """A batch of which only the tokens move to a device: ids, lengths and mask are read on the host."""
 
+    host_input_ids: torch.Tensor
+    """``input_ids`` as they were made, from ``to`` on."""
+
     def to(self, device: torch.device) -> "TokenBatch":
         """The batch with ``input_ids`` on ``device``; Lightning calls this for every batch."""
-        input_ids = self["input_ids"].to(device, non_blocking=True)
-        return TokenBatch(self | {"input_ids": input_ids})
+        batch = TokenBatch(self | {"input_ids": self["input_ids"].to(device, non_blocking=True)})
+        batch.host_input_ids = self["input_ids"]
+        return batch
 
 
 class TextDataModule(pl.LightningDataModule):

@@ -3,14 +3,17 @@
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import xxhash
+from torch import nn
 
+from qk_sniffer.capture import CapturedHeads
 from qk_sniffer.config import CaptureConfig
+from qk_sniffer.models import AttentionMap, weights_digest
 from qk_sniffer.storage import SCHEMA_VERSION
 
 _PACKAGES = ("qk-sniffer", "torch", "transformers", "lightning", "datasets", "pyarrow")
@@ -31,12 +34,6 @@ devices, batches, passages, and how many texts are read."""
 
 _WHOLE = ("config_overrides", "head_sampling")
 """Fields that are null or a mapping: one setting each."""
-
-
-def versions() -> dict[str, str]:
-    """Python and the packages that a vector depends on."""
-    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"python": platform.python_version(), **packages}
 
 
 def settings(
@@ -65,10 +62,55 @@ def fingerprint(settings: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def heads_digest(streams: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any]]) -> str:
-    """Names the heads that are captured and the geometry of their layers."""
-    heads = json.dumps([list(streams), list(layers)], sort_keys=True)
-    return xxhash.xxh3_64_hexdigest(heads.encode())
+def describe(
+    settings: Mapping[str, Any],
+    backbone: nn.Module,
+    attention: AttentionMap,
+    heads: Mapping[int, CapturedHeads],
+) -> dict[str, Any]:
+    """What is known of a run before its first batch, and kept with its rows.
+
+    Args:
+        settings: The sections model, data and capture.
+        backbone: The model that runs.
+        attention: What a probe saw in it.
+        heads: What is captured, by layer.
+
+    Returns:
+        Its fingerprint, versions, settings, the geometry of all layers, notes, and the captured heads
+        of each layer and kind.
+    """
+    capture = settings["capture"]
+    kinds = [("q", "query")] * capture["capture_queries"] + [("k", "key")] * capture["capture_keys"]
+    streams = [
+        {
+            "layer_idx": layer_idx,
+            "kind": kind,
+            "heads": list(getattr(captured, field)),
+            "head_dim": captured.layer.head_dim,
+        }
+        for layer_idx, captured in heads.items()
+        for kind, field in kinds
+    ]
+    layers = [asdict(layer) for layer in attention.layers]
+    geometry = json.dumps([streams, layers], sort_keys=True)
+    return {
+        "fingerprint": fingerprint(settings)
+        | {
+            "model.weights": weights_digest(backbone),
+            "model.heads": xxhash.xxh3_64_hexdigest(geometry.encode()),
+        },
+        "versions": _versions(),
+        "settings": settings,
+        "layers": layers,
+        "notes": attention.notes + (attention.rotary.notes() if capture["capture_pre_rope"] else []),
+        "streams": streams,
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **packages}
 
 
 def _flatten(prefix: str, section: Mapping[str, Any]) -> list[tuple[str, Any]]:
