@@ -43,7 +43,7 @@ format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(INSTALLED) ## Time capture against the bare forward of SmolLM2-135M
+bench: $(INSTALLED) ## Measure capture, finalizing, memory and drawing; saves .cache/bench.md
 	TQDM_DISABLE=1 $(BIN)/python tests/bench.py
 
 clean: ## Remove what the other targets made

