@@ -122,10 +122,16 @@ def encode(records: Iterable[Commit | bool]) -> bytes:
 
 
 def append_records(file: Any, records: Sequence[Commit | bool]) -> None:
-    """Append to the open log, so that it survives a loss of power."""
-    file.write(encode(records))
-    file.flush()
-    os.fsync(file.fileno())
+    """Append to the log, open without a buffer, so that it survives a loss of power."""
+    size = os.fstat(file.fileno()).st_size
+    try:
+        lines = memoryview(encode(records))
+        while lines:
+            lines = lines[file.write(lines) :]
+        os.fsync(file.fileno())
+    except OSError:
+        os.truncate(file.fileno(), size)
+        raise
 
 
 def read_commits(directory: Path) -> CommitLog:

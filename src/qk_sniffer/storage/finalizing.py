@@ -84,7 +84,7 @@ def _finalize(
     journal.log.warn(journal.directory, "what they stood for is not in the files")
     if journal.log.finalizing is None:
         _drop_damaged(journal)
-        with (journal.directory / COMMITS_FILE).open("ab") as log:
+        with (journal.directory / COMMITS_FILE).open("ab", buffering=0) as log:
             append_records(log, [complete])
         journal.log.finalizing = complete
     examples = _all_examples(data_root, journal, merge=earlier["examples"] is not None)

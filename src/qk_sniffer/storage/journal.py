@@ -179,11 +179,9 @@ class JournalWriter:
             earlier = repair(directory)
             write_text(directory / HEADER_FILE, json.dumps(header))
             self._number = max((commit.segment for commit in earlier.commits), default=-1) + 1
-            self._log = (directory / COMMITS_FILE).open("ab")
+            self._log = (directory / COMMITS_FILE).open("ab", buffering=0)
             self._begin_segment()
             self._release = undo.pop_all().close
-        self.example_ids = np.sort(earlier.example_ids())
-        """The examples that were committed before this writer began, ascending."""
         self._unsynced: list[Commit] = []
         self._last_sync = time.monotonic()
         self._space_is_short = False
@@ -308,11 +306,12 @@ class JournalWriter:
 
     def _sync(self) -> None:
         """Make the finished batches safe from a loss of power, and commit them."""
-        if self._unsynced:
+        # What can't be synced is given up: a second sync would succeed without its bytes.
+        batches, self._unsynced = self._unsynced, []
+        if batches:
             self._segment.sync()
-            append_records(self._log, self._unsynced)
-            self._committed_size = self._unsynced[-1].stop
-            self._unsynced = []
+            append_records(self._log, batches)
+            self._committed_size = batches[-1].stop
             self._watch_space()
         self._last_sync = time.monotonic()
 
