@@ -73,6 +73,10 @@ class CommitLog:
         """The committed examples."""
         return np.concatenate([np.empty(0, np.int32), *(commit.example_ids for commit in self.commits)])
 
+    def records(self) -> list[Commit | bool]:
+        """What the log is to hold."""
+        return [*self.commits, *([] if self.finalizing is None else [self.finalizing])]
+
     def warn(self, directory: Path, consequence: str) -> None:
         """Tell the user of lines that could not be trusted."""
         if self.n_broken:
@@ -157,10 +161,10 @@ def read_commits(directory: Path) -> CommitLog:
     return log
 
 
-def write_commits(directory: Path, commits: Iterable[Commit]) -> None:
+def write_commits(directory: Path, records: Iterable[Commit | bool]) -> None:
     """Replace the log."""
     with replacing(directory / COMMITS_FILE) as temporary:
-        temporary.write_bytes(encode(commits))
+        temporary.write_bytes(encode(records))
 
 
 def is_intact(directory: Path, commit: Commit) -> bool:
@@ -189,7 +193,7 @@ def repair(directory: Path) -> CommitLog:
     log.n_broken += len(log.commits) - len(kept)
     log.commits = kept
     if log.n_broken:
-        write_commits(directory, kept)
+        write_commits(directory, log.records())
     ends: dict[str, int] = {}
     for commit in kept:
         ends[segment_path(directory, commit.segment).name] = commit.stop

@@ -65,6 +65,8 @@ def finalize(data_root: Path, progress: Progress, *, complete: bool = False) -> 
     """
     directory = data_root / JOURNAL_DIRECTORY
     if not (directory / HEADER_FILE).exists():
+        if (ended := _end_removal(data_root)) is not None:
+            return ended
         raise UserError(f"{data_root}: no interrupted run is here; name the data root of one")
     again = f"qk-sniffer finalize {data_root}"
     remedy = f"make room or mend the disk, then go on with `{again}`; nothing is lost"
@@ -81,7 +83,11 @@ def _finalize(
     data_root: Path, journal: JournalReader, progress: Progress, complete: bool
 ) -> dict[str, Any]:
     earlier = read_manifest(data_root) or {"heads": {}, "examples": None}
-    journal.log.warn(journal.directory, "what they stood for is not in the files")
+    if journal.log.n_broken:
+        journal.log.warn(journal.directory, "what they stood for is not in the files")
+        complete = False
+        # No record may be appended to a torn line.
+        write_commits(journal.directory, journal.log.records())
     if journal.log.finalizing is None:
         _drop_damaged(journal)
         with (journal.directory / COMMITS_FILE).open("ab", buffering=0) as log:
@@ -97,6 +103,14 @@ def _finalize(
     write_text(data_root / CARD_FILE, render_card(manifest))
     write_manifest(data_root, manifest)
     return manifest
+
+
+def _end_removal(data_root: Path) -> dict[str, Any] | None:
+    """Remove the rest of a journal whose files are all written, and give the manifest."""
+    if not (data_root / FINISHED_JOURNAL_DIRECTORY).exists():
+        return None
+    shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY)
+    return read_manifest(data_root)
 
 
 def _drop_damaged(journal: JournalReader) -> None:

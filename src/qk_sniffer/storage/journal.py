@@ -42,7 +42,7 @@ SYNC_SECONDS = 5.0
 """How often finished batches are synced and committed: the work that a death can cost, against the
 waiting of the disk."""
 
-QUEUE_BYTES = 256 * 2**20
+QUEUE_BYTES = 64 * 2**20
 """Vectors that may wait for the disk before the forward waits too."""
 
 SEGMENT_BYTES = 8 * 2**30

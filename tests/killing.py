@@ -1,0 +1,235 @@
+"""The command line in processes of its own, which die by SIGKILL at a moment or at a fault point.
+
+A fork server imports what takes seconds once, and every process is forked from it.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import qk_sniffer.predict
+from qk_sniffer.capture import Sniffer
+from qk_sniffer.cli import main
+from qk_sniffer.storage import data_root, finalizing, journal, parquet
+from qk_sniffer.storage.commits import encode
+
+BEFORE, HALFWAY, AFTER = "before", "halfway", "after"
+
+POINTS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
+    "forward": (Sniffer, "capture", (BEFORE, AFTER)),
+    "flush": (Sniffer, "flush_batch", (AFTER,)),
+    "append": (journal._Segment, "write", (BEFORE, HALFWAY)),
+    "sync": (os, "fsync", (BEFORE, AFTER)),
+    "commit": (journal, "append_records", (BEFORE, HALFWAY, AFTER)),
+    "finalizing": (finalizing, "append_records", (BEFORE, HALFWAY, AFTER)),
+    "row group": (pq.ParquetWriter, "write_table", (BEFORE, AFTER)),
+    "checksum": (parquet, "checksum", (BEFORE,)),
+    "text": (Path, "write_text", (HALFWAY,)),
+    "rename": (Path, "replace", (BEFORE, AFTER)),
+    "manifest": (finalizing, "write_manifest", (BEFORE, AFTER)),
+    "journal's end": (Path, "rename", (BEFORE, AFTER)),
+    "removal": (shutil, "rmtree", (HALFWAY,)),
+    "clearing": (data_root, "_remove", (AFTER,)),
+}
+"""Fault points: the function that passes through each, and the moments of it at which one can die."""
+
+_PRELOADED = ["qk_sniffer.predict", "transformers.models.llama.modeling_llama"]
+
+
+@dataclass(frozen=True)
+class Death:
+    """Where a process kills itself: at a moment of one passage through a fault point, from 1."""
+
+    point: str
+    moment: str
+    passage: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended.
+
+    Attributes:
+        exitcode: Its exit status, or the negative number of the signal that ended it.
+        passages: How often it passed each fault point; empty where it was killed.
+        waited: Seconds of its life until the file appeared that ``Processes.run`` was given.
+        seconds: Those that followed.
+        printed: Its output.
+    """
+
+    exitcode: int | None
+    passages: Counter[str]
+    waited: float
+    seconds: float
+    printed: str
+
+
+class Processes:
+    """Starts processes.
+
+    Args:
+        directory: For what they print and count, and for their caches of datasets.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(_PRELOADED)
+        with pytest.MonkeyPatch.context() as patch:
+            # A server that has threads of its own could not be forked safely.
+            for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TQDM_DISABLE"):
+                patch.setenv(name, "1")
+            forkserver.ensure_running()
+        self._count = 0
+        # The time of the first run would count the imports of the server.
+        self.run(["--help"], sync_seconds=0.0)
+
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        sync_seconds: float,
+        death: Death | None = None,
+        after: float | None = None,
+        since: Path | None = None,
+        cache: str = "datasets",
+    ) -> Ended:
+        """Run the command line to its end.
+
+        Args:
+            command: Its arguments.
+            sync_seconds: How often the journal commits.
+            death: Where it kills itself.
+            after: Seconds after which it is killed.
+            since: The file whose appearance they count from; None counts from the start.
+            cache: Name of the directory in which it keeps prepared datasets.
+        """
+        self._count += 1
+        report = self.directory / f"process-{self._count}"
+        arguments = (list(command), sync_seconds, death, self.directory / cache, report)
+        process = self._context.Process(target=_process, args=arguments)
+        started = time.monotonic()
+        process.start()
+        while since is not None and not since.exists() and process.is_alive():
+            time.sleep(0.0005)
+        appeared = time.monotonic()
+        process.join(60 if after is None else after)
+        hangs = after is None and process.is_alive()
+        process.kill()
+        process.join()
+        printed, counted = report.with_suffix(".txt"), report.with_suffix(".json")
+        assert not hangs, printed.read_text()
+        return Ended(
+            process.exitcode,
+            Counter(json.loads(counted.read_text()) if counted.exists() else {}),
+            appeared - started,
+            time.monotonic() - appeared,
+            printed.read_text() if printed.exists() else "",
+        )
+
+
+def _process(
+    command: list[str], sync_seconds: float, death: Death | None, cache: Path, report: Path
+) -> None:
+    with report.with_suffix(".txt").open("wb") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
+    # The workers of a data loader begin as they do under the command itself, not by a fork server.
+    multiprocessing.set_start_method(None, force=True)
+    datasets.config.HF_DATASETS_CACHE = cache
+    torch.set_num_threads(1)
+    # The help of each field, read from the sources, would take as long as all the rest of a run.
+    qk_sniffer.predict.set_parsing_settings = lambda **_: None
+    journal.SYNC_SECONDS = sync_seconds
+    passages = _Passages(death)
+    for point in POINTS:
+        passages.watch(point)
+    status = main(command)
+    report.with_suffix(".json").write_text(json.dumps(passages.counts))
+    sys.exit(status)
+
+
+@dataclass
+class _Passages:
+    """Counts the passages of fault points, and dies at one of them."""
+
+    death: Death | None
+    counts: Counter[str] = field(default_factory=Counter)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def watch(self, point: str) -> None:
+        owner, name, _ = POINTS[point]
+        original = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            moment = self._moment(point, args)
+            if moment == HALFWAY:
+                _HALVES[point](original, *args, **kwargs)
+            if moment in (BEFORE, HALFWAY):
+                _die()
+            result = original(*args, **kwargs)
+            if moment == AFTER:
+                _die()
+            return result
+
+        setattr(owner, name, watched)
+
+    def _moment(self, point: str, args: tuple[Any, ...]) -> str | None:
+        """The moment of this passage at which to die, None to live on."""
+        # Other packages remove directories too, and a run looks for this one before it begins.
+        if point == "removal" and not (Path(args[0]).name == ".journal-finished" and args[0].exists()):
+            return None
+        with self.lock:
+            self.counts[point] += 1
+            passage = self.counts[point]
+        death = self.death
+        return death.moment if death and (death.point, death.passage) == (point, passage) else None
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _half_a_write(write: Callable[..., int], segment: Any, data: bytes) -> None:
+    write(segment, bytes(data)[: len(data) // 2])
+
+
+def _half_the_lines(_: Any, file: Any, records: Any) -> None:
+    lines = encode(records)
+    file.write(lines[: len(lines) // 2])
+    file.flush()
+
+
+def _half_a_text(write_text: Callable[..., int], path: Path, text: str, **options: Any) -> None:
+    write_text(path, text[: len(text) // 2], **options)
+
+
+def _half_a_directory(_: Any, path: Path) -> None:
+    files = sorted(path.iterdir())
+    for file in files[: len(files) // 2]:
+        file.unlink()
+
+
+_HALVES: dict[str, Callable[..., None]] = {
+    "append": _half_a_write,
+    "commit": _half_the_lines,
+    "finalizing": _half_the_lines,
+    "text": _half_a_text,
+    "removal": _half_a_directory,
+}
