@@ -382,13 +382,7 @@ def test_a_run_goes_on_after_finalize_was_killed(
     assert_goes_on(run, merged.root)
 
 
-@pytest.mark.parametrize(
-    "moment",
-    [
-        BEFORE,
-        HALFWAY,
-    ],
-)
+@pytest.mark.parametrize("moment", [BEFORE, HALFWAY])
 def test_a_run_that_adds_texts_goes_on_after_finalize_was_killed(
     new_run: NewRun, first_texts: Path, merged: Uninterrupted, moment: str
 ) -> None:
