@@ -43,9 +43,9 @@ from qk_sniffer.storage import (
     clear_data_root,
     earlier_run,
     finalize,
-    finished,
     mark_complete,
     prepare_data_root,
+    read_manifest,
     write_text,
 )
 from qk_sniffer.summary import file_progress, summary_table
@@ -268,7 +268,7 @@ class SnifferCallback(pl.Callback):
         complete = isinstance(limit, float) and limit == 1.0
         if (self.data_root / JOURNAL_DIRECTORY).exists():
             manifest = finalize(self.data_root, file_progress, complete=complete)
-        elif (found := finished(self.data_root)) is not None:
+        elif (found := read_manifest(self.data_root)) is not None:
             manifest = mark_complete(self.data_root) if complete and not found["complete"] else found
         else:
             return

@@ -6,7 +6,6 @@ that is lost, repeated or out of order is found without the model.
 
 import itertools
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from qk_sniffer.storage import (
     DATA_FILE,
     EXAMPLES_DIRECTORY,
     EXAMPLES_SCHEMA,
+    HEAD_DIRECTORY,
     JOURNAL_DIRECTORY,
     FileFacts,
     Kind,
@@ -43,7 +43,6 @@ from qk_sniffer.storage import (
     read_manifest,
 )
 
-_HEAD_DIRECTORY = re.compile(r"l\d{2,}h\d{2,}[qk]")
 _TOKENS_AT_ONCE = 2**20
 _UNREADABLE = (OSError, pa.ArrowException)
 
@@ -137,7 +136,7 @@ def _streams(manifest: Mapping[str, Any]) -> list[Stream]:
 def _check_names(data_root: Path, manifest: Mapping[str, Any], expected: Sequence[str]) -> list[str]:
     """The heads of settings, manifest and directories must be the same."""
     listed = set(manifest["heads"])
-    there = {path.name for path in data_root.iterdir() if _HEAD_DIRECTORY.fullmatch(path.name)}
+    there = {path.name for path in data_root.iterdir() if HEAD_DIRECTORY.fullmatch(path.name)}
     faults = [f"manifest.json: the head {name} is missing" for name in expected if name not in listed]
     faults += [
         f"{name}/{DATA_FILE}: in the manifest, but the settings don't capture this head"

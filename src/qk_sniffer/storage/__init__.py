@@ -8,7 +8,7 @@ from qk_sniffer.storage.data_root import (
     prepare_data_root,
 )
 from qk_sniffer.storage.files import write_text
-from qk_sniffer.storage.finalizing import finalize, finished, mark_complete
+from qk_sniffer.storage.finalizing import finalize, mark_complete
 from qk_sniffer.storage.journal import Block, Example, JournalWriter
 from qk_sniffer.storage.manifest import read_manifest
 from qk_sniffer.storage.parquet import FileFacts, StoredRows, checksum
@@ -18,6 +18,7 @@ from qk_sniffer.storage.schema import (
     DATA_FILE,
     EXAMPLES_DIRECTORY,
     EXAMPLES_SCHEMA,
+    HEAD_DIRECTORY,
     JOURNAL_DIRECTORY,
     SCHEMA_VERSION,
     Kind,
@@ -31,6 +32,7 @@ __all__ = [
     "DATA_FILE",
     "EXAMPLES_DIRECTORY",
     "EXAMPLES_SCHEMA",
+    "HEAD_DIRECTORY",
     "JOURNAL_DIRECTORY",
     "SCHEMA_VERSION",
     "Block",
@@ -45,7 +47,6 @@ __all__ = [
     "clear_data_root",
     "earlier_run",
     "finalize",
-    "finished",
     "head_name",
     "head_schema",
     "mark_complete",

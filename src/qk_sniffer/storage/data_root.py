@@ -1,7 +1,6 @@
 """A data root before a run: is it free, what does it hold already, and is there room."""
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,12 +26,12 @@ from qk_sniffer.storage.schema import (
     DATA_FILE,
     EXAMPLES_DIRECTORY,
     FINISHED_JOURNAL_DIRECTORY,
+    HEAD_DIRECTORY,
     JOURNAL_DIRECTORY,
     MANIFEST_FILE,
 )
 
 _FIELD = "sniffer.output.data_root"
-_HEAD_DIRECTORY = re.compile(r"l\d{2,}h\d{2,}[qk]")
 _OWN_NAMES = {
     EXAMPLES_DIRECTORY,
     JOURNAL_DIRECTORY,
@@ -53,13 +52,11 @@ class EarlierRun:
         fingerprint: The settings that decide its rows, by field.
         example_ids: (E,) int32, ascending: the examples that are captured.
         finalizing: Whether writing its files has begun and was cut off.
-        complete: Whether its files are written, and it had read every text.
     """
 
     fingerprint: Mapping[str, Any]
     example_ids: npt.NDArray[np.int32]
     finalizing: bool
-    complete: bool
 
     def require(self, data_root: Path, fingerprint: Mapping[str, Any]) -> None:
         """See that a run with other settings does not add to this one.
@@ -104,7 +101,6 @@ def earlier_run(data_root: Path) -> EarlierRun | None:
         fingerprint=(header or manifest or {}).get("fingerprint", {}),
         example_ids=np.union1d(stored, log.example_ids()),
         finalizing=log.finalizing is not None,
-        complete=header is None and manifest is not None and manifest["complete"],
     )
 
 
@@ -151,7 +147,7 @@ def clear_data_root(data_root: Path) -> None:
     for name in (MANIFEST_FILE, JOURNAL_DIRECTORY):
         _remove(data_root / name)
     for entry in data_root.iterdir():
-        if entry.name in _OWN_NAMES or _HEAD_DIRECTORY.fullmatch(entry.name):
+        if entry.name in _OWN_NAMES or HEAD_DIRECTORY.fullmatch(entry.name):
             _remove(entry)
 
 

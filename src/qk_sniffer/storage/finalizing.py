@@ -195,13 +195,6 @@ def _head_files(
     ]
 
 
-def finished(data_root: Path) -> dict[str, Any] | None:
-    """The manifest of a data root that has one and no journal; else None."""
-    if (data_root / JOURNAL_DIRECTORY / HEADER_FILE).exists():
-        return None
-    return read_manifest(data_root)
-
-
 def mark_complete(data_root: Path) -> dict[str, Any]:
     """Note in a finished data root that every text has been read, and give its manifest."""
     manifest = (read_manifest(data_root) or {}) | {"complete": True}

@@ -1,5 +1,6 @@
 """Names and column types of everything in a data root."""
 
+import re
 from typing import Literal
 
 import pyarrow as pa
@@ -12,6 +13,9 @@ FINISHED_JOURNAL_DIRECTORY = ".journal-finished"
 MANIFEST_FILE = "manifest.json"
 CARD_FILE = "README.md"
 CONFIG_FILE = "config.yaml"
+
+HEAD_DIRECTORY = re.compile(r"l\d{2,}h\d{2,}[qk]")
+"""Every name that ``head_name`` gives."""
 
 Kind = Literal["q", "k"]
 
