@@ -11,7 +11,7 @@ install: $(INSTALLED) ## Install the package and its tools into .venv
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gguf,device-map]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gguf]'
 	touch $@
 
 demo: $(INSTALLED) ## Capture the demo model on the demo text, without a hub

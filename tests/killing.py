@@ -12,10 +12,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import datasets
@@ -120,33 +121,87 @@ class Processes:
             since: The file whose appearance they count from; None counts from the start.
             cache: Name of the directory in which it keeps prepared datasets.
         """
-        self._count += 1
-        report = self.directory / f"process-{self._count}"
-        arguments = (list(command), sync_seconds, death, self.directory / cache, report)
-        process = self._context.Process(target=_process, args=arguments)
         started = time.monotonic()
-        process.start()
+        process = self.start(command, sync_seconds=sync_seconds, death=death, cache=cache)
         while since is not None and not since.exists() and process.is_alive():
             time.sleep(0.0005)
         appeared = time.monotonic()
-        process.join(60 if after is None else after)
-        hangs = after is None and process.is_alive()
-        process.kill()
-        process.join()
-        printed, counted = report.with_suffix(".txt"), report.with_suffix(".json")
-        assert not hangs, printed.read_text()
-        return Ended(
-            process.exitcode,
-            Counter(json.loads(counted.read_text()) if counted.exists() else {}),
-            appeared - started,
-            time.monotonic() - appeared,
-            printed.read_text() if printed.exists() else "",
-        )
+        if after is not None:
+            process.join(after)
+            process.kill()
+        ended = process.wait(60)
+        return replace(ended, waited=appeared - started, seconds=time.monotonic() - appeared)
+
+    def start(
+        self,
+        command: Sequence[str],
+        *,
+        sync_seconds: float = 0.0,
+        death: Death | None = None,
+        cache: str = "datasets",
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> "Started":
+        """Start the command line.
+
+        Args:
+            command: Its arguments.
+            sync_seconds: How often the journal commits.
+            death: Where it kills itself.
+            cache: Name of the directory in which it keeps prepared datasets.
+            environment: Variables that it has besides this process's own.
+        """
+        self._count += 1
+        report = self.directory / f"process-{self._count}"
+        cache_path = self.directory / cache
+        arguments = (list(command), sync_seconds, death, cache_path, dict(environment), report)
+        process = self._context.Process(target=_process, args=arguments)
+        process.start()
+        return Started(process, report)
+
+
+@dataclass(frozen=True)
+class Started:
+    """A process that runs."""
+
+    process: Any
+    report: Path
+
+    @property
+    def printed(self) -> str:
+        """What it has printed so far."""
+        path = self.report.with_suffix(".txt")
+        return path.read_text() if path.exists() else ""
+
+    def is_alive(self) -> bool:
+        return bool(self.process.is_alive())
+
+    def join(self, seconds: float) -> None:
+        self.process.join(seconds)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def wait(self, seconds: float) -> Ended:
+        """Let it end within some seconds."""
+        self.process.join(seconds)
+        hangs = self.process.is_alive()
+        self.process.kill()
+        self.process.join()
+        assert not hangs, self.printed
+        counted = self.report.with_suffix(".json")
+        counts = Counter(json.loads(counted.read_text()) if counted.exists() else {})
+        return Ended(self.process.exitcode, counts, 0.0, 0.0, self.printed)
 
 
 def _process(
-    command: list[str], sync_seconds: float, death: Death | None, cache: Path, report: Path
+    command: list[str],
+    sync_seconds: float,
+    death: Death | None,
+    cache: Path,
+    environment: dict[str, str],
+    report: Path,
 ) -> None:
+    os.environ.update(environment)
     with report.with_suffix(".txt").open("wb") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())

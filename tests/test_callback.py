@@ -179,7 +179,7 @@ def test_a_failure_while_files_are_written_loses_nothing(
     root = tmp_path / "root"
     with monkeypatch.context() as patch:
         # A directory where a file must go: the last head of the first layer can't be renamed there.
-        patch.setattr("qk_sniffer.callback.JournalWriter", _blocking(root / "l00h03q" / "data.parquet"))
+        patch.setattr("qk_sniffer.recorder.JournalWriter", _blocking(root / "l00h03q" / "data.parquet"))
         assert predict() == 2
     line = error_line(capsys)
     assert line.startswith(
@@ -222,7 +222,7 @@ def test_a_signal_leaves_whole_batches(
     command += ["--model.name", str(model_dir("llama")), "--data.path", str(path)]
     command += ["--data.streaming", "true", "--sniffer.output.data_root", str(root)]
     command += ["--sniffer.capture.sampler.type", "all", "--trainer.accelerator", "cpu"]
-    commits = root / ".journal" / "commits.jsonl"
+    commits = root / ".journal" / "rank-00000" / "commits.jsonl"
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             deadline = time.monotonic() + 120
@@ -244,13 +244,6 @@ def test_a_signal_leaves_whole_batches(
     table = pq.read_table(root / "l03h01k" / "data.parquet")
     assert table["example_id"].unique().to_pylist() == list(range(committed))
     assert table.num_rows == committed * LENGTHS[2]
-
-
-def test_several_processes_are_refused(model_dir: ModelDir, text_file: Path, tmp_path: Path) -> None:
-    sniffer = SnifferCallback(OutputConfig(str(tmp_path / "root")), ALL)
-    two = pl.Trainer(accelerator="cpu", devices=2, logger=False, callbacks=[sniffer])
-    with pytest.raises(UserError, match=r"^trainer\.devices: 2 processes"):
-        sniffer.setup(two, SnifferModule(str(model_dir("llama"))), "predict")
 
 
 def test_a_placement_by_accelerate_writes_the_same_files(predict: Predict, tmp_path: Path) -> None:

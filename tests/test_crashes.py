@@ -136,7 +136,7 @@ def captured(root: Path) -> set[int]:
     examples: set[int] = set()
     if (root / "manifest.json").exists():
         examples.update(pq.read_table(root / "examples" / "data.parquet")["example_id"].to_pylist())
-    log = root / ".journal" / "commits.jsonl"
+    log = root / ".journal" / "rank-00000" / "commits.jsonl"
     for line in log.read_text().splitlines(keepends=True) if log.exists() else ():
         digest, _, content = line.partition(" ")
         if content.endswith("\n") and digest == xxhash.xxh3_64_hexdigest(content[:-1].encode()):

@@ -129,7 +129,7 @@ def test_a_damaged_end_of_the_journal_is_captured_again(
 ) -> None:
     assert predict("whole", data=BATCHES) == 0
     interrupt("root", data=BATCHES)
-    damage(tmp_path / "root" / ".journal" / name)
+    damage(tmp_path / "root" / ".journal" / "rank-00000" / name)
     assert predict("root", data=BATCHES) == 0
     assert (
         "commits.jsonl: 1 entries were torn or damaged; what they stood for is captured" in caplog.text
@@ -142,7 +142,7 @@ def test_bytes_behind_the_last_commit_are_cut_off(
 ) -> None:
     assert predict("whole", data=BATCHES) == 0
     interrupt("root", data=BATCHES)
-    with (tmp_path / "root" / ".journal" / "segment-00000.arrow").open("ab") as segment:
+    with (tmp_path / "root" / ".journal" / "rank-00000" / "segment-00000.arrow").open("ab") as segment:
         segment.write(b"half a block")
     assert predict("root", data=BATCHES) == 0
     assert files_of(tmp_path / "root") == files_of(tmp_path / "whole")
@@ -161,7 +161,7 @@ def test_damage_in_the_middle_is_found_when_files_are_made(
     root = tmp_path / "root"
     assert predict("whole", data=BATCHES) == 0
     interrupt("root", data=BATCHES, after=3)
-    damaged = root / ".journal" / "segment-00001.arrow"
+    damaged = root / ".journal" / "rank-00000" / "segment-00001.arrow"
     flip(damaged, 5000)
     capsys.readouterr()
     arguments = ["finalize", str(root)]

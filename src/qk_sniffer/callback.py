@@ -1,56 +1,47 @@
-"""SnifferCallback: owns the sniffer and the journal for the length of one prediction."""
+"""SnifferCallback: owns the recording of one prediction, from the data root it finds to its files."""
 
 import logging
+import secrets
 import shlex
 import signal
+import socket
+import threading
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from qk_sniffer.capture import (
-    Chunk,
-    Sniffer,
-    active_sniffer,
-    build_sampler,
-    expected_rows,
-    select_heads,
-)
+from qk_sniffer.capture import CapturedHeads, build_sampler, expected_rows, select_heads
 from qk_sniffer.config import CaptureConfig, OutputConfig
-from qk_sniffer.errors import UserError
+from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.ids import ExampleFilter
-from qk_sniffer.models import (
-    check_capture,
-    check_passages,
-    probe_attention,
-)
+from qk_sniffer.models import check_capture, check_passages, probe_attention
 from qk_sniffer.provenance import describe, fingerprint, settings
+from qk_sniffer.ranks import ALONE, Ranks
+from qk_sniffer.recorder import Recorder
 from qk_sniffer.storage import (
     CONFIG_FILE,
     JOURNAL_DIRECTORY,
-    Block,
     EarlierRun,
-    Example,
-    JournalWriter,
+    TokenFile,
     check_space,
     clear_data_root,
     earlier_run,
     finalize,
-    mark_complete,
     prepare_data_root,
-    read_manifest,
     write_text,
 )
 from qk_sniffer.summary import file_progress, summary_table
 
 log = logging.getLogger(__name__)
+
+_SECONDS_TO_SEE = 10.0
+"""How long a file that one process wrote may take to be seen by another."""
 
 
 class SnifferCallback(pl.Callback):
@@ -58,7 +49,8 @@ class SnifferCallback(pl.Callback):
 
     It works in any trainer whose module keeps its decoder in ``backbone`` and runs it under
     ``qk_sniffer.models.capture_attention``, as ``SnifferModule`` does, and whose batches are those of
-    ``TextDataModule``.
+    ``TextDataModule``. In a run of several processes each captures what it reads, and all share the
+    data root.
 
     Args:
         output: Where the captured vectors go.
@@ -83,20 +75,23 @@ class SnifferCallback(pl.Callback):
         self._sampler = build_sampler(
             capture.sampler.type, capture.sampler.base_rate, capture.min_bucket_size
         )
-        self._sniffer: Sniffer
-        self._journal: JournalWriter | None = None
-        self._running = ExitStack()
-        self._ended = False
-        self._tokens_seen = 0
+        self._ranks = ALONE
+        self._has_joined = False
+        self._earlier: EarlierRun | None = None
+        self._recorder: Recorder | None = None
+        self._received_sigterm = False
         self._started = 0.0
 
-    def check_output(self) -> None:
+    def check_output(self, *, repair_journal: bool = True) -> None:
         """See that the data root can take a run, and repair what an interrupted one left there.
+
+        Args:
+            repair_journal: Whether this process is the one that repairs.
 
         Raises:
             UserError: It is not writable, or what it holds can't be continued or replaced.
         """
-        prepare_data_root(self.data_root, self.output.overwrite)
+        prepare_data_root(self.data_root, self.output.overwrite, repair_journal=repair_journal)
 
     def earlier_run(
         self, module: pl.LightningModule, data: pl.LightningDataModule | None
@@ -113,78 +108,46 @@ class SnifferCallback(pl.Callback):
 
     def example_filter(self, trainer: pl.Trainer) -> ExampleFilter:
         """The texts that the data module reads: those that no earlier run has captured."""
-        return _uncaptured(self.earlier_run(trainer.lightning_module, _data_module(trainer)))
+        self._join(trainer)
+        return self._uncaptured()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check the settings that need no model, and finish files that an earlier run has begun."""
-        if trainer.world_size > 1:
-            raise UserError(
-                f"trainer.devices: {trainer.world_size} processes would write one data root; set "
-                "devices and num_nodes to 1"
-            )
-        self.check_output()
-        self._journal, self._ended = None, False
-        self._started = time.monotonic()
-        earlier = self.earlier_run(pl_module, _data_module(trainer))
-        if earlier is not None:
-            tqdm.write(f"{self.data_root}: going on after {earlier.example_ids.size:,} texts")
-            if earlier.finalizing:
-                finalize(self.data_root, file_progress)
+        """Finish files that an earlier run has begun."""
+        self._join(trainer)
+        if self._earlier is not None:
+            if self._ranks.is_first:
+                n_texts = self._earlier.example_ids.size
+                tqdm.write(f"{self.data_root}: going on after {n_texts:,} texts")
+            if self._earlier.finalizing:
+                finalize(self.data_root, self._file_progress, ranks=self._ranks)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the model's heads, open the journal and make the sniffer active."""
-        config = self.capture
         self._backbone = cast(nn.Module, pl_module.backbone)
-        attention = probe_attention(self._backbone, pre_rope=config.capture_pre_rope)
-        sampling = config.head_sampling
-        heads = select_heads(
-            attention.layers,
-            layers=config.layers,
-            heads=config.heads,
-            sample_count=sampling.count if sampling else None,
-            sample_seed=sampling.seed if sampling else 0,
-            full_attention_only=config.full_attention_only,
-        )
-        self._heads = heads
-        tokenizer = getattr(_data_module(trainer), "tokenizer", None)
-        if config.capture_token_strings and tokenizer is None:
+        ranks, tokenizer = self._ranks, getattr(_data_module(trainer), "tokenizer", None)
+        if self.capture.capture_token_strings and tokenizer is None:
             raise UserError(
                 "sniffer.capture.capture_token_strings: the trainer has no TextDataModule to take the "
                 "tokenizer from; pass one as datamodule, or set it to false"
             )
-        self._tokenizer: PreTrainedTokenizerBase | None = tokenizer
-        header = describe(
-            settings(pl_module, _data_module(trainer), config), self._backbone, attention, heads
+        header, self._heads = ranks.run(lambda: self._describe(trainer, pl_module))
+        ranks.first(lambda: self._check_space(trainer, header["streams"]))
+        ranks.first(lambda: self._prepare_journal(header))
+        self._recorder = ranks.run(
+            lambda: Recorder(
+                self.capture,
+                self._sampler,
+                self._heads,
+                self.data_root / JOURNAL_DIRECTORY,
+                header,
+                ranks.rank,
+                self._uncaptured(),
+                tokenizer,
+            )
         )
-        self._check_space(trainer, header["streams"])
-        self._open_journal(header)
-        self._sniffer = Sniffer(
-            heads,
-            self._sampler,
-            config.sampler.seed,
-            self._append,
-            capture_queries=config.capture_queries,
-            capture_keys=config.capture_keys,
-            pre_rope=config.capture_pre_rope,
-        )
-        self._running.callback(self._sniffer.close)
-        self._running.enter_context(active_sniffer(self._sniffer))
+        self._stop_on_sigterm(trainer)
         self._checked = not self.check
-        self._tokens_seen, self._started = 0, time.monotonic()
-
-    def _open_journal(self, header: dict[str, Any]) -> None:
-        """Clear the data root or see that it can be continued, and open its journal."""
-        earlier = None if self.output.overwrite else earlier_run(self.data_root)
-        if earlier is None:
-            clear_data_root(self.data_root)
-        else:
-            earlier.require(self.data_root, header["fingerprint"])
-        self._is_left = _uncaptured(earlier)
-        if self.config_yaml is not None:
-            write_text(self.data_root / CONFIG_FILE, self.config_yaml)
-        journal = JournalWriter(self.data_root / JOURNAL_DIRECTORY, header)
-        self._running.callback(journal.close)
-        self._journal = journal
+        self._started = time.monotonic()
 
     def on_predict_batch_start(
         self,
@@ -199,22 +162,14 @@ class SnifferCallback(pl.Callback):
         Raises:
             UserError: The batch is not padded on the right, or the check fails.
         """
-        lengths, mask = batch["sequence_lengths"], batch["attention_mask"]
-        expected = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
-        if not torch.equal(mask.bool(), expected):
-            raise UserError(
-                "attention_mask: a batch is not padded on the right up to its sequence_lengths; set "
-                "the tokenizer's padding_side to right"
-            )
+        assert self._recorder is not None
         if not self._checked:
-            tokens = batch["input_ids"][:1, : int(lengths[0])]
+            tokens = batch["input_ids"][:1, : int(batch["sequence_lengths"][0])]
             check_capture(self._backbone, tokens, list(self._heads))
             if pl_module.hparams.get("prefill_chunk_size") is not None:
                 check_passages(self._backbone, tokens)
             self._checked = True
-        # A loader of someone's own may give texts that are captured already: they keep no rows.
-        is_new = self._is_new(batch)
-        self._sniffer.begin_batch(batch["example_ids"].tolist(), (lengths.cpu() * is_new).tolist())
+        self._recorder.begin_batch(batch)
 
     def on_predict_batch_end(
         self,
@@ -225,35 +180,55 @@ class SnifferCallback(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Move the batch's rows to the journal, and stop after it where a SIGTERM asks for that."""
-        assert self._journal is not None
-        self._sniffer.flush_batch()
-        self._journal.commit(self._examples(batch))
-        self._tokens_seen += int(batch["sequence_lengths"].sum())
-        self._show_progress(trainer)
-        if trainer.received_sigterm:
-            # Lightning notes the signal and would predict on to the end.
+        """Move the batch's rows to the journal, and stop after it where there is a reason.
+
+        Raises:
+            SystemExit: A SIGTERM came, or another process died.
+        """
+        assert self._recorder is not None
+        self._recorder.end_batch(batch)
+        lifeline = self._ranks.lifeline
+        if lifeline is not None:
+            lifeline.progress = self._recorder.progress
+            if lifeline.failure is not None:
+                raise SystemExit(1)
+        if self._ranks.is_first:
+            self._show_progress(trainer)
+        if self._received_sigterm:
             raise SystemExit(128 + signal.SIGTERM)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the Parquet files, the card and the manifest, and print what there is."""
-        self._running.close()
-        self._end(trainer)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write the files of a run whose texts were all captured before: it has no batch."""
-        if not self._ended:
-            self._end(trainer)
+        assert self._recorder is not None
+        ranks = self._ranks
+        ranks.run(self._recorder.close)
+        limit = trainer.limit_predict_batches
+        complete = isinstance(limit, float) and limit == 1.0
+        if complete:
+            ranks.first(lambda: self._require_all(trainer))
+        manifest = finalize(self.data_root, self._file_progress, complete=complete, ranks=ranks)
+        if ranks.is_first:
+            seconds = time.monotonic() - self._started
+            tqdm.write(summary_table(self.data_root, manifest, seconds=seconds))
+        self._leave(None)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Close the journal, and say where the captured rows are."""
+        """Close the journal, tell the other processes, and say where the captured rows are."""
+        if not self._has_joined:
+            return
         try:
-            self._running.close()
+            if self._recorder is not None:
+                self._recorder.close()
         except UserError as error:
             log.warning("%s", error)
-        if self._journal is not None and (self.data_root / JOURNAL_DIRECTORY).exists():
+        is_first, watched = self._ranks.is_first, self._ranks.lifeline is not None
+        if isinstance(exception, UserError) and watched and not is_first:
+            exception.is_told = True
+        holds_rows = self._recorder is not None and (self.data_root / JOURNAL_DIRECTORY).exists()
+        self._leave(_reason(exception))
+        if holds_rows and is_first:
             again = " with sniffer.output.overwrite: false" if self.output.overwrite else ""
             log.warning(
                 "What was captured so far is safe. Go on with the same command%s, or write it as "
@@ -262,50 +237,131 @@ class SnifferCallback(pl.Callback):
                 shlex.quote(str(self.data_root)),
             )
 
-    def _end(self, trainer: pl.Trainer) -> None:
-        self._ended = True
-        limit = trainer.limit_predict_batches
-        complete = isinstance(limit, float) and limit == 1.0
-        if (self.data_root / JOURNAL_DIRECTORY).exists():
-            manifest = finalize(self.data_root, file_progress, complete=complete)
-        elif (found := read_manifest(self.data_root)) is not None:
-            manifest = mark_complete(self.data_root) if complete and not found["complete"] else found
-        else:
+    def _join(self, trainer: pl.Trainer) -> None:
+        """Meet the other processes, and learn together what the data root holds.
+
+        Raises:
+            UserError: They don't share it, or it can't take this run.
+        """
+        if self._has_joined:
             return
-        seconds = time.monotonic() - self._started
-        tqdm.write(summary_table(self.data_root, manifest, seconds=seconds))
+        self._has_joined = True
+        self._recorder, self._received_sigterm = None, False
+        self._started = time.monotonic()
+        self._ranks = ranks = Ranks.of(trainer)
+        if ranks.size > 1:
+            strategy = trainer.strategy
+            if not isinstance(strategy, DDPStrategy):
+                raise UserError(
+                    f"trainer.strategy: {type(strategy).__name__} can't be captured; set it to ddp, or "
+                    "to ddp_notebook in a notebook"
+                )
+            assert strategy.cluster_environment is not None
+            ranks.watch(strategy.cluster_environment.main_address)
+        ranks.first(self.check_output)
+        self._require_shared_root()
+        module, data = trainer.lightning_module, _data_module(trainer)
+        self._earlier = ranks.first(lambda: self.earlier_run(module, data))
 
-    def _append(self, chunk: Chunk) -> None:
-        assert self._journal is not None
-        self._journal.append(lambda: _block(chunk), chunk.n_bytes)
+    def _leave(self, reason: str | None) -> None:
+        self._ranks.leave(reason)
+        self._has_joined = False
 
-    def _is_new(self, batch: dict[str, Any]) -> torch.Tensor:
-        return torch.from_numpy(self._is_left(batch["example_ids"].cpu().numpy()))
+    def _require_shared_root(self) -> None:
+        """See that the data root of all processes is one directory."""
+        ranks = self._ranks
+        if ranks.size == 1:
+            return
+        token = TokenFile(self.data_root, ranks.first(lambda: secrets.token_hex(8)))
+        ranks.first(token.write)
+        found = ranks.gather((token.is_seen(_SECONDS_TO_SEE), socket.gethostname()))
+        ranks.first(token.remove)
+        blind = [f"rank {rank} ({host})" for rank, (sees, host) in enumerate(found) if not sees]
+        if blind:
+            error = UserError(
+                f"sniffer.output.data_root: what rank 0 ({found[0][1]}) writes to {self.data_root} is "
+                f"not seen by {', '.join(blind)}; name a directory that all nodes share"
+            )
+            ranks.run(lambda: _raise(error))
 
-    def _examples(self, batch: dict[str, Any]) -> list[Example]:
-        lengths = batch["sequence_lengths"].tolist()
-        tokens: list[list[str] | None] = [None] * len(lengths)
-        if self.capture.capture_token_strings and self._tokenizer is not None:
-            tokens = [
-                self._tokenizer.convert_ids_to_tokens(ids[:length])
-                for ids, length in zip(_host_input_ids(batch).tolist(), lengths, strict=True)
-            ]
-        rows = zip(
-            batch["example_ids"].tolist(),
-            batch["source_ids"],
-            lengths,
-            batch["truncated"],
-            tokens,
-            strict=True,
+    def _describe(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> tuple[dict[str, Any], dict[int, CapturedHeads]]:
+        """The header of the journal, the same in all processes, and the captured heads by layer."""
+        config = self.capture
+        attention = probe_attention(self._backbone, pre_rope=config.capture_pre_rope)
+        sampling = config.head_sampling
+        heads = select_heads(
+            attention.layers,
+            layers=config.layers,
+            heads=config.heads,
+            sample_count=sampling.count if sampling else None,
+            sample_seed=sampling.seed if sampling else 0,
+            full_attention_only=config.full_attention_only,
         )
-        is_new = self._is_new(batch).tolist()
-        return [Example(*fields) for fields, new in zip(rows, is_new, strict=True) if new]
+        run_settings = settings(pl_module, _data_module(trainer), config)
+        return describe(run_settings, self._backbone, attention, heads), heads
+
+    def _prepare_journal(self, header: dict[str, Any]) -> None:
+        """Clear the data root or see that it can be continued, in the first process."""
+        earlier = None if self.output.overwrite else earlier_run(self.data_root)
+        if earlier is None:
+            clear_data_root(self.data_root)
+        else:
+            earlier.require(self.data_root, header["fingerprint"])
+        if self.config_yaml is not None:
+            write_text(self.data_root / CONFIG_FILE, self.config_yaml)
+
+    def _stop_on_sigterm(self, trainer: pl.Trainer) -> None:
+        """Note a SIGTERM, and pass it on to the processes that the trainer has launched.
+
+        Lightning's own handler would let a run go on to its end, and wait in a handler for all
+        processes to receive the signal, which hangs where one of them does not.
+        """
+
+        def stop(signum: int, frame: Any) -> None:
+            self._received_sigterm = True
+            if trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(signal.SIGTERM)
+
+        # Elsewhere Python takes no handlers; the trainer puts back the earlier one when it ends.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, stop)
+
+    def _require_all(self, trainer: pl.Trainer) -> None:
+        """See that the processes together have captured every text of the data module."""
+        planned = getattr(_data_module(trainer), "example_ids", None)
+        found = earlier_run(self.data_root)
+        if planned is not None and found is not None:
+            missing = np.setdiff1d(planned, found.example_ids)
+            if missing.size:
+                raise RuntimeError(
+                    f"{missing.size} of {planned.size} texts were not captured, such as example "
+                    f"{missing[0]}"
+                )
 
     def _show_progress(self, trainer: pl.Trainer) -> None:
-        bar = getattr(trainer.progress_bar_callback, "predict_progress_bar", None)
-        if bar is not None:
-            rate = self._tokens_seen / (time.monotonic() - self._started)
-            bar.set_postfix_str(f"{rate:,.0f} tokens/s, {self._sniffer.rows_kept:,} rows kept")
+        bar_callback = trainer.progress_bar_callback
+        bar = getattr(bar_callback, "predict_progress_bar", None)
+        if bar is None or self._recorder is None:
+            return
+        lifeline = self._ranks.lifeline
+        progress = self._recorder.progress if lifeline is None else lifeline.total_progress()
+        n_batches, n_tokens, n_rows = progress
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if lifeline is not None and callbacks.index(bar_callback) < callbacks.index(self):
+            # The bar counted the batches of this process alone.
+            bar.total = getattr(_data_module(trainer), "n_batches", lambda: None)()
+            bar.n = n_batches
+        rate = n_tokens / (time.monotonic() - self._started)
+        bar.set_postfix_str(f"{rate:,.0f} tokens/s, {n_rows:,} rows kept")
+
+    def _file_progress(self, files: Any, total: int) -> Any:
+        return file_progress(files, total) if self._ranks.is_first else files
+
+    def _uncaptured(self) -> ExampleFilter:
+        captured = np.empty(0, np.int32) if self._earlier is None else self._earlier.example_ids
+        return ExampleFilter(captured, listed=False)
 
     def _check_space(self, trainer: pl.Trainer, streams: list[dict[str, Any]]) -> None:
         """Compare the room on the disk with what the texts that are left will take."""
@@ -318,29 +374,20 @@ class SnifferCallback(pl.Callback):
             check_space(self.data_root, int(rows * (widths * itemsize + 12 * len(streams))))
 
 
-def _uncaptured(earlier: EarlierRun | None) -> ExampleFilter:
-    return ExampleFilter(
-        np.empty(0, np.int32) if earlier is None else earlier.example_ids, listed=False
-    )
-
-
 def _data_module(trainer: pl.Trainer) -> pl.LightningDataModule | None:
     return getattr(trainer, "datamodule", None)
 
 
-def _host_input_ids(batch: dict[str, Any]) -> torch.Tensor:
-    """The tokens, without waiting for a device where the batch kept them."""
-    tokens: torch.Tensor = getattr(batch, "host_input_ids", batch["input_ids"])
-    return tokens
+def _reason(exception: BaseException) -> str:
+    """What the other processes are told of the end of this one."""
+    if isinstance(exception, UserError):
+        return str(exception)
+    if isinstance(exception, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(exception, SystemExit):
+        return "stopped by SIGTERM" if exception.code == 128 + signal.SIGTERM else "stopped"
+    return f"{type(exception).__name__}: {first_line(exception)}"
 
 
-def _block(chunk: Chunk) -> Block:
-    """A chunk as the journal takes it; waits for its copy to the host."""
-    vectors = chunk.vectors.contiguous()
-    dtype = str(vectors.dtype).removeprefix("torch.")
-    if vectors.dtype == torch.bfloat16:
-        vectors = vectors.view(torch.uint16)
-    rows = torch.stack([chunk.example_ids, chunk.positions, chunk.buckets])
-    return Block(
-        chunk.layer_idx, chunk.kind, chunk.sliding_window, dtype, vectors.numpy(), rows.numpy()
-    )
+def _raise(error: Exception) -> None:
+    raise error

@@ -88,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _COMMANDS[args[0]](args[1:])
     except UserError as error:
         # A DataLoader worker wraps the message in its own traceback; the message is the last line.
+        if error.is_told:
+            return 2
         message = str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]
         sys.stderr.write(f"qk-sniffer: error: {redact(message)}\n")
         return 2

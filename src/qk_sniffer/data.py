@@ -1,22 +1,29 @@
 """TextDataModule: texts from a Hub dataset or local files as batches of tokens, with example ids."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
+import datasets
 import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+import xxhash
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from qk_sniffer.batches import Batch, longest_first, plan_batches, rest_of, share_of
 from qk_sniffer.config import TokenizerConfig
 from qk_sniffer.errors import UserError, explained_loading
-from qk_sniffer.ids import ExampleFilter, collision, hash_ids
+from qk_sniffer.ids import are_left
 from qk_sniffer.models import ModelSource
-from qk_sniffer.texts import Row, StreamedRows, TextSource, check_columns, example_ids
+from qk_sniffer.ranks import Ranks
+from qk_sniffer.streaming import StreamedBatches
+from qk_sniffer.texts import Row, TextSource, check_columns, example_ids
+from qk_sniffer.tokenizing import FEATURES, Encode
+
+_TEXTS_TOKENIZED_AT_ONCE = 64
 
 
 class TokenBatch(dict[str, Any]):
@@ -55,8 +62,14 @@ class TextDataModule(pl.LightningDataModule):
         max_samples: Rows to read from the start; null reads all.
         streaming: Read the dataset while the model runs instead of downloading it first.
         tokenizer: How text becomes tokens.
-        batch_size: Texts in a batch.
-        num_workers: Processes that prepare batches, at most one for a stream; 0 uses the main process.
+        batch_size: Most texts in a batch.
+        max_tokens_per_batch: Most tokens in a batch, padding included: texts of like length are read
+            together, the longest first. A longer text is read alone. Null puts batch_size texts into
+            each batch, in the order of the dataset.
+        num_workers: Processes that prepare batches, for each device; 0 uses the main process. Each
+            worker of a stream reads all of it.
+        num_proc: Processes that tokenize a dataset before the run; null uses the main process, whose
+            tokenizer has threads.
     """
 
     def __init__(
@@ -71,10 +84,17 @@ class TextDataModule(pl.LightningDataModule):
         streaming: bool = False,
         tokenizer: TokenizerConfig = TokenizerConfig(),  # noqa: B008
         batch_size: int = 1,
+        max_tokens_per_batch: int | None = None,
         num_workers: int = 0,
+        num_proc: int | None = None,
     ) -> None:
         super().__init__()
-        for field, value in (("batch_size", batch_size), ("max_samples", max_samples)):
+        for field, value in (
+            ("batch_size", batch_size),
+            ("max_samples", max_samples),
+            ("max_tokens_per_batch", max_tokens_per_batch),
+            ("num_proc", num_proc),
+        ):
             if value is not None and value < 1:
                 raise UserError(f"data.{field}: must be at least 1, got {value}")
         self.save_hyperparameters()
@@ -88,74 +108,125 @@ class TextDataModule(pl.LightningDataModule):
         self.streaming = streaming
         self.tokenizer_config = tokenizer
         self.batch_size = batch_size
+        self.max_tokens_per_batch = max_tokens_per_batch
         self.num_workers = num_workers
+        self.num_proc = num_proc
 
     tokenizer: PreTrainedTokenizerBase
     """The tokenizer, from ``setup`` on."""
 
+    example_ids: npt.NDArray[np.int32]
+    """(N,) ids of all texts, from ``setup`` on; unset where the dataset streams."""
+
     def setup(self, stage: str) -> None:
         """Load the tokenizer and the dataset; where it doesn't stream, check ids and tokenize it.
 
-        Texts that a callback of the trainer doesn't need, since an earlier run has captured them, are
-        left out before they are tokenized.
+        In a run of several processes the first does so alone, and the others find what it made in the
+        cache of datasets.
 
         Raises:
             UserError: The tokenizer, the dataset or a column is missing, an id is missing or shared,
-                a text is not a string, or there are no rows.
+                a text is not a string, there are no rows, or the processes find different texts.
         """
-        filters = self._filters()
-        self.tokenizer = self._load_tokenizer()
-        source = TextSource(self.path, self.name, self.revision, self.split)
-        encode = _Encode(
-            self.tokenizer, self.text_column, self.id_column, self.tokenizer_config.max_length
-        )
-        self._dataset: torch.utils.data.Dataset[Any]
-        if self.streaming:
-            rows = source.stream(self.max_samples)
-            self._dataset = _StreamedBatches(rows, encode, self.batch_size, filters)
-            return
-        dataset = source.load(self.max_samples)
-        check_columns(dataset.column_names, self.text_column, self.id_column)
-        ids = example_ids(dataset, self.id_column)
-        left = np.flatnonzero(_are_left(ids, filters))
-        if len(left) < len(dataset):
-            encode.row_numbers = left
-            dataset = dataset.select(left)
-        self._dataset = dataset.map(
-            encode,
-            batched=True,
-            with_indices=True,
-            remove_columns=dataset.column_names,
-            desc="Tokenizing",
-        )
-
-    def sequence_lengths(self) -> torch.Tensor | None:
-        """Tokens in each text that is left to read, (N,) int64; None where the dataset streams."""
-        if self.streaming:
-            return None
-        if len(self._dataset) == 0:  # type: ignore[arg-type]
-            return torch.empty(0, dtype=torch.int64)
-        lengths: torch.Tensor = self._dataset.with_format("torch")["n_tokens"][:]  # type: ignore[attr-defined]
-        return lengths
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Batches in the order of the dataset."""
-        # Several workers would each see some of a stream's files, and the order of rows would change.
-        num_workers = min(self.num_workers, 1) if self.streaming else self.num_workers
-        return DataLoader(
-            self._dataset,
-            batch_size=None if self.streaming else self.batch_size,
-            num_workers=num_workers,
-            collate_fn=_Collate(_pad_token_id(self.tokenizer)),
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def _filters(self) -> list[ExampleFilter]:
-        return [
+        self._filters = [
             callback.example_filter(self.trainer)
             for callback in getattr(self.trainer, "callbacks", [])
             if hasattr(callback, "example_filter")
         ]
+        ranks = Ranks.of(self.trainer)
+        if not ranks.is_first:
+            datasets.disable_progress_bars()
+        ranks.after_first(self._load)
+        if not self.streaming:
+            ranks.run(lambda: self._require_same_texts(ranks))
+            self._plan()
+
+    def _load(self) -> None:
+        self.tokenizer = self._load_tokenizer()
+        source = TextSource(self.path, self.name, self.revision, self.split)
+        encode = Encode(
+            self.tokenizer, self.text_column, self.id_column, self.tokenizer_config.max_length
+        )
+        if self.streaming:
+            self._stream = source.stream(self.max_samples), encode
+            return
+        dataset = source.load(self.max_samples)
+        check_columns(dataset.column_names, self.text_column, self.id_column)
+        ids = example_ids(dataset, self.id_column)
+        # Texts that are captured already are tokenized all the same: the cache has them, and batches
+        # are to be those of a run that nothing interrupted.
+        listed = [selects for selects in self._filters if selects.listed]
+        rows = np.flatnonzero(are_left(ids, listed))
+        if len(rows) < len(dataset):
+            encode.row_numbers = rows
+            dataset = dataset.select(rows)
+        self.example_ids = ids[rows]
+        self._dataset = dataset.map(
+            encode,
+            batched=True,
+            batch_size=_TEXTS_TOKENIZED_AT_ONCE,
+            with_indices=True,
+            remove_columns=dataset.column_names,
+            features=FEATURES,
+            num_proc=self.num_proc,
+            desc="Tokenizing",
+        ).with_format("arrow")
+        self._lengths = self._column("n_tokens").astype(np.int64)
+
+    def _column(self, name: str) -> npt.NDArray[Any]:
+        if len(self._dataset) == 0:
+            return np.empty(0, np.int32)
+        column: npt.NDArray[Any] = self._dataset.select_columns(name)[:][name].to_numpy()
+        return column
+
+    def _require_same_texts(self, ranks: Ranks) -> None:
+        digest = xxhash.xxh3_64(self.example_ids.tobytes())
+        digest.update(self._lengths.tobytes())
+        found = ranks.gather(digest.hexdigest())
+        differing = [str(rank) for rank, other in enumerate(found) if other != found[0]]
+        if differing:
+            raise UserError(
+                f"data.path: {self.path} or its tokenizer is not the same everywhere: rank "
+                f"{', '.join(differing)} found other texts than rank 0; give all nodes the same files"
+            )
+
+    def _plan(self) -> None:
+        is_left = are_left(self.example_ids, self._filters)
+        batches = plan_batches(self._lengths, self.batch_size, self.max_tokens_per_batch)
+        batches = rest_of(batches, is_left)
+        if self.max_tokens_per_batch is not None:
+            batches = longest_first(batches, self._lengths)
+        self._is_left, self._batches = is_left, batches
+
+    def sequence_lengths(self) -> torch.Tensor | None:
+        """Tokens in each text that is left to read, (N,) int64; None where the dataset streams."""
+        return None if self.streaming else torch.from_numpy(self._lengths[self._is_left])
+
+    def n_batches(self) -> int | None:
+        """Batches that are left to read, of all processes; None where the dataset streams."""
+        return None if self.streaming else len(self._batches)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The batches of this process: in the order of the dataset, or longest first in a budget."""
+        rank = getattr(self.trainer, "global_rank", 0)
+        size = getattr(self.trainer, "world_size", 1)
+        dataset: Dataset[Any]
+        sampler: _ShareSampler | None = None
+        if self.streaming:
+            dataset = StreamedBatches(
+                *self._stream, self.batch_size, self.max_tokens_per_batch, self._filters, rank, size
+            )
+        else:
+            own = list(share_of(self._batches, self._lengths, rank, size))
+            dataset, sampler = _EncodedRows(self._dataset), _ShareSampler(own)
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=_Collate(_pad_token_id(self.tokenizer)),
+            pin_memory=torch.cuda.is_available(),
+        )
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         source = self._tokenizer_source()
@@ -182,105 +253,31 @@ class TextDataModule(pl.LightningDataModule):
         return replace(source, trust_remote_code=trust)
 
 
-class _Encode:
-    """Turns columns of the dataset into token ids, example ids and what the examples table needs."""
+class _EncodedRows(Dataset[list[Row]]):
+    """Batches of a tokenized dataset, by the row numbers of their texts."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        text_column: str,
-        id_column: str | None,
-        max_length: int | None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.text_column = text_column
-        self.id_column = id_column
-        self.max_length = max_length
-        self.row_numbers: npt.NDArray[np.int64] | None = None
-        """Numbers of the rows in the dataset, where only some of them are left."""
+    def __init__(self, dataset: datasets.Dataset) -> None:
+        self.dataset = dataset
 
-    def __call__(self, columns: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
-        if self.row_numbers is not None:
-            rows = self.row_numbers[rows].tolist()
-        texts = columns[self.text_column]
-        for text, row in zip(texts, rows, strict=True):
-            if not isinstance(text, str):
-                raise UserError(
-                    f"data.text_column: row {row} has {_shorten(text)} in {self.text_column!r}, not a "
-                    "string; mend or drop the row, or name another column"
-                )
-        source_ids = rows if self.id_column is None else columns[self.id_column]
-        input_ids, truncated = self._tokenize(texts)
-        return {
-            "input_ids": input_ids,
-            "n_tokens": [len(ids) for ids in input_ids],
-            "truncated": truncated,
-            "example_id": hash_ids(source_ids, rows),
-            "source_id": [str(source_id) for source_id in source_ids],
-        }
-
-    def _tokenize(self, texts: list[str]) -> tuple[list[list[int]], list[bool]]:
-        whole = self.tokenizer(texts, verbose=False)["input_ids"]
-        if self.max_length is None:
-            return whole, [False] * len(whole)
-        truncated = [len(ids) > self.max_length for ids in whole]
-        # Tokenized again rather than cut, so that special tokens stay where the tokenizer puts them.
-        kept = [
-            self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"]
-            if cut
-            else ids
-            for text, ids, cut in zip(texts, whole, truncated, strict=True)
-        ]
-        return kept, truncated
+    def __getitem__(self, batch: Batch) -> list[Row]:
+        table = self.dataset[batch]
+        rows: list[Row] = table.drop_columns(["input_ids"]).to_pylist()
+        tokens = [value.values.to_numpy() for value in table["input_ids"]]
+        return [row | {"input_ids": ids} for row, ids in zip(rows, tokens, strict=True)]
 
 
-class _StreamedBatches(IterableDataset[list[Row]]):
-    """Rows of a streaming dataset in batches, in the order of the stream."""
+class _ShareSampler(DistributedSampler[Batch]):
+    """The batches of one process; Lightning leaves a distributed sampler as it is."""
 
-    def __init__(
-        self,
-        rows: StreamedRows,
-        encode: _Encode,
-        batch_size: int,
-        filters: Sequence[ExampleFilter],
-    ) -> None:
-        self.rows = rows
-        self.encode = encode
-        self.batch_size = batch_size
-        self.filters = filters
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
 
-    def __iter__(self) -> Iterator[list[Row]]:
-        rows = self._rows_left()
-        while batch := list(islice(rows, self.batch_size)):
-            columns = {name: [row[name] for _, row in batch] for name in batch[0][1]}
-            encoded = self.encode(columns, [index for index, _ in batch])
-            yield [
-                dict(zip(encoded, values, strict=True))
-                for values in zip(*encoded.values(), strict=True)
-            ]
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
 
-    def _rows_left(self) -> Iterator[tuple[int, Row]]:
-        """The numbered rows that are to be read, checked for a shared id."""
-        seen: dict[int, int | str] = {}
-        id_column = self.encode.id_column
-        for index, row in self.rows:
-            if index == 0:
-                check_columns(list(row), self.encode.text_column, id_column)
-            source_id = index if id_column is None else row[id_column]
-            (number,) = hash_ids([source_id], [index])
-            if id_column is not None:
-                if number in seen:
-                    raise collision(seen[number], source_id)
-                seen[number] = source_id
-            if _are_left(np.array([number]), self.filters).all():
-                yield index, row
-
-
-def _are_left(ids: npt.NDArray[Any], filters: Sequence[ExampleFilter]) -> npt.NDArray[np.bool_]:
-    left = np.full(ids.shape, True)
-    for selects in filters:
-        left &= selects(ids)
-    return left
+    def __len__(self) -> int:
+        # Lightning passes over the hooks of a process without batches, and they are collective.
+        return max(1, len(self.batches))
 
 
 class _Collate:
@@ -295,7 +292,7 @@ class _Collate:
         padded_length = max(1, int(lengths.max()))
         input_ids = torch.full((len(rows), padded_length), self.pad_token_id)
         for index, row in enumerate(rows):
-            input_ids[index, : lengths[index]] = torch.tensor(row["input_ids"], dtype=torch.int64)
+            input_ids.numpy()[index, : len(row["input_ids"])] = row["input_ids"]
         return TokenBatch(
             input_ids=input_ids,
             attention_mask=(torch.arange(padded_length) < lengths[:, None]).to(torch.int64),
@@ -309,8 +306,3 @@ class _Collate:
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Any valid token: what stands in the padding reaches no row that is kept."""
     return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -12,6 +12,9 @@ class UserError(Exception):
     and keeps its traceback.
     """
 
+    is_told = False
+    """Whether another process of the run has been told, and prints it."""
+
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's text, for quoting a library inside a one-line message."""

@@ -63,6 +63,14 @@ class ExampleFilter:
         return selected
 
 
+def are_left(ids: npt.ArrayLike, filters: Sequence[ExampleFilter]) -> npt.NDArray[np.bool_]:
+    """Whether each of some texts passes all filters."""
+    left = np.full(np.shape(ids), True)
+    for selects in filters:
+        left &= selects(ids)
+    return left
+
+
 def collision(first: int | str, second: int | str) -> UserError:
     """The error for two rows whose source ids have one example id."""
     if first == second:

@@ -1,10 +1,16 @@
 """SnifferModule: loads a causal language model and runs its backbone over batches of tokens."""
 
+import logging
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar
 
+from qk_sniffer.capture import Sniffer, get_active_sniffer
 from qk_sniffer.errors import UserError
 from qk_sniffer.models import (
     ModelSource,
@@ -15,6 +21,9 @@ from qk_sniffer.models import (
     model_overlays,
     read_in_passages,
 )
+from qk_sniffer.ranks import Ranks
+
+log = logging.getLogger(__name__)
 
 
 class SnifferModule(pl.LightningModule):
@@ -72,47 +81,71 @@ class SnifferModule(pl.LightningModule):
         with model_overlays(self.hparams["models_dir"]):
             load_config(self.source, self.hparams["config_overrides"])
 
-    def setup(self, stage: str) -> None:
-        """Refuse trainer settings that would change the model's numbers."""
-        precision = self.trainer.precision
+    def check_trainer(self, trainer: pl.Trainer) -> None:
+        """See that the trainer leaves the model as it is.
+
+        Raises:
+            UserError: It would cast it, or each of several processes would spread it over all devices.
+        """
+        precision = trainer.precision
         if precision != "32-true":
             raise UserError(
                 f"trainer.precision: {precision} would also cast RoPE's frequencies; leave it at "
                 "32-true and set model.dtype"
             )
+        device_map = self.hparams["device_map"]
+        if device_map is not None and trainer.world_size > 1:
+            raise UserError(
+                f"model.device_map: {device_map} places one model over the devices of one process, and "
+                f"the trainer has {trainer.world_size} processes; set trainer.devices and num_nodes to "
+                "1, or device_map to null for a model on each device"
+            )
+
+    def setup(self, stage: str) -> None:
+        """Refuse trainer settings that would change the model's numbers."""
+        Ranks.of(self.trainer).run(lambda: self.check_trainer(self.trainer))
 
     def configure_model(self) -> None:
-        """Load the weights; a second call does nothing."""
+        """Load the weights, straight to their device; a second call does nothing."""
         if hasattr(self, "backbone"):
             return
+        ranks = Ranks.of(self._trainer)
+        if not ranks.is_first:
+            disable_progress_bar()
+        if Path(self.source.name).exists():
+            ranks.run(self._load)
+        else:
+            ranks.after_first(self._load)
+
+    def _load(self) -> None:
         hparams = self.hparams
         with model_overlays(hparams["models_dir"]):
             model = load_model(
                 self.source,
                 dtype=hparams["dtype"],
                 attn_implementation=hparams["attn_implementation"],
-                device_map=hparams["device_map"],
+                device_map=hparams["device_map"] or {"": str(self.device)},
                 config_overrides=hparams["config_overrides"],
             )
-        backbone = decoder_backbone(model)
-        if hparams["device_map"] is None:
-            self.backbone = backbone
-        else:
-            # Lightning moves a registered module to one device; accelerate's placement must stay.
-            object.__setattr__(self, "backbone", backbone)
+        # Not registered as a submodule: Lightning would move what accelerate has placed, and send the
+        # weights from the first process to all others, which have them.
+        object.__setattr__(self, "backbone", decoder_backbone(model))
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> int:
         """Run the backbone; an active sniffer captures what its attention sees.
 
+        A batch that does not fit into the device's memory is read in halves.
+
         Args:
-            batch: ``input_ids`` (B, S) int64, padded on the right.
+            batch: ``input_ids`` (B, S) int64, padded on the right, and ``sequence_lengths`` (B,).
             batch_idx: Number of the batch.
 
         Returns:
             The number of tokens that were read, padding included.
 
         Raises:
-            UserError: The sequences are longer than the model's learned positions.
+            UserError: The sequences are longer than the model's learned positions, or one of them
+                does not fit into the device's memory.
         """
         input_ids: Tensor = batch["input_ids"]
         config = self.backbone.config
@@ -122,6 +155,45 @@ class SnifferModule(pl.LightningModule):
                 f"data.tokenizer.max_length: a sequence has {input_ids.shape[1]} tokens and the model "
                 f"has {limit} learned positions; set max_length to {limit} or less"
             )
+        self._read_as_fits(input_ids, batch["sequence_lengths"].tolist(), 0)
+        return input_ids.numel()
+
+    def _read_as_fits(self, input_ids: Tensor, lengths: Sequence[int], first: int) -> None:
+        """Read some sequences of a batch, in halves where the device runs out of memory.
+
+        Args:
+            input_ids: (b, S) int64.
+            lengths: Tokens in each.
+            first: Index of the first in the batch.
+        """
+        size, width = input_ids.shape
+        try:
+            self._read(input_ids)
+            return
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise UserError(
+                    f"data.tokenizer.max_length: a text of {width:,} tokens does not fit into the "
+                    "device's memory; set model.prefill_chunk_size, to 4096 for example, lower "
+                    "max_length, or spread the model with model.device_map: auto"
+                ) from error
+        # Here and not in the handler, where the error holds the tensors of the forward.
+        log.warning(
+            "a batch of %d x %s tokens did not fit into the device's memory and is read in halves; set "
+            "data.max_tokens_per_batch below %s, or a smaller data.batch_size, to save the attempt",
+            size,
+            f"{width:,}",
+            f"{size * width:,}",
+        )
+        torch.cuda.empty_cache()
+        sniffer, middle = get_active_sniffer(), (size + 1) // 2
+        for start, stop in ((0, middle), (middle, size)):
+            if isinstance(sniffer, Sniffer):
+                sniffer.read_part(first + start, first + stop)
+            longest = max(1, *lengths[start:stop])
+            self._read_as_fits(input_ids[start:stop, :longest], lengths[start:stop], first + start)
+
+    def _read(self, input_ids: Tensor) -> None:
         with capture_attention(self.backbone):
             prefill_chunk_size = self.hparams["prefill_chunk_size"]
             if prefill_chunk_size is None:
@@ -129,4 +201,3 @@ class SnifferModule(pl.LightningModule):
             else:
                 for _ in read_in_passages(self.backbone, input_ids, prefill_chunk_size):
                     pass
-        return input_ids.numel()

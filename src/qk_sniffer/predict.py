@@ -79,9 +79,10 @@ class PredictCLI(LightningCLI):
     def before_predict(self) -> None:
         """Check data root and model before data is loaded, and keep the resolved config."""
         sniffer: SnifferCallback = self._get(self.config_init, "sniffer")
-        sniffer.check_output()
+        sniffer.check_output(repair_journal=self.trainer.global_rank == 0)
         module: SnifferModule = self._get(self.config_init, "model")
         module.check_model()
+        module.check_trainer(self.trainer)
         sniffer.earlier_run(module, self.datamodule)
         config = self.config["predict"]
         sniffer.config_yaml = self._parser("predict").dump(config, skip_none=False)
@@ -120,10 +121,9 @@ def predict(args: list[str]) -> None:
 
 def quiet_lightning() -> None:
     """Leave out Lightning's report of its devices and its tips, which bury the run's own lines."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", module="lightning")
-    # Nothing is left to read where an earlier run has captured every text.
-    warnings.filterwarnings("ignore", message="Total length of `DataLoader`", module="lightning")
 
 
 def explain(message: str) -> str:

@@ -18,6 +18,7 @@ Row = dict[str, Any]
 
 _TEXT_FILE = re.compile(r"\.txt(\.(gz|bz2|xz|zst))?$")
 _TABLE_FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow)(\.(gz|bz2|xz|zst))?$")
+_ROWS_AT_ONCE = 16
 _READ_ERRORS = (OSError, ValueError, StopIteration, DatasetsError)
 _EMPTY = ("corresponds to no data", "No columns to parse", "BatchSize must be greater than 0")
 
@@ -86,7 +87,7 @@ class TextSource:
 
 
 class StreamedRows:
-    """The numbered rows of a stream.
+    """The numbered rows of a stream, all of them in every worker of a data loader.
 
     Raises:
         UserError: While iterating: a row can't be read, or there are none.
@@ -97,13 +98,16 @@ class StreamedRows:
         self.dataset = dataset
 
     def __iter__(self) -> Iterator[tuple[int, Row]]:
-        index = -1
+        index = 0
         try:
-            for index, row in enumerate(self.dataset):
-                yield index, row
+            # Iterated row by row, a dataset would give each worker of a data loader a part of its own.
+            for columns in self.dataset.iter(_ROWS_AT_ONCE):
+                for values in zip(*columns.values(), strict=True):
+                    yield index, dict(zip(columns, values, strict=True))
+                    index += 1
         except _READ_ERRORS as error:
             raise self.source.unreadable(error) from error
-        if index == -1:
+        if index == 0:
             raise self.source.no_rows()
 
 

@@ -62,8 +62,9 @@ class Chunk:
 
 @dataclass(frozen=True)
 class _PendingChunk:
-    """Gathered rows of one attention call."""
+    """Gathered rows of one attention call over some sequences of the batch."""
 
+    sequences: range
     copy: HostCopy
     rows: Tensor
     sliding_window: int | None
@@ -101,21 +102,25 @@ class _BatchPlan:
         self.ends = torch.bincount(sequences // batch_size, minlength=len(streams)).cumsum(0)
         self._passage: _Passage | None = None
 
-    def passage(self, start: int, stop: int) -> "_Passage":
-        """The rows of the tokens that one forward reads; every layer of a forward asks for the same."""
-        if self._passage is None or (self._passage.start, self._passage.stop) != (start, stop):
-            self._passage = _Passage(self, start, stop)
-        return self._passage
+    def passage(self, sequences: range, tokens: range) -> "_Passage":
+        """The rows that one forward reads; every layer of a forward asks for the same."""
+        passage = self._passage
+        if passage is None or (passage.sequences, passage.tokens) != (sequences, tokens):
+            self._passage = passage = _Passage(self, sequences, tokens)
+        return passage
 
 
 class _Passage:
-    """The rows of a batch whose positions lie in [start, stop), uploaded once for all layers."""
+    """The rows of a batch in some of its sequences and positions, uploaded once for all layers."""
 
-    def __init__(self, plan: _BatchPlan, start: int, stop: int) -> None:
-        self.start, self.stop = start, stop
-        inside = (plan.positions >= start) & (plan.positions < stop)
+    def __init__(self, plan: _BatchPlan, sequences: range, tokens: range) -> None:
+        self.sequences, self.tokens = sequences, tokens
+        inside = (plan.positions >= tokens.start) & (plan.positions < tokens.stop)
+        inside &= plan.batch_indices >= sequences.start
+        inside &= plan.batch_indices < sequences.stop
         self._rows = inside.nonzero().squeeze(1)
-        self._indices = torch.stack([plan.batch_indices, plan.positions - start])[:, self._rows]
+        indices = torch.stack([plan.batch_indices - sequences.start, plan.positions - tokens.start])
+        self._indices = indices[:, self._rows]
         ends = torch.searchsorted(self._rows, plan.ends).tolist()
         self._slices = {
             stream: slice(ends[i - 1] if i else 0, ends[i]) for stream, i in plan.streams.items()
@@ -191,7 +196,8 @@ class Sniffer:
         self._sink = sink
         self._plan: _BatchPlan | None = None
         self._pending: dict[tuple[int, Kind], list[_PendingChunk]] = {}
-        self._tokens_read: dict[int, int] = {}
+        self._sequences = range(0)
+        self._tokens_read: dict[int, list[int]] = {}
         self._head_indices: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
         self._host_copies = HostCopies()
         self.rows_kept = 0
@@ -212,6 +218,27 @@ class Sniffer:
             self._sampler,
             self._seed,
         )
+        self._sequences = range(len(sequence_lengths))
+        self._tokens_read = {layer_idx: [0] * len(sequence_lengths) for layer_idx, _ in self._heads}
+
+    def read_part(self, start: int, stop: int) -> None:
+        """Let the next forwards read some sequences of the batch alone, and from their first token.
+
+        What was captured of them before, in a forward that could not be finished, is forgotten.
+
+        Args:
+            start: The first of them, by its index in the batch.
+            stop: The one after the last.
+        """
+        self._sequences = range(start, stop)
+        for read in self._tokens_read.values():
+            read[start:stop] = [0] * (stop - start)
+        for stream, chunks in self._pending.items():
+            self._pending[stream] = [
+                chunk
+                for chunk in chunks
+                if chunk.sequences.stop <= start or chunk.sequences.start >= stop
+            ]
 
     def capture(
         self,
@@ -238,14 +265,17 @@ class Sniffer:
         if self._plan is None:
             raise RuntimeError("begin_batch must come before the forward that is captured")
         length, start, stop = positions.numel(), int(positions[0]), int(positions[-1]) + 1
-        tokens_read = self._tokens_read.get(layer_idx, 0)
+        if layer_idx not in self._tokens_read:
+            return
+        sequences, read = self._sequences, self._tokens_read[layer_idx]
+        tokens_read = read[sequences.start]
         if start != tokens_read or stop - start != length or query.shape[2] != length:
             raise RuntimeError(
                 f"layer {layer_idx}: {query.shape[2]} queries at positions {start} to {stop - 1} came "
                 f"after {tokens_read} tokens of the same batch"
             )
-        self._tokens_read[layer_idx] = stop
-        passage = self._plan.passage(start, stop)
+        read[sequences.start : sequences.stop] = [stop] * len(sequences)
+        passage = self._plan.passage(sequences, range(start, stop))
         new_keys = first_new_key(start, length, key.shape[2])
         key = key[:, :, new_keys : new_keys + length]
         states: tuple[tuple[Kind, Tensor], ...] = (("q", query), ("k", key))
@@ -253,7 +283,8 @@ class Sniffer:
             stream = layer_idx, kind
             if stream in self._heads and (rows := passage.rows(stream)).numel():
                 kept = self._gather(stream, vectors, passage.indices(stream, vectors.device))
-                chunk = _PendingChunk(self._host_copies.start(kept), rows, sliding_window)
+                copy = self._host_copies.start(kept)
+                chunk = _PendingChunk(sequences, copy, rows, sliding_window)
                 self._pending.setdefault(stream, []).append(chunk)
 
     def _gather(self, stream: tuple[int, Kind], states: Tensor, indices: Tensor) -> Tensor:
@@ -280,12 +311,12 @@ class Sniffer:
         lengths = self._plan.lengths
         if sequence_lengths is not None:
             lengths = torch.as_tensor(sequence_lengths, dtype=torch.int64)
-        for layer_idx, _ in self._heads:
-            tokens_read = self._tokens_read.get(layer_idx, 0)
-            if tokens_read < lengths.max():
-                raise RuntimeError(
-                    f"layer {layer_idx} was captured for {tokens_read} of {lengths.max()} tokens"
-                )
+        for layer_idx, read in self._tokens_read.items():
+            for tokens_read, length in zip(read, lengths.tolist(), strict=True):
+                if tokens_read < length:
+                    raise RuntimeError(
+                        f"layer {layer_idx} was captured for {tokens_read} of {length} tokens"
+                    )
         for stream in self._heads:
             if chunks := self._pending.pop(stream, None):
                 self._flush_stream(stream, chunks, self._plan, lengths)

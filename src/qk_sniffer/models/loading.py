@@ -64,7 +64,7 @@ def load_model(
     *,
     dtype: str = "auto",
     attn_implementation: str | None = None,
-    device_map: str | None = None,
+    device_map: str | dict[str, str] | None = None,
     config_overrides: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """The model of ``source`` in evaluation mode; of a multimodal one, all of it.

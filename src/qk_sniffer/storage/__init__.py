@@ -2,13 +2,14 @@
 
 from qk_sniffer.storage.data_root import (
     EarlierRun,
+    TokenFile,
     check_space,
     clear_data_root,
     earlier_run,
     prepare_data_root,
 )
 from qk_sniffer.storage.files import write_text
-from qk_sniffer.storage.finalizing import finalize, mark_complete
+from qk_sniffer.storage.finalizing import finalize
 from qk_sniffer.storage.journal import Block, Example, JournalWriter
 from qk_sniffer.storage.manifest import read_manifest
 from qk_sniffer.storage.parquet import FileFacts, StoredRows, checksum
@@ -42,6 +43,7 @@ __all__ = [
     "JournalWriter",
     "Kind",
     "StoredRows",
+    "TokenFile",
     "check_space",
     "checksum",
     "clear_data_root",
@@ -49,7 +51,6 @@ __all__ = [
     "finalize",
     "head_name",
     "head_schema",
-    "mark_complete",
     "prepare_data_root",
     "read_manifest",
     "write_text",

@@ -1,8 +1,9 @@
-"""The commit log of a journal: which bytes of its segments count.
+"""The commit logs of a journal: which bytes of its segments count.
 
-``commits.jsonl`` has one line for each batch, an XXH3 digest of the line and the JSON behind it. A line
-is written after the bytes that it names are synced, so a line that is whole names bytes that are there;
-only a failing disk breaks that, and then the batch's own digest shows it.
+Every process of a run writes a part of the journal, a directory with a log and segments of its own.
+``commits.jsonl`` there has one line for each batch, an XXH3 digest of the line and the JSON behind it.
+A line is written after the bytes that it names are synced, so a line that is whole names bytes that are
+there; only a failing disk breaks that, and then the batch's own digest shows it.
 """
 
 import json
@@ -10,7 +11,7 @@ import logging
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class Commit:
     """One batch.
 
     Attributes:
-        segment: Number of the segment file that holds it.
+        segment: The segment file that holds it.
         start: Its first byte there.
         stop: The byte after its last.
         index: Where its index of blocks begins.
@@ -46,7 +47,7 @@ class Commit:
         example_ids: (B,) int32.
     """
 
-    segment: int
+    segment: Path
     start: int
     stop: int
     index: int
@@ -57,10 +58,10 @@ class Commit:
 
 @dataclass
 class CommitLog:
-    """What a commit log says.
+    """What the commit logs of some parts say.
 
     Attributes:
-        commits: The batches, in the order of their capture.
+        commits: The batches of each part in the order of their capture.
         finalizing: None until finalizing has begun; then whether every text had been read.
         n_broken: Lines that are torn or damaged, or name bytes that are not there.
     """
@@ -74,24 +75,43 @@ class CommitLog:
         return np.concatenate([np.empty(0, np.int32), *(commit.example_ids for commit in self.commits)])
 
     def records(self) -> list[Commit | bool]:
-        """What the log is to hold."""
+        """What a log is to hold."""
         return [*self.commits, *([] if self.finalizing is None else [self.finalizing])]
 
-    def warn(self, directory: Path, consequence: str) -> None:
-        """Tell the user of lines that could not be trusted."""
-        if self.n_broken:
-            path = directory / COMMITS_FILE
-            log.warning("%s: %d entries were torn or damaged; %s", path, self.n_broken, consequence)
+    def __add__(self, other: "CommitLog") -> "CommitLog":
+        return CommitLog(
+            self.commits + other.commits,
+            other.finalizing if self.finalizing is None else self.finalizing,
+            self.n_broken + other.n_broken,
+        )
 
 
-def segment_path(directory: Path, number: int) -> Path:
-    """The file of a segment."""
-    return directory / f"segment-{number:05d}.arrow"
+def part_directory(journal: Path, rank: int) -> Path:
+    """The part of a journal that a process writes."""
+    return journal / f"rank-{rank:05d}"
+
+
+def part_directories(journal: Path) -> list[Path]:
+    """All parts of a journal; those of an earlier run may be more than there are processes now."""
+    return sorted(journal.glob("rank-*"))
 
 
 @contextmanager
-def locked_journal(directory: Path) -> Iterator[None]:
-    """Hold the lock of those who write a journal; a process that dies lets go of it.
+def locked_journal(journal: Path) -> Iterator[None]:
+    """Hold the locks of all parts of a journal.
+
+    Raises:
+        UserError: Another process holds one of them.
+    """
+    with ExitStack() as locks:
+        for part in part_directories(journal):
+            locks.enter_context(locked_part(part))
+        yield
+
+
+@contextmanager
+def locked_part(directory: Path) -> Iterator[None]:
+    """Hold the lock of who writes a part of a journal; a process that dies lets go of it.
 
     Raises:
         UserError: Another process holds it.
@@ -102,8 +122,8 @@ def locked_journal(directory: Path) -> Iterator[None]:
         lock.acquire(timeout=LOCK_SECONDS)
     except Timeout as error:
         raise UserError(
-            f"sniffer.output.data_root: {directory.parent} is being written by another process; wait "
-            "for it, or name another directory"
+            f"sniffer.output.data_root: {directory.parent.parent} is being written by another process; "
+            "wait for it, or name another directory"
         ) from error
     try:
         yield
@@ -118,7 +138,8 @@ def encode(records: Iterable[Commit | bool]) -> bytes:
         content: dict[str, Any] = (
             {"finalizing": record}
             if isinstance(record, bool)
-            else vars(record) | {"example_ids": record.example_ids.tolist()}
+            else vars(record)
+            | {"segment": record.segment.name, "example_ids": record.example_ids.tolist()}
         )
         line = json.dumps(content, separators=(",", ":"))
         lines.append(f"{xxhash.xxh3_64_hexdigest(line.encode())} {line}\n")
@@ -138,11 +159,16 @@ def append_records(file: Any, records: Sequence[Commit | bool]) -> None:
         raise
 
 
+def read_journal(journal: Path) -> CommitLog:
+    """What the logs of all parts of a journal say."""
+    return sum(map(read_commits, part_directories(journal)), CommitLog())
+
+
 def read_commits(directory: Path) -> CommitLog:
-    """What the log of a journal says; lines that can't be trusted are counted and left out."""
+    """What the log of a part says; lines that can't be trusted are counted and left out."""
     log = CommitLog()
     path = directory / COMMITS_FILE
-    sizes = {file.name: file.stat().st_size for file in directory.glob("segment-*.arrow")}
+    sizes = {file: file.stat().st_size for file in directory.glob("segment-*.arrow")}
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         digest, _, content = line.removesuffix(b"\n").partition(b" ")
         if not line.endswith(b"\n") or xxhash.xxh3_64_hexdigest(content).encode() != digest:
@@ -152,9 +178,10 @@ def read_commits(directory: Path) -> CommitLog:
         if "finalizing" in fields:
             log.finalizing = fields["finalizing"]
             continue
+        fields["segment"] = directory / fields["segment"]
         fields["example_ids"] = np.array(fields["example_ids"], np.int32)
         commit = Commit(**fields)
-        if sizes.get(segment_path(directory, commit.segment).name, 0) < commit.stop:
+        if sizes.get(commit.segment, 0) < commit.stop:
             log.n_broken += 1
             continue
         log.commits.append(commit)
@@ -162,15 +189,23 @@ def read_commits(directory: Path) -> CommitLog:
 
 
 def write_commits(directory: Path, records: Iterable[Commit | bool]) -> None:
-    """Replace the log."""
+    """Replace the log of a part."""
     with replacing(directory / COMMITS_FILE) as temporary:
         temporary.write_bytes(encode(records))
 
 
-def is_intact(directory: Path, commit: Commit) -> bool:
+def drop_broken(directory: Path, found: CommitLog, consequence: str) -> None:
+    """Write the log of a part without what could not be trusted, and tell the user what comes of it."""
+    if found.n_broken:
+        write_commits(directory, found.records())
+        path = directory / COMMITS_FILE
+        log.warning("%s: %d entries were torn or damaged; %s", path, found.n_broken, consequence)
+
+
+def is_intact(commit: Commit) -> bool:
     """Whether the bytes of a batch are those that were written."""
     with (
-        segment_path(directory, commit.segment).open("rb") as segment,
+        commit.segment.open("rb") as segment,
         mmap.mmap(segment.fileno(), 0, prot=mmap.PROT_READ) as content,
         memoryview(content) as view,
         view[commit.start : commit.stop] as batch,
@@ -178,28 +213,29 @@ def is_intact(directory: Path, commit: Commit) -> bool:
         return xxhash.xxh3_64_hexdigest(batch) == commit.digest
 
 
-def repair(directory: Path) -> CommitLog:
+def repair(directory: Path, consequence: str) -> CommitLog:
     """Drop what a death in the middle of writing left behind, and batches that a disk has damaged.
 
     Batches of the last segment, where a failing disk or a loss of power does its harm, are compared
     with their digests; finalizing compares all.
 
+    Args:
+        directory: A part of a journal.
+        consequence: What becomes of the dropped batches, for the warning.
+
     Returns:
-        The log as it is now. ``n_broken`` counts what was dropped.
+        Its log as it is now. ``n_broken`` counts what was dropped.
     """
-    log = read_commits(directory)
-    last = max((commit.segment for commit in log.commits), default=-1)
-    kept = [c for c in log.commits if c.segment != last or is_intact(directory, c)]
-    log.n_broken += len(log.commits) - len(kept)
-    log.commits = kept
-    if log.n_broken:
-        write_commits(directory, log.records())
-    ends: dict[str, int] = {}
-    for commit in kept:
-        ends[segment_path(directory, commit.segment).name] = commit.stop
+    found = read_commits(directory)
+    last = max((commit.segment for commit in found.commits), default=None)
+    kept = [c for c in found.commits if c.segment != last or is_intact(c)]
+    found.n_broken += len(found.commits) - len(kept)
+    found.commits = kept
+    drop_broken(directory, found, consequence)
+    ends = {commit.segment: commit.stop for commit in kept}
     for file in directory.glob("segment-*.arrow"):
-        if file.name not in ends:
+        if file not in ends:
             file.unlink()
-        elif file.stat().st_size > ends[file.name]:
-            os.truncate(file, ends[file.name])
-    return log
+        elif file.stat().st_size > ends[file]:
+            os.truncate(file, ends[file])
+    return found

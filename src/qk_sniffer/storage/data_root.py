@@ -1,7 +1,10 @@
 """A data root before a run: is it free, what does it hold already, and is there room."""
 
 import json
+import re
 import shutil
+import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +18,8 @@ from qk_sniffer.errors import UserError
 from qk_sniffer.storage.commits import (
     HEADER_FILE,
     locked_journal,
-    read_commits,
+    part_directories,
+    read_journal,
     repair,
 )
 from qk_sniffer.storage.files import explained_writing, read_json
@@ -42,6 +46,10 @@ _OWN_NAMES = {
     f".{CONFIG_FILE}.tmp",
 }
 _BEFORE_A_JOURNAL = {JOURNAL_DIRECTORY, FINISHED_JOURNAL_DIRECTORY, CONFIG_FILE, f".{CONFIG_FILE}.tmp"}
+
+
+TOKEN_FILE = re.compile(r"\.shared-[0-9a-f]+")
+"""Names of ``TokenFile``; a run that was killed may leave one."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ def earlier_run(data_root: Path) -> EarlierRun | None:
     header = read_json(journal / HEADER_FILE) if (journal / HEADER_FILE).exists() else None
     if header is None and manifest is None:
         return None
-    log = read_commits(journal)
+    log = read_journal(journal)
     examples = data_root / EXAMPLES_DIRECTORY / DATA_FILE
     stored = np.empty(0, np.int32)
     if manifest is not None and examples.exists():
@@ -104,8 +112,13 @@ def earlier_run(data_root: Path) -> EarlierRun | None:
     )
 
 
-def prepare_data_root(data_root: Path, overwrite: bool) -> None:
+def prepare_data_root(data_root: Path, overwrite: bool, *, repair_journal: bool = True) -> None:
     """Make the directory if it is missing, see that a run may write into it, and repair its journal.
+
+    Args:
+        data_root: The directory.
+        overwrite: Whether what it holds is to be replaced.
+        repair_journal: Whether this process is the one that mends what an interrupted run left.
 
     Raises:
         UserError: It is not writable or in use, or it holds what is not a run's and ``overwrite`` is
@@ -113,19 +126,22 @@ def prepare_data_root(data_root: Path, overwrite: bool) -> None:
     """
     try:
         data_root.mkdir(parents=True, exist_ok=True)
-        probe = data_root / ".writable"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=data_root):
+            pass
     except OSError as error:
         raise UserError(
             f"{_FIELD}: {data_root} is not writable ({error.strerror}); name another directory or "
             "change its permissions"
         ) from error
-    shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY, ignore_errors=True)
-    names = {entry.name for entry in data_root.iterdir()}
+    names = {entry.name for entry in data_root.iterdir() if not TOKEN_FILE.fullmatch(entry.name)}
+    if repair_journal:
+        for token in data_root.iterdir():
+            if TOKEN_FILE.fullmatch(token.name):
+                token.unlink()
+        shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY, ignore_errors=True)
     if overwrite:
         return
-    if (data_root / JOURNAL_DIRECTORY / HEADER_FILE).exists():
+    if repair_journal and (data_root / JOURNAL_DIRECTORY / HEADER_FILE).exists():
         _repair_journal(data_root / JOURNAL_DIRECTORY)
     if names <= _BEFORE_A_JOURNAL or earlier_run(data_root) is not None:
         return
@@ -135,10 +151,40 @@ def prepare_data_root(data_root: Path, overwrite: bool) -> None:
     )
 
 
-def _repair_journal(directory: Path) -> None:
+def _repair_journal(journal: Path) -> None:
     remedy = "make room or mend the disk, then try again"
-    with explained_writing(directory, remedy), locked_journal(directory):
-        repair(directory).warn(directory, "what they stood for is captured again")
+    with explained_writing(journal, remedy), locked_journal(journal):
+        for part in part_directories(journal):
+            repair(part, "what they stood for is captured again")
+
+
+class TokenFile:
+    """A file by which the processes of a run find out whether they all see one data root.
+
+    Args:
+        data_root: The directory.
+        token: A name that no other run uses.
+    """
+
+    def __init__(self, data_root: Path, token: str) -> None:
+        self.path = data_root / f".shared-{token}"
+
+    def write(self) -> None:
+        """Write it, in one process."""
+        self.path.touch()
+
+    def is_seen(self, seconds: float) -> bool:
+        """Whether this process sees it, at once or, over a network, before long."""
+        deadline = time.monotonic() + seconds
+        while not self.path.exists():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return True
+
+    def remove(self) -> None:
+        """Remove it, in the process that wrote it."""
+        self.path.unlink(missing_ok=True)
 
 
 def clear_data_root(data_root: Path) -> None:

@@ -3,26 +3,32 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
 from qk_sniffer.errors import UserError
+from qk_sniffer.ranks import ALONE, Dealer, Ranks
 from qk_sniffer.storage.card import render_card
 from qk_sniffer.storage.commits import (
     COMMITS_FILE,
     HEADER_FILE,
+    Commit,
     append_records,
+    drop_broken,
     is_intact,
     locked_journal,
-    segment_path,
+    part_directories,
+    part_directory,
+    read_commits,
     write_commits,
 )
 from qk_sniffer.storage.files import explained_writing, sync_directory, write_text
@@ -44,17 +50,23 @@ _HEADS_AT_ONCE = 16
 """Files that one thread has open; the heads of a layer and kind share their numbers in such groups."""
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+_Group = tuple[int, list[HeadFile]]
+"""Some heads of one layer and kind: the number of the stream, and their files."""
 
 
-def finalize(data_root: Path, progress: Progress, *, complete: bool = False) -> dict[str, Any]:
+def finalize(
+    data_root: Path, progress: Progress, *, complete: bool = False, ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """Turn the journal of a data root into Parquet files, card and manifest.
 
     Rows of a finished run that is there already are merged. An attempt that was cut off is continued.
 
     Args:
-        data_root: Has a journal whose writer is closed.
-        progress: Wraps the iteration over the finished head files, given their number.
+        data_root: Has a journal whose writers are closed.
+        progress: Wraps the iteration over the head files that this process has finished, given their
+            number.
         complete: Whether every text has been read.
+        ranks: The processes that share the work; each of them calls this.
 
     Returns:
         The manifest. The journal is gone.
@@ -64,78 +76,105 @@ def finalize(data_root: Path, progress: Progress, *, complete: bool = False) -> 
             holds stays there.
     """
     directory = data_root / JOURNAL_DIRECTORY
-    if not (directory / HEADER_FILE).exists():
-        if (ended := _end_removal(data_root)) is not None:
-            return ended
-        raise UserError(f"{data_root}: no interrupted run is here; name the data root of one")
+    if not ranks.first((directory / HEADER_FILE).exists):
+        return ranks.first(lambda: _end_removal(data_root))
     again = f"qk-sniffer finalize {data_root}"
-    remedy = f"make room or mend the disk, then go on with `{again}`; nothing is lost"
-    with explained_writing(data_root, remedy):
-        with locked_journal(directory):
-            manifest = _finalize(data_root, JournalReader(directory), progress, complete)
-            directory.rename(data_root / FINISHED_JOURNAL_DIRECTORY)
-            sync_directory(data_root)
-        shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY)
-    return manifest
-
-
-def _finalize(
-    data_root: Path, journal: JournalReader, progress: Progress, complete: bool
-) -> dict[str, Any]:
-    earlier = read_manifest(data_root) or {"heads": {}, "examples": None}
-    if journal.log.n_broken:
-        journal.log.warn(journal.directory, "what they stood for is not in the files")
-        complete = False
-        # No record may be appended to a torn line.
-        write_commits(journal.directory, journal.log.records())
-    if journal.log.finalizing is None:
-        _drop_damaged(journal)
-        with (journal.directory / COMMITS_FILE).open("ab", buffering=0) as log:
-            append_records(log, [complete])
-        journal.log.finalizing = complete
-    examples = _all_examples(data_root, journal, merge=earlier["examples"] is not None)
-    digest = _digest(journal.header, examples["example_id"].to_numpy())
-    heads = dict(
-        progress(_write_heads(data_root, journal, earlier["heads"], digest), _n_heads(journal))
+    explained = explained_writing(
+        data_root, f"make room or mend the disk, then go on with `{again}`; nothing is lost"
     )
-    facts = write_table(data_root / EXAMPLES_DIRECTORY / DATA_FILE, examples)
-    manifest = build_manifest(journal.header, facts, heads, complete=journal.log.finalizing)
-    write_text(data_root / CARD_FILE, render_card(manifest))
-    write_manifest(data_root, manifest)
+    with ExitStack() as locks:
+
+        @explained
+        def begin() -> bool:
+            locks.enter_context(locked_journal(directory))
+            return _drop_broken(directory)
+
+        complete &= not ranks.first(begin)
+        journal = ranks.run(explained(lambda: JournalReader(directory)))
+        if ranks.first(lambda: _adds_nothing(data_root, journal)):
+            return ranks.first(explained(lambda: _discard(data_root, complete)))
+        if journal.log.finalizing is None:
+            own = journal.log.commits[ranks.rank :: ranks.size]
+            damaged = ranks.gather(ranks.run(explained(lambda: _damaged(own, ranks))))
+            ranks.first(
+                explained(lambda: _note_begin(directory, [*chain.from_iterable(damaged)], complete))
+            )
+            journal.log.finalizing = complete
+        examples = ranks.run(
+            explained(lambda: _all_examples(data_root, journal) if ranks.is_first else None)
+        )
+        digest = ranks.first(explained(lambda: _digest(journal.header, examples)))
+        heads = ranks.gather(
+            ranks.run(explained(lambda: _write_own_heads(data_root, journal, digest, progress, ranks)))
+        )
+        manifest = ranks.first(explained(lambda: _end(data_root, journal, examples, heads)))
+    ranks.first(explained(lambda: shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY)))
     return manifest
 
 
-def _end_removal(data_root: Path) -> dict[str, Any] | None:
+def _end_removal(data_root: Path) -> dict[str, Any]:
     """Remove the rest of a journal whose files are all written, and give the manifest."""
-    if not (data_root / FINISHED_JOURNAL_DIRECTORY).exists():
-        return None
+    manifest = read_manifest(data_root)
+    if manifest is None or not (data_root / FINISHED_JOURNAL_DIRECTORY).exists():
+        raise UserError(f"{data_root}: no interrupted run is here; name the data root of one")
     shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY)
-    return read_manifest(data_root)
+    return manifest
 
 
-def _drop_damaged(journal: JournalReader) -> None:
-    """Compare every batch with its digest; those that a disk has damaged leave the journal."""
-    commits = journal.log.commits
-    with ThreadPoolExecutor(_n_threads()) as pool:
-        intact = list(pool.map(lambda commit: is_intact(journal.directory, commit), commits))
-    damaged = [commit for commit, good in zip(commits, intact, strict=True) if not good]
-    if not damaged:
-        return
-    write_commits(journal.directory, [c for c, good in zip(commits, intact, strict=True) if good])
-    files = {str(segment_path(journal.directory, commit.segment)) for commit in damaged}
-    n_examples = sum(commit.example_ids.size for commit in damaged)
-    raise UserError(
-        f"{', '.join(sorted(files))}: damaged, the rows of {n_examples} texts are not what was written "
-        "and were dropped; run predict again to capture them anew, or `qk-sniffer finalize "
-        f"{journal.directory.parent}` to do without them"
-    )
+def _adds_nothing(data_root: Path, journal: JournalReader) -> bool:
+    """Whether no text was left for a finished data root."""
+    return not journal.log.commits and read_manifest(data_root) is not None
 
 
-def _all_examples(data_root: Path, journal: JournalReader, *, merge: bool) -> pa.Table:
+def _discard(data_root: Path, complete: bool) -> dict[str, Any]:
+    """Remove a journal that adds nothing, and give the manifest, which may be complete now."""
+    manifest = read_manifest(data_root) or {}
+    if complete and not manifest["complete"]:
+        manifest["complete"] = True
+        write_text(data_root / CARD_FILE, render_card(manifest))
+        write_manifest(data_root, manifest)
+    shutil.rmtree(data_root / JOURNAL_DIRECTORY)
+    return manifest
+
+
+def _drop_broken(journal: Path) -> bool:
+    """Drop torn and damaged lines of the logs, to which nothing may be appended; were there any?"""
+    found = [(part, read_commits(part)) for part in part_directories(journal)]
+    for part, log in found:
+        drop_broken(part, log, "what they stood for is not in the files")
+    return any(log.n_broken for _, log in found)
+
+
+def _damaged(commits: Sequence[Commit], ranks: Ranks) -> list[Commit]:
+    """The batches that are not what was written."""
+    with ThreadPoolExecutor(_n_threads(ranks)) as pool:
+        intact = list(pool.map(is_intact, commits))
+    return [commit for commit, good in zip(commits, intact, strict=True) if not good]
+
+
+def _note_begin(journal: Path, damaged: Sequence[Commit], complete: bool) -> None:
+    """Note that finalizing begins; where a disk has damaged batches, drop those instead."""
+    files = sorted({commit.segment for commit in damaged})
+    places = {(commit.segment, commit.start) for commit in damaged}
+    for part in {file.parent for file in files}:
+        kept = [c for c in read_commits(part).commits if (c.segment, c.start) not in places]
+        write_commits(part, kept)
+    if damaged:
+        n_examples = sum(commit.example_ids.size for commit in damaged)
+        raise UserError(
+            f"{', '.join(map(str, files))}: damaged, the rows of {n_examples} texts are not what was "
+            "written and were dropped; run predict again to capture them anew, or `qk-sniffer finalize "
+            f"{journal.parent}` to do without them"
+        )
+    with (part_directory(journal, 0) / COMMITS_FILE).open("ab", buffering=0) as log:
+        append_records(log, [complete])
+
+
+def _all_examples(data_root: Path, journal: JournalReader) -> pa.Table:
     """The examples table: those of the journal, and of the finished run that is merged."""
     tables = [EXAMPLES_SCHEMA.empty_table()]
     tables += [batch.select(EXAMPLES_SCHEMA.names) for batch in journal.examples()]
-    if merge:
+    if read_manifest(data_root) is not None:
         stored = pq.read_table(data_root / EXAMPLES_DIRECTORY / DATA_FILE).cast(EXAMPLES_SCHEMA)
         # An attempt that was cut off may have written the table already.
         is_new = np.isin(stored["example_id"].to_numpy(), journal.log.example_ids())
@@ -143,46 +182,40 @@ def _all_examples(data_root: Path, journal: JournalReader, *, merge: bool) -> pa
     return pa.concat_tables(tables).sort_by("example_id")
 
 
-def _digest(header: Mapping[str, Any], example_ids: npt.NDArray[np.int32]) -> str:
+def _digest(header: Mapping[str, Any], examples: Any) -> str:
     """Names what the files hold: settings and examples, however they were captured."""
     digest = xxhash.xxh3_64(json.dumps(header["fingerprint"], sort_keys=True).encode())
-    digest.update(example_ids.tobytes())
+    digest.update(examples["example_id"].to_numpy().tobytes())
     return digest.hexdigest()
 
 
-def _n_heads(journal: JournalReader) -> int:
-    return sum(len(stream["heads"]) for stream in journal.header["streams"])
-
-
-def _n_threads() -> int:
+def _n_threads(ranks: Ranks = ALONE) -> int:
     # One more than there are cores, since a thread waits for the disk now and then.
-    return min(_MOST_THREADS, (os.cpu_count() or 1) + 1)
+    return min(_MOST_THREADS, (os.cpu_count() or 1) // ranks.local_size + 1)
 
 
-def _write_heads(
-    data_root: Path, journal: JournalReader, earlier: Mapping[str, FileFacts], digest: str
-) -> Iterator[tuple[str, FileFacts]]:
-    """Write every head's file and describe it, several layers and kinds at once."""
-    tokens = journal.tokens if journal.header["settings"]["capture"]["capture_token_strings"] else None
+def _write_own_heads(
+    data_root: Path, journal: JournalReader, digest: str, progress: Progress, ranks: Ranks
+) -> dict[str, FileFacts]:
+    """Write the head files that fall to this process, and describe them."""
+    dealer = Dealer(ranks.size)
+    groups = _groups(data_root, journal)
+    own = [group for group in groups if dealer.deal(len(group[1])) == ranks.rank]
+    finished = _write_heads(journal, own, digest, ranks)
+    return dict(progress(finished, sum(len(files) for _, files in own)))
 
-    def write(number: int, files: list[HeadFile]) -> list[FileFacts]:
-        with journal.stream(number) as stream:
-            return write_heads(stream, files, tokens, digest)
 
-    groups = [
-        (number, files[first : first + _HEADS_AT_ONCE])
-        for number, stream in enumerate(journal.header["streams"])
-        for files in [_head_files(data_root, stream, earlier)]
-        for first in range(0, len(files), _HEADS_AT_ONCE)
-    ]
-    with ThreadPoolExecutor(_n_threads()) as pool:
-        try:
-            for (_, files), facts in zip(
-                groups, pool.map(write, *zip(*groups, strict=True)), strict=True
-            ):
-                yield from zip((file.path.parent.name for file in files), facts, strict=True)
-        finally:
-            pool.shutdown(cancel_futures=True)
+def _groups(data_root: Path, journal: JournalReader) -> list[_Group]:
+    """The heads of every layer and kind, some at a time."""
+    earlier = (read_manifest(data_root) or {"heads": {}})["heads"]
+    groups = []
+    for number, stream in enumerate(journal.header["streams"]):
+        files = _head_files(data_root, stream, earlier)
+        groups += [
+            (number, files[first : first + _HEADS_AT_ONCE])
+            for first in range(0, len(files), _HEADS_AT_ONCE)
+        ]
+    return groups
 
 
 def _head_files(
@@ -195,9 +228,40 @@ def _head_files(
     ]
 
 
-def mark_complete(data_root: Path) -> dict[str, Any]:
-    """Note in a finished data root that every text has been read, and give its manifest."""
-    manifest = (read_manifest(data_root) or {}) | {"complete": True}
+def _write_heads(
+    journal: JournalReader, groups: Sequence[_Group], digest: str, ranks: Ranks
+) -> Iterator[tuple[str, FileFacts]]:
+    """Write every head's file and describe it, several layers and kinds at once."""
+    tokens = journal.tokens if journal.header["settings"]["capture"]["capture_token_strings"] else None
+
+    def write(group: _Group) -> list[FileFacts]:
+        number, files = group
+        with journal.stream(number) as stream:
+            return write_heads(stream, files, tokens, digest)
+
+    with ThreadPoolExecutor(_n_threads(ranks)) as pool:
+        try:
+            for (_, files), facts in zip(groups, pool.map(write, groups), strict=True):
+                yield from zip((file.path.parent.name for file in files), facts, strict=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _end(
+    data_root: Path, journal: JournalReader, examples: Any, heads: Sequence[Mapping[str, FileFacts]]
+) -> dict[str, Any]:
+    """Write what describes the files, and put the journal away."""
+    facts = write_table(data_root / EXAMPLES_DIRECTORY / DATA_FILE, examples)
+    found = {name: fact for part in heads for name, fact in part.items()}
+    names = [
+        head_name(stream["layer_idx"], head, stream["kind"])
+        for stream in journal.header["streams"]
+        for head in stream["heads"]
+    ]
+    ordered = {name: found[name] for name in names}
+    manifest = build_manifest(journal.header, facts, ordered, complete=journal.log.finalizing is True)
     write_text(data_root / CARD_FILE, render_card(manifest))
     write_manifest(data_root, manifest)
+    journal.directory.rename(data_root / FINISHED_JOURNAL_DIRECTORY)
+    sync_directory(data_root)
     return manifest

@@ -1,6 +1,7 @@
 """The journal: where a batch's rows go when it is flushed, so that memory does not grow with the data.
 
-A segment file is a sequence of Arrow IPC messages: for every layer and kind of a batch one tensor of
+Every process of a run appends to segment files of its own. A segment file is a sequence of Arrow IPC
+messages: for every layer and kind of a batch one tensor of
 row numbers and one of vectors in the model's dtype, then one stream with the batch's examples, and then
 the batch's index of blocks. ``commits.jsonl`` says which bytes count, ``header.json`` what is captured.
 One thread does all writing, so that a forward waits only where the disk is slower than the model.
@@ -29,9 +30,9 @@ from qk_sniffer.storage.commits import (
     HEADER_FILE,
     Commit,
     append_records,
-    locked_journal,
+    locked_part,
+    part_directory,
     repair,
-    segment_path,
 )
 from qk_sniffer.storage.files import explained_writing, sync_directory, write_text
 from qk_sniffer.storage.schema import EXAMPLES_SCHEMA, Kind
@@ -157,34 +158,39 @@ class _Segment:
 class JournalWriter:
     """Appends blocks and commits batches, in a thread of its own.
 
-    A journal that is there already is repaired and continued. What one of the methods can't write is
-    raised by a later one, at the latest by ``close``.
+    Each process of a run writes a part of its own, which is repaired and continued if it is there
+    already. What one of the methods can't write is raised by a later one, at the latest by ``close``.
 
     Args:
-        directory: Made if it is missing.
-        header: What is captured, kept for whoever reads the journal.
+        journal: The journal; made if it is missing.
+        header: What is captured, kept by the first process for whoever reads the journal.
+        rank: Number of this process among those of the run.
 
     Raises:
-        UserError: Another process writes this journal, or the disk refuses.
+        UserError: Another process writes this part, or the disk refuses.
     """
 
-    def __init__(self, directory: Path, header: dict[str, Any]) -> None:
-        self.directory = directory
+    def __init__(self, journal: Path, header: dict[str, Any], rank: int = 0) -> None:
+        self.journal = journal
+        self.directory = directory = part_directory(journal, rank)
         self._streams = {
             (stream["layer_idx"], stream["kind"]): i for i, stream in enumerate(header["streams"])
         }
         with ExitStack() as undo, explained_writing(directory, _CONTINUE):
             directory.mkdir(parents=True, exist_ok=True)
-            undo.enter_context(locked_journal(directory))
-            earlier = repair(directory)
-            write_text(directory / HEADER_FILE, json.dumps(header))
-            self._number = max((commit.segment for commit in earlier.commits), default=-1) + 1
+            undo.enter_context(locked_part(directory))
+            earlier = repair(directory, "what they stood for is captured again")
+            if rank == 0:
+                write_text(journal / HEADER_FILE, json.dumps(header))
+            numbers = [int(c.segment.stem.rpartition("-")[2]) for c in earlier.commits]
+            self._number = max(numbers, default=-1) + 1
             self._log = (directory / COMMITS_FILE).open("ab", buffering=0)
             self._begin_segment()
             self._release = undo.pop_all().close
         self._unsynced: list[Commit] = []
         self._last_sync = time.monotonic()
-        self._space_is_short = False
+        # One process watches the disk for all.
+        self._watches_space = rank == 0
         self._error: Exception | None = None
         self._queue: queue.Queue[tuple[Callable[[], None], int] | None] = queue.Queue()
         self._queued_bytes = 0
@@ -260,7 +266,7 @@ class JournalWriter:
             self._error = self._error or error
 
     def _begin_segment(self) -> None:
-        self._segment = _Segment(segment_path(self.directory, self._number))
+        self._segment = _Segment(self.directory / f"segment-{self._number:05d}.arrow")
         sync_directory(self.directory)
         self._number += 1
         self._batch_start = self._committed_size = 0
@@ -287,7 +293,7 @@ class JournalWriter:
         ids = np.array([example.example_id for example in examples], np.int32)
         self._unsynced.append(
             Commit(
-                self._number - 1,
+                segment.path,
                 self._batch_start,
                 segment.size,
                 index,
@@ -312,18 +318,19 @@ class JournalWriter:
             self._segment.sync()
             append_records(self._log, batches)
             self._committed_size = batches[-1].stop
-            self._watch_space()
+            if self._watches_space:
+                self._watch_space()
         self._last_sync = time.monotonic()
 
     def _watch_space(self) -> None:
         free = shutil.disk_usage(self.directory).free
-        written = sum(file.stat().st_size for file in self.directory.iterdir())
-        if free < written and not self._space_is_short:
-            self._space_is_short = True
+        written = sum(file.stat().st_size for file in self.journal.glob("*/segment-*.arrow"))
+        if free < written:
+            self._watches_space = False
             log.warning(
                 "%s: %.1f GB are free, less than the Parquet files of what is captured so far may take "
                 "(%.1f GB); make room before the run ends",
-                self.directory.parent,
+                self.journal.parent,
                 free / 1e9,
                 written / 1e9,
             )

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from qk_sniffer.storage.commits import HEADER_FILE, Commit, read_commits, segment_path
+from qk_sniffer.storage.commits import HEADER_FILE, Commit, read_journal
 from qk_sniffer.storage.files import read_json
 from qk_sniffer.storage.journal import ALIGNMENT, DTYPES, INDEX
 
@@ -43,7 +43,7 @@ class JournalReader:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.header: dict[str, Any] = read_json(directory / HEADER_FILE)
-        self.log = read_commits(directory)
+        self.log = read_journal(directory)
         self._read_tokens = lru_cache(_BATCHES_AT_HAND)(self._tokens_of_batch)
         self._batch_of_example: dict[int, int] | None = None
 
@@ -72,7 +72,7 @@ class JournalReader:
         return {i: row.values for i, row in zip(ids, table["tokens"], strict=True)}
 
     def _examples_of(self, commit: Commit) -> pa.Table:
-        with segment_path(self.directory, commit.segment).open("rb") as segment:
+        with commit.segment.open("rb") as segment:
             segment.seek(commit.examples)
             with pa.ipc.open_stream(segment.read(commit.index - commit.examples)) as stream:
                 return stream.read_all()
@@ -88,24 +88,25 @@ class StreamReader:
     def __init__(self, journal: JournalReader, number: int) -> None:
         stream = journal.header["streams"][number]
         self.n_heads, self.head_dim = len(stream["heads"]), stream["head_dim"]
-        self._directory = journal.directory
         self._commits = journal.log.commits
         self._index_offset = number * INDEX.itemsize
-        self._maps: dict[int, mmap.mmap] = {}
+        self._maps: list[mmap.mmap] = []
         self._open = ExitStack()
 
     def __enter__(self) -> "StreamReader":
-        for segment in sorted({commit.segment for commit in self._commits}):
-            with segment_path(self._directory, segment).open("rb") as file:
+        segments = {commit.segment: 0 for commit in self._commits}
+        for number, segment in enumerate(segments):
+            segments[segment] = number
+            with segment.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-            self._maps[segment] = self._open.enter_context(mapped)
+            self._maps.append(self._open.enter_context(mapped))
+        self._segments = np.array([segments[commit.segment] for commit in self._commits], np.int64)
         blocks = np.empty(len(self._commits), INDEX)
         for number, commit in enumerate(self._commits):
-            offset = commit.index + self._index_offset
-            blocks[number : number + 1] = np.frombuffer(self._maps[commit.segment], INDEX, 1, offset)
+            mapped, offset = self._maps[self._segments[number]], commit.index + self._index_offset
+            blocks[number : number + 1] = np.frombuffer(mapped, INDEX, 1, offset)
         self._blocks = blocks
         self._dtypes = np.unique(blocks["dtype"][blocks["n_rows"] > 0]).tolist()
-        self._segments = np.array([commit.segment for commit in self._commits], np.int64)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -183,7 +184,7 @@ class StreamReader:
 
     def forget(self) -> None:
         """Give back the pages that have been read, so that memory does not grow with the journal."""
-        for mapped in self._maps.values():
+        for mapped in self._maps:
             mapped.madvise(mmap.MADV_DONTNEED)
 
     def _gather(
@@ -200,7 +201,7 @@ class StreamReader:
                 if stop > start
             ]
         out = np.empty(len(places), dtype)
-        for segment in self._maps:
+        for segment in range(len(self._maps)):
             chosen = segments == segment
             out[chosen] = self._elements(segment, dtype, step)[places[chosen]]
         return [out]

@@ -1,0 +1,69 @@
+"""Which texts are read together, in which order, and by which process of a run."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from qk_sniffer.ranks import Dealer
+
+WINDOW_BATCHES = 16
+"""Texts that are sorted by length together, in batches of the largest size: enough of them to fill
+batches with texts of one length, few enough for a stream to wait for, and a bound on what changes when
+texts are added at the end."""
+
+Lengths = npt.NDArray[np.int64]
+Batch = npt.NDArray[np.int64]
+"""Row numbers of the texts that are read together."""
+
+
+def plan_batches(lengths: Lengths, batch_size: int, max_tokens_per_batch: int | None) -> list[Batch]:
+    """The batches of some texts, which depend on nothing but the arguments.
+
+    Without a token budget texts are taken in order. With one they are sorted by length, a window of
+    them at a time and longest first, and a batch holds as many as fit: its size times its longest text
+    is at most the budget, and a text beyond the budget is a batch of its own.
+
+    Args:
+        lengths: (N,) tokens in each text.
+        batch_size: Most texts in a batch.
+        max_tokens_per_batch: The budget, padding included; None for none.
+    """
+    if max_tokens_per_batch is None:
+        return [
+            np.arange(first, min(first + batch_size, lengths.size))
+            for first in range(0, lengths.size, batch_size)
+        ]
+    window = WINDOW_BATCHES * batch_size
+    batches: list[Batch] = []
+    for first in range(0, lengths.size, window):
+        order = first + np.argsort(-lengths[first : first + window], kind="stable")
+        while order.size:
+            longest = max(1, int(lengths[order[0]]))
+            size = max(1, min(batch_size, max_tokens_per_batch // longest))
+            batches.append(order[:size])
+            order = order[size:]
+    return batches
+
+
+def rest_of(batches: Iterable[Batch], is_left: npt.NDArray[np.bool_]) -> list[Batch]:
+    """The batches without the texts that are not left, so that the others keep their company."""
+    return [rest for batch in batches if (rest := batch[is_left[batch]]).size]
+
+
+def longest_first(batches: Sequence[Batch], lengths: Lengths) -> list[Batch]:
+    """The batches by their longest text, so that a batch too large for a device is met at once."""
+    return sorted(batches, key=lambda batch: -int(lengths[batch].max()))
+
+
+def padded_tokens(batch: Batch, lengths: Lengths) -> int:
+    """Tokens that a model reads of a batch, padding included."""
+    return batch.size * max(1, int(lengths[batch].max()))
+
+
+def share_of(batches: Iterable[Batch], lengths: Lengths, rank: int, size: int) -> Iterator[Batch]:
+    """The batches that fall to one of several processes, in order."""
+    dealer = Dealer(size)
+    for batch in batches:
+        if dealer.deal(padded_tokens(batch, lengths)) == rank:
+            yield batch

@@ -1,0 +1,170 @@
+"""The processes that share a run, one for each device: what they tell each other, and how they fail."""
+
+import heapq
+import os
+import secrets
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+from qk_sniffer.errors import UserError
+from qk_sniffer.lifeline import Lifeline
+
+T = TypeVar("T")
+
+_NO_LIMIT = timedelta(days=365)
+"""How long one process waits for another that works longer; a lifeline notices when one has died."""
+
+_SECONDS_TO_LEARN = 10.0
+
+
+class Ranks:
+    """The processes of one run; a run of one process is the plain case.
+
+    Every method but ``leave`` is collective: all processes call it, in the same order.
+
+    Args:
+        rank: Number of this process, from 0.
+        size: How many there are.
+        local_size: How many of them share this host.
+        group: Their process group of torch.distributed; None for one process.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local_size: int = 1, group: Any = None) -> None:
+        self.rank = rank
+        self.size = size
+        self.local_size = local_size
+        self._group = group
+        self.lifeline: Lifeline | None = None
+        """What notices that a process died, from ``watch`` on where there are several."""
+
+    @classmethod
+    def of(cls, trainer: Any) -> "Ranks":
+        """Those of a trainer's run; one process where there is no trainer or it has not begun."""
+        import torch.distributed as dist
+
+        if trainer is None or trainer.world_size == 1 or not dist.is_initialized():
+            return ALONE
+        if trainer not in _joined:
+            # Of gloo whatever the devices are: it shows a closed connection at once.
+            group = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
+            _joined[trainer] = cls(trainer.global_rank, trainer.world_size, trainer.num_devices, group)
+        return _joined[trainer]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks for all."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """What every process has, by rank; it must be picklable.
+
+        Raises:
+            SystemExit: A process died.
+        """
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(values, value, group=self._group)
+        except RuntimeError as error:
+            if self.lifeline is not None and self.lifeline.wait_for_failure(_SECONDS_TO_LEARN):
+                raise SystemExit(1) from error
+            raise
+        return values
+
+    def run(self, task: Callable[[], T]) -> T:
+        """Do something that may fail, in every process; where it fails in one, it fails in all.
+
+        Returns:
+            What it gave in this process.
+
+        Raises:
+            UserError: In the first process, where a user's mistake was found in any.
+            SystemExit: In the others.
+        """
+        error: Exception | None = None
+        try:
+            result = task()
+        except Exception as caught:
+            error = caught
+        failures = self.gather(None if error is None else (isinstance(error, UserError), str(error)))
+        if not any(failures):
+            return result
+        self.leave()
+        if error is not None and (self.is_first or not isinstance(error, UserError)):
+            raise error
+        rank, (is_mistake, message) = next((r, f) for r, f in enumerate(failures) if f)
+        if not self.is_first:
+            raise SystemExit(2 if is_mistake else 1) from error
+        if is_mistake:
+            raise UserError(message)
+        raise RuntimeError(f"rank {rank} failed: {message}")
+
+    def first(self, task: Callable[[], T]) -> T:
+        """Do something in the first process alone, and give all of them its picklable result."""
+        result = self.run(lambda: task() if self.is_first else None)
+        first: T = self.gather(result)[0]  # type: ignore[assignment]
+        return first
+
+    def after_first(self, task: Callable[[], T]) -> T:
+        """Do something in the first process and then in the others, which find its files in caches."""
+        result = self.run(lambda: task() if self.is_first else None)
+        others = self.run(lambda: None if self.is_first else task())
+        return result if self.is_first else others  # type: ignore[return-value]
+
+    def watch(self, main_address: str) -> None:
+        """Notice from now on when one of the processes dies, and stop the others.
+
+        Args:
+            main_address: Name or number under which the others reach the host of the first process.
+        """
+        if self.size == 1 or self.lifeline is not None:
+            return
+        host = f"{socket.gethostname()}, process {os.getpid()}"
+        key = self.gather(secrets.token_bytes(32))[0]
+        lifeline = Lifeline(self.rank, self.gather(host), key)
+        port = self.gather(lifeline.port)[0]
+        self.run(lambda: lifeline.connect(main_address, port))
+        self.lifeline = lifeline
+
+    def leave(self, reason: str | None = None) -> None:
+        """End the watch of this process.
+
+        Args:
+            reason: Why it stops before the end, for which the others stop too; None where all stop.
+        """
+        if self.lifeline is not None:
+            self.lifeline.close(reason)
+            self.lifeline = None
+        for trainer in [trainer for trainer, ranks in _joined.items() if ranks is self]:
+            del _joined[trainer]
+
+
+ALONE = Ranks()
+"""One process."""
+
+_joined: WeakKeyDictionary[Any, Ranks] = WeakKeyDictionary()
+
+
+class Dealer:
+    """Deals work to the processes of a run: each piece goes to the one that has the least to do.
+
+    Every process deals all pieces and keeps its own, so that none of them needs to ask another.
+
+    Args:
+        size: How many processes there are.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._loads = [(0, rank) for rank in range(size)]
+
+    def deal(self, cost: int) -> int:
+        """The process that does the next piece, given its cost."""
+        load, rank = self._loads[0]
+        heapq.heapreplace(self._loads, (load + cost, rank))
+        return rank

@@ -1,0 +1,138 @@
+"""Recorder: one process's sniffer, and the journal that its rows go to."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from qk_sniffer.capture import CapturedHeads, Chunk, Sampler, Sniffer, active_sniffer
+from qk_sniffer.config import CaptureConfig
+from qk_sniffer.errors import UserError
+from qk_sniffer.ids import ExampleFilter
+from qk_sniffer.storage import Block, Example, JournalWriter
+
+
+class Recorder:
+    """Captures the batches that a model reads, from its making to ``close``.
+
+    Args:
+        capture: What is captured.
+        sampler: Its sampler.
+        heads: Its heads, by layer.
+        journal: Where rows go.
+        header: What is captured, for whoever reads the journal.
+        rank: Number of this process.
+        is_left: The texts that no earlier run has captured.
+        tokenizer: Gives the token strings, where they are captured.
+
+    Raises:
+        UserError: The journal is in use, or the disk refuses.
+    """
+
+    def __init__(
+        self,
+        capture: CaptureConfig,
+        sampler: Sampler,
+        heads: Mapping[int, CapturedHeads],
+        journal: Path,
+        header: dict[str, Any],
+        rank: int,
+        is_left: ExampleFilter,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        self._is_left = is_left
+        self._tokenizer = tokenizer if capture.capture_token_strings else None
+        self._journal = JournalWriter(journal, header, rank)
+        self._sniffer = Sniffer(
+            heads,
+            sampler,
+            capture.sampler.seed,
+            self._append,
+            capture_queries=capture.capture_queries,
+            capture_keys=capture.capture_keys,
+            pre_rope=capture.capture_pre_rope,
+        )
+        self._open = ExitStack()
+        self._open.callback(self._journal.close)
+        self._open.callback(self._sniffer.close)
+        self._open.enter_context(active_sniffer(self._sniffer))
+        self.batches_read = self.tokens_read = 0
+
+    @property
+    def progress(self) -> tuple[int, int, int]:
+        """Batches and tokens that were read, and rows kept, over all heads."""
+        return self.batches_read, self.tokens_read, self._sniffer.rows_kept
+
+    def begin_batch(self, batch: Mapping[str, Any]) -> None:
+        """Draw the rows that a batch keeps.
+
+        Raises:
+            UserError: The batch is not padded on the right.
+        """
+        lengths, mask = batch["sequence_lengths"], batch["attention_mask"]
+        expected = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
+        if not torch.equal(mask.bool(), expected):
+            raise UserError(
+                "attention_mask: a batch is not padded on the right up to its sequence_lengths; set "
+                "the tokenizer's padding_side to right"
+            )
+        # A loader of someone's own may give texts that are captured already: they keep no rows.
+        lengths = lengths.cpu() * self._is_new(batch)
+        self._sniffer.begin_batch(batch["example_ids"].tolist(), lengths.tolist())
+
+    def end_batch(self, batch: Mapping[str, Any]) -> None:
+        """Move the batch's rows to the journal."""
+        self._sniffer.flush_batch()
+        self._journal.commit(self._examples(batch))
+        self.batches_read += 1
+        self.tokens_read += int(batch["sequence_lengths"].sum())
+
+    def close(self) -> None:
+        """Commit what is waiting, and stop capturing; a second call does nothing.
+
+        Raises:
+            UserError: The disk refused something; what was committed stays readable.
+        """
+        self._open.close()
+
+    def _append(self, chunk: Chunk) -> None:
+        self._journal.append(lambda: _block(chunk), chunk.n_bytes)
+
+    def _is_new(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        return torch.from_numpy(self._is_left(batch["example_ids"].cpu().numpy()))
+
+    def _examples(self, batch: Mapping[str, Any]) -> list[Example]:
+        lengths = batch["sequence_lengths"].tolist()
+        tokens: list[list[str] | None] = [None] * len(lengths)
+        if self._tokenizer is not None:
+            # Those of the host, where the batch kept them: nothing waits for a device.
+            input_ids = getattr(batch, "host_input_ids", batch["input_ids"]).tolist()
+            tokens = [
+                self._tokenizer.convert_ids_to_tokens(ids[:length])
+                for ids, length in zip(input_ids, lengths, strict=True)
+            ]
+        rows = zip(
+            batch["example_ids"].tolist(),
+            batch["source_ids"],
+            lengths,
+            batch["truncated"],
+            tokens,
+            strict=True,
+        )
+        is_new = self._is_new(batch).tolist()
+        return [Example(*fields) for fields, new in zip(rows, is_new, strict=True) if new]
+
+
+def _block(chunk: Chunk) -> Block:
+    """A chunk as the journal takes it; waits for its copy to the host."""
+    vectors = chunk.vectors.contiguous()
+    dtype = str(vectors.dtype).removeprefix("torch.")
+    if vectors.dtype == torch.bfloat16:
+        vectors = vectors.view(torch.uint16)
+    rows = torch.stack([chunk.example_ids, chunk.positions, chunk.buckets])
+    return Block(
+        chunk.layer_idx, chunk.kind, chunk.sliding_window, dtype, vectors.numpy(), rows.numpy()
+    )
