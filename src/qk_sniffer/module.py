@@ -1,7 +1,7 @@
 """SnifferModule: loads a causal language model and runs its backbone over batches of tokens."""
 
 import logging
-from collections.abc import Sequence
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +71,7 @@ class SnifferModule(pl.LightningModule):
             )
         self.save_hyperparameters()
         self.source = ModelSource(name, revision, gguf_file, trust_remote_code)
+        self._too_large = math.inf
 
     def check_model(self) -> None:
         """See from the model's config alone that it can be captured.
@@ -137,7 +138,8 @@ class SnifferModule(pl.LightningModule):
         A batch that does not fit into the device's memory is read in halves.
 
         Args:
-            batch: ``input_ids`` (B, S) int64, padded on the right, and ``sequence_lengths`` (B,).
+            batch: ``input_ids`` (B, S) int64, padded on the right, and perhaps ``sequence_lengths``
+                (B,), for padding to be left out of a part of a batch.
             batch_idx: Number of the batch.
 
         Returns:
@@ -155,20 +157,17 @@ class SnifferModule(pl.LightningModule):
                 f"data.tokenizer.max_length: a sequence has {input_ids.shape[1]} tokens and the model "
                 f"has {limit} learned positions; set max_length to {limit} or less"
             )
-        self._read_as_fits(input_ids, batch["sequence_lengths"].tolist(), 0)
+        self._read_as_fits(batch, 0, *input_ids.shape)
         return input_ids.numel()
 
-    def _read_as_fits(self, input_ids: Tensor, lengths: Sequence[int], first: int) -> None:
-        """Read some sequences of a batch, in halves where the device runs out of memory.
+    def _read_as_fits(self, batch: dict[str, Any], start: int, stop: int, width: int) -> None:
+        """Read the sequences of a batch from ``start`` on, up to ``stop`` and the token at ``width``.
 
-        Args:
-            input_ids: (b, S) int64.
-            lengths: Tokens in each.
-            first: Index of the first in the batch.
+        Where the device runs out of memory they are read in halves.
         """
-        size, width = input_ids.shape
+        size = stop - start
         try:
-            self._read(input_ids)
+            self._read(batch["input_ids"][start:stop, :width])
             return
         except torch.OutOfMemoryError as error:
             if size == 1:
@@ -178,20 +177,28 @@ class SnifferModule(pl.LightningModule):
                     "max_length, or spread the model with model.device_map: auto"
                 ) from error
         # Here and not in the handler, where the error holds the tensors of the forward.
-        log.warning(
-            "a batch of %d x %s tokens did not fit into the device's memory and is read in halves; set "
-            "data.max_tokens_per_batch below %s, or a smaller data.batch_size, to save the attempt",
-            size,
-            f"{width:,}",
-            f"{size * width:,}",
-        )
+        self._warn_of_size(size, width)
         torch.cuda.empty_cache()
-        sniffer, middle = get_active_sniffer(), (size + 1) // 2
-        for start, stop in ((0, middle), (middle, size)):
+        sniffer, middle = get_active_sniffer(), start + (size + 1) // 2
+        lengths = batch.get("sequence_lengths")
+        for first, last in ((start, middle), (middle, stop)):
             if isinstance(sniffer, Sniffer):
-                sniffer.read_part(first + start, first + stop)
-            longest = max(1, *lengths[start:stop])
-            self._read_as_fits(input_ids[start:stop, :longest], lengths[start:stop], first + start)
+                sniffer.read_part(first, last)
+            longest = width if lengths is None else max(1, int(lengths[first:last].max()))
+            self._read_as_fits(batch, first, last, longest)
+
+    def _warn_of_size(self, size: int, width: int) -> None:
+        """Say what did not fit, where nothing as small was said before."""
+        if size * width < self._too_large:
+            self._too_large = size * width
+            log.warning(
+                "a batch of %d x %s tokens did not fit into the device's memory and is read in halves; "
+                "set data.max_tokens_per_batch below %s, or a smaller data.batch_size, to save the "
+                "attempt",
+                size,
+                f"{width:,}",
+                f"{size * width:,}",
+            )
 
     def _read(self, input_ids: Tensor) -> None:
         with capture_attention(self.backbone):

@@ -1,0 +1,121 @@
+"""Which texts are read together, in which order, and by which process."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import LENGTHS, write_jsonl
+from qk_sniffer.batches import (
+    WINDOW_BATCHES,
+    longest_first,
+    padded_tokens,
+    plan_batches,
+    rest_of,
+    share_of,
+)
+from qk_sniffer.config import TokenizerConfig
+from qk_sniffer.data import TextDataModule
+from qk_sniffer.errors import UserError
+
+
+def heavy_tailed(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).lognormal(3, 1.5, count).astype(np.int64)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 1000])
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+@pytest.mark.parametrize("budget", [None, 1, 64, 2048])
+def test_a_plan_has_every_text_once_and_keeps_its_limits(
+    count: int, batch_size: int, budget: int | None
+) -> None:
+    lengths = heavy_tailed(count)
+    batches = plan_batches(lengths, batch_size, budget)
+    assert sorted(row for batch in batches for row in batch) == list(range(count))
+    for batch in batches:
+        assert 1 <= batch.size <= batch_size
+        assert budget is None or batch.size == 1 or padded_tokens(batch, lengths) <= budget
+    if budget is None:
+        assert [row for batch in batches for row in batch] == list(range(count))
+
+
+def test_windows_don_t_change_when_texts_are_added() -> None:
+    lengths, window = heavy_tailed(1000), 4 * WINDOW_BATCHES
+    some = plan_batches(lengths[: 3 * window + 5], 4, 256)
+    more = plan_batches(lengths, 4, 256)
+    whole = [batch.tolist() for batch in some if batch.max() < 3 * window]
+    assert whole == [batch.tolist() for batch in more[: len(whole)]]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 100])
+@pytest.mark.parametrize("budget", [None, 2048])
+def test_shares_are_whole_batches_balanced_by_tokens(size: int, budget: int | None) -> None:
+    lengths = heavy_tailed(1000)
+    batches = longest_first(plan_batches(lengths, 8, budget), lengths)
+    shares = [list(share_of(batches, lengths, rank, size)) for rank in range(size)]
+    dealt = [tuple(batch) for share in shares for batch in share]
+    assert sorted(dealt) == sorted(map(tuple, batches))
+    loads = [sum(padded_tokens(batch, lengths) for batch in share) for share in shares]
+    assert max(loads) - min(loads) <= max(padded_tokens(batch, lengths) for batch in batches)
+    assert all(padded_tokens(share[0], lengths) == loads[0] or len(share) for share in shares)
+
+
+def test_texts_that_are_left_keep_their_company() -> None:
+    is_left = np.array([True, False, True, True, False, False, True])
+    batches = rest_of([np.array([0, 1, 2]), np.array([4, 5]), np.array([3, 6])], is_left)
+    assert [batch.tolist() for batch in batches] == [[0, 2], [3, 6]]
+
+
+@pytest.fixture
+def batches(model_dir: Callable[[str], Path]) -> Callable[..., list[dict[str, Any]]]:
+    def read(path: Path, **options: Any) -> list[dict[str, Any]]:
+        data = TextDataModule(
+            str(path), tokenizer=TokenizerConfig(name=str(model_dir("llama"))), **options
+        )
+        data.setup("predict")
+        return list(data.predict_dataloader())
+
+    return read
+
+
+Batches = Callable[..., list[dict[str, Any]]]
+
+
+def test_a_budget_reads_the_longest_first_and_a_longer_text_alone(
+    batches: Batches, text_file: Path
+) -> None:
+    read = batches(text_file, batch_size=4, max_tokens_per_batch=50)
+    lengths = [batch["sequence_lengths"].tolist() for batch in read]
+    assert lengths == [[61], [48], [37], [24, 13], [5, 1]]
+    assert [list(batch["input_ids"].shape) for batch in read] == [
+        [len(batch), max(batch)] for batch in lengths
+    ]
+    assert sorted(n for batch in lengths for n in batch) == sorted(LENGTHS)
+
+
+@pytest.mark.parametrize("budget", [None, 50])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_has_the_batches_of_a_dataset(
+    batches: Batches, tmp_path: Path, budget: int | None, num_workers: int
+) -> None:
+    lengths = np.minimum(heavy_tailed(150), 90)
+    path = write_jsonl(tmp_path / "texts.jsonl", [{"text": "x" * int(n)} for n in lengths])
+    options = {"batch_size": 3, "max_tokens_per_batch": budget, "num_workers": num_workers}
+    stored = [batch["source_ids"] for batch in batches(path, **options)]
+    streamed = [batch["source_ids"] for batch in batches(path, **options, streaming=True)]
+    assert sorted(streamed) == sorted(stored)
+    if budget is None:
+        assert streamed == stored
+
+
+def test_tokenizing_in_several_processes_changes_nothing(batches: Batches, text_file: Path) -> None:
+    one, two = (batches(text_file, batch_size=2, num_proc=num_proc) for num_proc in (None, 2))
+    assert [b["input_ids"].tolist() for b in one] == [b["input_ids"].tolist() for b in two]
+
+
+@pytest.mark.parametrize("field", ["max_tokens_per_batch", "num_proc"])
+def test_fields_below_one_are_refused(text_file: Path, field: str) -> None:
+    with pytest.raises(UserError, match=rf"^data\.{field}: must be at least 1, got 0"):
+        TextDataModule(str(text_file), **{field: 0})
