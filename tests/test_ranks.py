@@ -1,10 +1,15 @@
 """One run in several processes: the same files as in one, and an end for all where one dies."""
 
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,7 +18,7 @@ import pytest
 import yaml
 
 from conftest import write_jsonl
-from killing import Ended, Processes, Started
+from killing import AFTER, BEFORE, Death, Ended, Processes, Started
 from readers import files_of
 
 LENGTHS = (37, 5, 61, 24, 1, 48, 13)
@@ -83,17 +88,28 @@ class Run:
         self.root = directory / "root"
         self.config = dict(config)
 
-    def start(
-        self, size: int, variables: Variables = lightning_variables, **changes: Any
-    ) -> list[Started]:
+    def write_config(self, size: int, **changes: Any) -> Path:
         trainer = {"accelerator": "cpu", "enable_progress_bar": False, "devices": size}
-        config = self.config | {"trainer": trainer | changes}
         file = self.directory / "config.yaml"
-        file.write_text(yaml.safe_dump(config))
-        port = free_port()
-        command = ("predict", "--config", str(file))
-        environments = [variables(rank, size, port) if size > 1 else {} for rank in range(size)]
-        return [self.processes.start(command, environment=e) for e in environments]
+        file.write_text(yaml.safe_dump(self.config | {"trainer": trainer | changes}))
+        return file
+
+    def start(
+        self,
+        size: int,
+        variables: Variables = lightning_variables,
+        deaths: Mapping[int, Death] = MappingProxyType({}),
+        **changes: Any,
+    ) -> list[Started]:
+        command, port = ("predict", "--config", str(self.write_config(size, **changes))), free_port()
+        return [
+            self.processes.start(
+                command,
+                death=deaths.get(rank),
+                environment=variables(rank, size, port) if size > 1 else {},
+            )
+            for rank in range(size)
+        ]
 
     def run(self, size: int, variables: Variables = lightning_variables, **changes: Any) -> list[Ended]:
         return [started.wait(100) for started in self.start(size, variables, **changes)]
@@ -205,7 +221,7 @@ def test_fewer_texts_than_processes_or_as_many(
 
 
 def many_texts(path: Path) -> Path:
-    return write_jsonl(path, [{"text": TEXTS[2]["text"][i % 50 :]} for i in range(600)])
+    return write_jsonl(path, [{"text": TEXTS[2]["text"][i % 50 :]} for i in range(300)])
 
 
 def committed(root: Path, rank: int) -> int:
@@ -241,7 +257,7 @@ def test_a_rank_that_dies_stops_the_other_and_the_run_goes_on(
     assert "Traceback" not in ended.printed
     assert not (run.root / "manifest.json").exists()
     before = sum(committed(run.root, rank) for rank in range(2))
-    assert before < 300
+    assert before < 150
     (resumed,) = run.run(1)
     assert resumed.exitcode == 0, resumed.printed
     assert "going on after" in resumed.printed
@@ -352,3 +368,144 @@ def test_the_first_rank_alone_tokenizes_and_prints(new_run: NewRun, processes: P
     again, _ = run.run(2)
     assert again.exitcode == 0
     assert list((processes.directory / "datasets").rglob("cache-*.arrow")) == caches
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_is_told_to_stop_stops_the_other(
+    new_run: NewRun, alone: Alone, tmp_path: Path, stopped: int
+) -> None:
+    data = {"path": str(many_texts(tmp_path / "many.jsonl")), "id_column": None, "batch_size": 2}
+    run = new_run(**data)
+    started = run.start(2)
+    wait_for(lambda: all(committed(run.root, rank) >= 20 for rank in range(2)), started)
+    os.kill(started[stopped].process.pid, signal.SIGTERM)
+    ended = [process.wait(60) for process in started]
+    assert ended[stopped].exitcode == 128 + signal.SIGTERM
+    assert ended[1 - stopped].exitcode == 1
+    assert f"rank {stopped} (" in ended[1 - stopped].printed
+    assert "): stopped by SIGTERM; the other processes stop" in ended[1 - stopped].printed
+    assert "Traceback" not in ended[0].printed + ended[1].printed
+    assert f"qk-sniffer finalize {run.root}" in ended[0].printed
+    run.succeed(2)
+    assert files_of(run.root) == files_of(alone(**data))
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize(
+    "death",
+    [
+        Death("row group", BEFORE, 3),
+        Death("rename", AFTER, 9),
+        Death("flush", AFTER, 2),
+        Death("commit", BEFORE, 1),
+    ],
+    ids=lambda death: death.point,
+)
+def test_a_death_at_a_fault_point(new_run: NewRun, alone: Alone, killed: int, death: Death) -> None:
+    data = {"batch_size": 2}
+    run = new_run(**data)
+    ended = run.run(2, deaths={killed: death})
+    assert ended[killed].exitcode == -signal.SIGKILL
+    assert ended[1 - killed].exitcode not in (0, None)
+    assert not (run.root / "manifest.json").exists()
+    run.succeed(1)
+    assert files_of(run.root) == files_of(alone(**data))
+
+
+def qk_sniffer(*arguments: str) -> list[str]:
+    return [str(Path(sys.executable).with_name("qk-sniffer")), "predict", *arguments]
+
+
+@pytest.fixture
+def environment(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What commands in processes of their own need here."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(processes.directory / "datasets"))
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+
+
+@pytest.mark.usefixtures("environment")
+def test_the_launcher_of_lightning(new_run: NewRun, alone: Alone) -> None:
+    run = new_run(batch_size=2)
+    command = qk_sniffer("--config", str(run.write_config(2)))
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("heads    24") == 1
+    assert ended.stderr == ""
+    assert files_of(run.root) == files_of(alone(batch_size=2))
+
+
+@pytest.mark.usefixtures("environment")
+def test_torchrun_over_two_nodes(new_run: NewRun, alone: Alone) -> None:
+    run = new_run(batch_size=2)
+    config = run.write_config(1, num_nodes=2)
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--no-python"]
+    torchrun += ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+    torchrun += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "capture"]
+    command = [*torchrun, *qk_sniffer("--config", str(config))]
+    agents = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    printed = [agent.communicate(timeout=100) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], printed
+    assert sum(out.count("heads    24") for out, _ in printed) == 1
+    assert files_of(run.root) == files_of(alone(batch_size=2))
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("strategy", ["ddp_notebook", "ddp_spawn"])
+def test_a_notebook(
+    new_run: NewRun, alone: Alone, model_dir: Callable[[str], Path], tmp_path: Path, strategy: str
+) -> None:
+    run = new_run(batch_size=2)
+    script = tmp_path / "notebook.py"
+    script.write_text(f"""
+import lightning.pytorch as pl
+from qk_sniffer.callback import SnifferCallback
+from qk_sniffer.config import CaptureConfig, OutputConfig, SamplerConfig
+from qk_sniffer.data import TextDataModule
+from qk_sniffer.module import SnifferModule
+
+if __name__ == "__main__":
+    sniffer = SnifferCallback(
+        OutputConfig({str(run.root)!r}), CaptureConfig(sampler=SamplerConfig(type="all"))
+    )
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy={strategy!r}, logger=False, callbacks=[sniffer]
+    )
+    dm = TextDataModule({run.config["data"]["path"]!r}, id_column="id", batch_size=2)
+    module = SnifferModule({str(model_dir("llama"))!r})
+    trainer.predict(module, datamodule=dm, return_predictions=False)
+""")
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr
+    assert files_of(run.root) == files_of(alone(batch_size=2))
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("killed", ["launcher", "launched"])
+def test_nothing_of_a_killed_launch_is_left_running(
+    new_run: NewRun, alone: Alone, tmp_path: Path, killed: str
+) -> None:
+    data = {"path": str(many_texts(tmp_path / "many.jsonl")), "id_column": None, "batch_size": 2}
+    run = new_run(**data)
+    command = qk_sniffer("--config", str(run.write_config(2)))
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0) as process:
+        try:
+            deadline = time.monotonic() + 100
+            while not all(committed(run.root, rank) for rank in range(2)):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+            child = int(children.split()[0])
+            os.kill(process.pid if killed == "launcher" else child, signal.SIGKILL)
+            # The pipe closes with the last process that has it.
+            _, printed = process.communicate(timeout=60)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert f"rank {0 if killed == 'launcher' else 1} (" in printed
+    run.succeed(1)
+    assert files_of(run.root) == files_of(alone(**data))

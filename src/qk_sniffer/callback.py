@@ -1,12 +1,11 @@
 """SnifferCallback: owns the recording of one prediction, from the data root it finds to its files."""
 
 import logging
-import secrets
 import shlex
 import signal
-import socket
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,20 +27,18 @@ from qk_sniffer.storage import (
     CONFIG_FILE,
     JOURNAL_DIRECTORY,
     EarlierRun,
-    TokenFile,
     check_space,
     clear_data_root,
     earlier_run,
     finalize,
     prepare_data_root,
+    require_captured,
+    require_shared,
     write_text,
 )
 from qk_sniffer.summary import file_progress, summary_table
 
 log = logging.getLogger(__name__)
-
-_SECONDS_TO_SEE = 10.0
-"""How long a file that one process wrote may take to be seen by another."""
 
 
 class SnifferCallback(pl.Callback):
@@ -131,6 +128,7 @@ class SnifferCallback(pl.Callback):
                 "tokenizer from; pass one as datamodule, or set it to false"
             )
         header, self._heads = ranks.run(lambda: self._describe(trainer, pl_module))
+        ranks.run(lambda: _require_same(ranks.gather(header["fingerprint"])))
         ranks.first(lambda: self._check_space(trainer, header["streams"]))
         ranks.first(lambda: self._prepare_journal(header))
         self._recorder = ranks.run(
@@ -192,10 +190,15 @@ class SnifferCallback(pl.Callback):
             lifeline.progress = self._recorder.progress
             if lifeline.failure is not None:
                 raise SystemExit(1)
-        if self._ranks.is_first:
-            self._show_progress(trainer)
+        self._show_progress(trainer, lifeline.total_progress() if lifeline else self._recorder.progress)
         if self._received_sigterm:
             raise SystemExit(128 + signal.SIGTERM)
+
+    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show what all processes have read, when the last of them has."""
+        assert self._recorder is not None
+        progress = self._ranks.gather(self._recorder.progress)
+        self._show_progress(trainer, [sum(numbers) for numbers in zip(*progress, strict=True)])
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the Parquet files, the card and the manifest, and print what there is."""
@@ -204,8 +207,9 @@ class SnifferCallback(pl.Callback):
         ranks.run(self._recorder.close)
         limit = trainer.limit_predict_batches
         complete = isinstance(limit, float) and limit == 1.0
-        if complete:
-            ranks.first(lambda: self._require_all(trainer))
+        planned = getattr(_data_module(trainer), "example_ids", None)
+        if complete and planned is not None:
+            ranks.first(lambda: require_captured(self.data_root, planned))
         manifest = finalize(self.data_root, self._file_progress, complete=complete, ranks=ranks)
         if ranks.is_first:
             seconds = time.monotonic() - self._started
@@ -259,30 +263,13 @@ class SnifferCallback(pl.Callback):
             assert strategy.cluster_environment is not None
             ranks.watch(strategy.cluster_environment.main_address)
         ranks.first(self.check_output)
-        self._require_shared_root()
+        require_shared(self.data_root, ranks)
         module, data = trainer.lightning_module, _data_module(trainer)
         self._earlier = ranks.first(lambda: self.earlier_run(module, data))
 
     def _leave(self, reason: str | None) -> None:
         self._ranks.leave(reason)
         self._has_joined = False
-
-    def _require_shared_root(self) -> None:
-        """See that the data root of all processes is one directory."""
-        ranks = self._ranks
-        if ranks.size == 1:
-            return
-        token = TokenFile(self.data_root, ranks.first(lambda: secrets.token_hex(8)))
-        ranks.first(token.write)
-        found = ranks.gather((token.is_seen(_SECONDS_TO_SEE), socket.gethostname()))
-        ranks.first(token.remove)
-        blind = [f"rank {rank} ({host})" for rank, (sees, host) in enumerate(found) if not sees]
-        if blind:
-            error = UserError(
-                f"sniffer.output.data_root: what rank 0 ({found[0][1]}) writes to {self.data_root} is "
-                f"not seen by {', '.join(blind)}; name a directory that all nodes share"
-            )
-            ranks.run(lambda: _raise(error))
 
     def _describe(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
@@ -328,36 +315,26 @@ class SnifferCallback(pl.Callback):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, stop)
 
-    def _require_all(self, trainer: pl.Trainer) -> None:
-        """See that the processes together have captured every text of the data module."""
-        planned = getattr(_data_module(trainer), "example_ids", None)
-        found = earlier_run(self.data_root)
-        if planned is not None and found is not None:
-            missing = np.setdiff1d(planned, found.example_ids)
-            if missing.size:
-                raise RuntimeError(
-                    f"{missing.size} of {planned.size} texts were not captured, such as example "
-                    f"{missing[0]}"
-                )
-
-    def _show_progress(self, trainer: pl.Trainer) -> None:
+    def _show_progress(self, trainer: pl.Trainer, progress: Sequence[int]) -> None:
+        """Show batches, tokens and rows of all processes in the bar of the first."""
         bar_callback = trainer.progress_bar_callback
         bar = getattr(bar_callback, "predict_progress_bar", None)
-        if bar is None or self._recorder is None:
+        if bar is None or not self._ranks.is_first:
             return
-        lifeline = self._ranks.lifeline
-        progress = self._recorder.progress if lifeline is None else lifeline.total_progress()
         n_batches, n_tokens, n_rows = progress
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if lifeline is not None and callbacks.index(bar_callback) < callbacks.index(self):
-            # The bar counted the batches of this process alone.
+        if self._ranks.size > 1 and callbacks.index(bar_callback) < callbacks.index(self):
+            # The bar has counted the batches of this process alone.
             bar.total = getattr(_data_module(trainer), "n_batches", lambda: None)()
             bar.n = n_batches
         rate = n_tokens / (time.monotonic() - self._started)
         bar.set_postfix_str(f"{rate:,.0f} tokens/s, {n_rows:,} rows kept")
 
     def _file_progress(self, files: Any, total: int) -> Any:
-        return file_progress(files, total) if self._ranks.is_first else files
+        if not self._ranks.is_first:
+            return files
+        share = "" if self._ranks.size == 1 else f" the first of {self._ranks.size} shares"
+        return file_progress(files, total, f"Writing{share}")
 
     def _uncaptured(self) -> ExampleFilter:
         captured = np.empty(0, np.int32) if self._earlier is None else self._earlier.example_ids
@@ -378,6 +355,17 @@ def _data_module(trainer: pl.Trainer) -> pl.LightningDataModule | None:
     return getattr(trainer, "datamodule", None)
 
 
+def _require_same(fingerprints: list[dict[str, Any]]) -> None:
+    """See that all processes have loaded one model and have one config."""
+    for rank, other in enumerate(fingerprints):
+        differing = [name for name, value in fingerprints[0].items() if other.get(name) != value]
+        if differing:
+            raise UserError(
+                f"{differing[0]}: rank {rank} and rank 0 differ in {', '.join(differing)}; give all "
+                "nodes the same config and the same model"
+            )
+
+
 def _reason(exception: BaseException) -> str:
     """What the other processes are told of the end of this one."""
     if isinstance(exception, UserError):
@@ -387,7 +375,3 @@ def _reason(exception: BaseException) -> str:
     if isinstance(exception, SystemExit):
         return "stopped by SIGTERM" if exception.code == 128 + signal.SIGTERM else "stopped"
     return f"{type(exception).__name__}: {first_line(exception)}"
-
-
-def _raise(error: Exception) -> None:
-    raise error

@@ -7,9 +7,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 
-def file_progress(files: Iterable[Any], total: int) -> Iterable[Any]:
+def file_progress(files: Iterable[Any], total: int, label: str = "Writing") -> Iterable[Any]:
     """A bar over the files of a data root while they are written."""
-    return tqdm(files, total=total, desc="Writing", unit="file")  # type: ignore[no-any-return]
+    return tqdm(files, total=total, desc=label, unit="file")  # type: ignore[no-any-return]
 
 
 def summary_table(data_root: Path, manifest: dict[str, Any], *, seconds: float) -> str:

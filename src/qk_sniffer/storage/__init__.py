@@ -2,11 +2,12 @@
 
 from qk_sniffer.storage.data_root import (
     EarlierRun,
-    TokenFile,
     check_space,
     clear_data_root,
     earlier_run,
     prepare_data_root,
+    require_captured,
+    require_shared,
 )
 from qk_sniffer.storage.files import write_text
 from qk_sniffer.storage.finalizing import finalize
@@ -43,7 +44,6 @@ __all__ = [
     "JournalWriter",
     "Kind",
     "StoredRows",
-    "TokenFile",
     "check_space",
     "checksum",
     "clear_data_root",
@@ -53,5 +53,7 @@ __all__ = [
     "head_schema",
     "prepare_data_root",
     "read_manifest",
+    "require_captured",
+    "require_shared",
     "write_text",
 ]

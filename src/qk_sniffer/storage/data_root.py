@@ -2,7 +2,9 @@
 
 import json
 import re
+import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Mapping
@@ -15,6 +17,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from qk_sniffer.errors import UserError
+from qk_sniffer.ranks import Ranks
 from qk_sniffer.storage.commits import (
     HEADER_FILE,
     locked_journal,
@@ -48,8 +51,11 @@ _OWN_NAMES = {
 _BEFORE_A_JOURNAL = {JOURNAL_DIRECTORY, FINISHED_JOURNAL_DIRECTORY, CONFIG_FILE, f".{CONFIG_FILE}.tmp"}
 
 
-TOKEN_FILE = re.compile(r"\.shared-[0-9a-f]+")
-"""Names of ``TokenFile``; a run that was killed may leave one."""
+_TOKEN_FILE = re.compile(r"\.shared-[0-9a-f]+")
+"""What ``require_shared`` writes; a run that was killed may leave one."""
+
+_SECONDS_TO_SEE = 10.0
+"""How long a file that one process wrote may take to be seen by another."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +139,10 @@ def prepare_data_root(data_root: Path, overwrite: bool, *, repair_journal: bool 
             f"{_FIELD}: {data_root} is not writable ({error.strerror}); name another directory or "
             "change its permissions"
         ) from error
-    names = {entry.name for entry in data_root.iterdir() if not TOKEN_FILE.fullmatch(entry.name)}
+    names = {entry.name for entry in data_root.iterdir() if not _TOKEN_FILE.fullmatch(entry.name)}
     if repair_journal:
         for token in data_root.iterdir():
-            if TOKEN_FILE.fullmatch(token.name):
+            if _TOKEN_FILE.fullmatch(token.name):
                 token.unlink()
         shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY, ignore_errors=True)
     if overwrite:
@@ -158,33 +164,53 @@ def _repair_journal(journal: Path) -> None:
             repair(part, "what they stood for is captured again")
 
 
-class TokenFile:
-    """A file by which the processes of a run find out whether they all see one data root.
+def require_shared(data_root: Path, ranks: Ranks) -> None:
+    """See that the data root of all processes of a run is one directory.
 
-    Args:
-        data_root: The directory.
-        token: A name that no other run uses.
+    Raises:
+        UserError: Some don't see what the first writes there.
     """
+    if ranks.size == 1:
+        return
+    token = data_root / f".shared-{ranks.first(lambda: secrets.token_hex(8))}"
+    ranks.first(token.touch)
+    found = ranks.gather((_is_seen(token), socket.gethostname()))
+    ranks.first(lambda: token.unlink(missing_ok=True))
+    blind = [f"rank {rank} ({host})" for rank, (sees, host) in enumerate(found) if not sees]
 
-    def __init__(self, data_root: Path, token: str) -> None:
-        self.path = data_root / f".shared-{token}"
+    def refuse() -> None:
+        if blind:
+            raise UserError(
+                f"{_FIELD}: what rank 0 ({found[0][1]}) writes to {data_root} is not seen by "
+                f"{', '.join(blind)}; name a directory that all nodes share"
+            )
 
-    def write(self) -> None:
-        """Write it, in one process."""
-        self.path.touch()
+    ranks.run(refuse)
 
-    def is_seen(self, seconds: float) -> bool:
-        """Whether this process sees it, at once or, over a network, before long."""
-        deadline = time.monotonic() + seconds
-        while not self.path.exists():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.1)
-        return True
 
-    def remove(self) -> None:
-        """Remove it, in the process that wrote it."""
-        self.path.unlink(missing_ok=True)
+def _is_seen(path: Path) -> bool:
+    """Whether a file that another process wrote is here, at once or, over a network, before long."""
+    deadline = time.monotonic() + _SECONDS_TO_SEE
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def require_captured(data_root: Path, example_ids: npt.NDArray[np.int32]) -> None:
+    """See that the processes of a run have together captured all that they were to.
+
+    Raises:
+        RuntimeError: They have not.
+    """
+    earlier = earlier_run(data_root)
+    captured = np.empty(0, np.int32) if earlier is None else earlier.example_ids
+    missing = np.setdiff1d(example_ids, captured)
+    if missing.size:
+        raise RuntimeError(
+            f"{missing.size} of {example_ids.size} texts were not captured, as example {missing[0]}"
+        )
 
 
 def clear_data_root(data_root: Path) -> None:
