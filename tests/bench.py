@@ -327,8 +327,8 @@ def budget_section(samples: dict[str, list[tuple[Reading, float]]], lengths: tor
     rates = [[reading.tokens / seconds for reading, seconds in runs] for runs in samples.values()]
     ratios = [mixed / fixed for fixed, mixed in zip(*rates, strict=True)]
     ratio = f"{median(ratios):.2f}", f"{min(ratios):.2f} - {max(ratios):.2f}", "at least 2"
-    rows = [("batches of", "batches", "tokens with padding", "loop, s", "tokens/s")]
-    rows = [(*rows[0], "ratio", "range", "goal")]
+    head = ("batches of", "batches", "tokens with padding", "loop, s", "tokens/s")
+    rows = [(*head, "ratio", "range", "goal")]
     for (name, runs), rate, cells in zip(samples.items(), rates, [("1", "", ""), ratio], strict=True):
         reading, _ = runs[0]
         assert reading.tokens == int(lengths.sum()), "a text was not read"
@@ -371,13 +371,13 @@ def run_command(place: Path, *options: str) -> Command:
     single = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
     variables = os.environ | dict.fromkeys(single, "1") | {"HF_DATASETS_CACHE": str(place / "cache")}
     with tempfile.TemporaryDirectory(dir=place) as root:
-        command = [Path(sys.executable).with_name("qk-sniffer"), "predict", "--config"]
-        command += [place / "config.yaml", "--sniffer.output.data_root", root, *options]
+        command = [str(Path(sys.executable).with_name("qk-sniffer")), "predict", "--config"]
+        command += [str(place / "config.yaml"), "--sniffer.output.data_root", root, *options]
         started = time.perf_counter()
         ended = subprocess.run(command, env=variables, capture_output=True, text=True)
         whole = time.perf_counter() - started
     if ended.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{ended.stderr}")
+        raise RuntimeError(f"{' '.join(command)} failed:\n{ended.stderr}")
     closing = dict(re.findall(r"^(rows|seconds) +([\d.,]+)$", ended.stdout, re.MULTILINE))
     return Command(float(closing["seconds"]), int(closing["rows"].replace(",", "")), whole)
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from subprocess import PIPE
 from types import MappingProxyType
 from typing import Any
 
@@ -290,9 +291,25 @@ def test_more_texts_join_a_finished_run(new_run: NewRun, alone: Alone) -> None:
     assert files_of(run.root) == files_of(alone())
 
 
+@pytest.mark.usefixtures("environment")
 def test_a_job_of_slurm(new_run: NewRun, alone: Alone) -> None:
+    run, port = new_run(batch_size=2), free_port()
+    srun = readme_command("srun", run.write_config(1))
+    assert srun[:5] == ["srun", "--nodes", "2", "--ntasks-per-node", "8"]
+    tasks = [
+        subprocess.Popen(srun[5:], env=os.environ | slurm_variables(rank, 2, port), stderr=PIPE)
+        for rank in range(2)
+    ]
+    printed = [task.communicate(timeout=100) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], printed
+    assert files_of(run.root) == files_of(alone(batch_size=2))
+
+
+def test_a_model_that_is_placed_on_each_of_two_nodes(new_run: NewRun, alone: Alone) -> None:
     run = new_run(batch_size=2)
-    run.succeed(2, slurm_variables, devices=1, num_nodes=2)
+    run.config["model"] = run.config["model"] | {"device_map": "cpu"}
+    for ended in run.run(2, slurm_variables, devices=1, num_nodes=2):
+        assert ended.exitcode == 0, ended.printed
     assert files_of(run.root) == files_of(alone(batch_size=2))
 
 
@@ -341,7 +358,11 @@ def test_two_ids_that_collide_over_ranks_are_found(new_run: NewRun, tmp_path: Pa
 @pytest.mark.parametrize(
     ("section", "changes", "words"),
     [
-        ("model", {"device_map": "auto"}, "model.device_map: auto places one model over"),
+        (
+            "model",
+            {"device_map": "auto"},
+            "model.device_map: auto gives one process all devices of its host",
+        ),
         ("trainer", {"strategy": "fsdp"}, "trainer"),
         ("trainer", {"precision": "bf16-true"}, "trainer.precision: bf16-true would also cast"),
     ],
@@ -356,6 +377,18 @@ def test_what_several_processes_can_not_do(
     for ended in run.run(2, **trainer):
         assert ended.exitcode == 2
         assert f"qk-sniffer: error: {words}" in ended.printed
+        assert "Traceback" not in ended.printed
+
+
+@pytest.mark.parametrize(
+    ("variables", "name"), [(torchrun_variables, "torchrun"), (slurm_variables, "srun")]
+)
+def test_a_launcher_that_the_trainer_was_not_told_of(
+    new_run: NewRun, variables: Variables, name: str
+) -> None:
+    for ended in new_run().run(2, variables, devices=1):
+        assert ended.exitcode == 2
+        assert f"error: trainer.devices: {name} has started 2 processes" in ended.printed
         assert "Traceback" not in ended.printed
 
 
@@ -412,8 +445,23 @@ def test_a_death_at_a_fault_point(new_run: NewRun, alone: Alone, killed: int, de
     assert files_of(run.root) == files_of(alone(**data))
 
 
-def qk_sniffer(*arguments: str) -> list[str]:
-    return [str(Path(sys.executable).with_name("qk-sniffer")), "predict", *arguments]
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def readme_command(launcher: str, config: Path, devices: int = 1) -> list[str]:
+    """A command line of the README's section on several devices, for this machine and this config."""
+    section = README.split("## More than one GPU")[1].split("```sh\n")[1].split("```")[0]
+    lines = section.replace("\\\n", " ").splitlines()
+    words = next(line for line in lines if line.startswith(launcher)).split()
+    changed = {
+        "--config": str(config),
+        "--trainer.devices": str(devices),
+        "--nproc-per-node": str(devices),
+        "--rdzv-endpoint": f"127.0.0.1:{free_port()}",
+    }
+    words = [changed.get(before, word) for before, word in zip(["", *words], words, strict=False)]
+    scripts = Path(sys.executable).parent
+    return [str(scripts / word) if (scripts / word).exists() else word for word in words]
 
 
 @pytest.fixture
@@ -426,7 +474,7 @@ def environment(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("environment")
 def test_the_launcher_of_lightning(new_run: NewRun, alone: Alone) -> None:
     run = new_run(batch_size=2)
-    command = qk_sniffer("--config", str(run.write_config(2)))
+    command = readme_command("qk-sniffer", run.write_config(2), devices=2)
     ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("heads    24") == 1
@@ -437,15 +485,8 @@ def test_the_launcher_of_lightning(new_run: NewRun, alone: Alone) -> None:
 @pytest.mark.usefixtures("environment")
 def test_torchrun_over_two_nodes(new_run: NewRun, alone: Alone) -> None:
     run = new_run(batch_size=2)
-    config = run.write_config(1, num_nodes=2)
-    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--no-python"]
-    torchrun += ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
-    torchrun += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "capture"]
-    command = [*torchrun, *qk_sniffer("--config", str(config))]
-    agents = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    command = readme_command("torchrun", run.write_config(1))
+    agents = [subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) for _ in range(2)]
     printed = [agent.communicate(timeout=100) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], printed
     assert sum(out.count("heads    24") for out, _ in printed) == 1
@@ -489,8 +530,8 @@ def test_nothing_of_a_killed_launch_is_left_running(
 ) -> None:
     data = {"path": str(many_texts(tmp_path / "many.jsonl")), "id_column": None, "batch_size": 2}
     run = new_run(**data)
-    command = qk_sniffer("--config", str(run.write_config(2)))
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0) as process:
+    command = readme_command("qk-sniffer", run.write_config(2), devices=2)
+    with subprocess.Popen(command, stderr=PIPE, text=True, process_group=0) as process:
         try:
             deadline = time.monotonic() + 100
             while not all(committed(run.root, rank) for rank in range(2)):

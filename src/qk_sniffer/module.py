@@ -95,11 +95,11 @@ class SnifferModule(pl.LightningModule):
                 "32-true and set model.dtype"
             )
         device_map = self.hparams["device_map"]
-        if device_map is not None and trainer.world_size > 1:
+        if device_map is not None and trainer.num_devices > 1:
             raise UserError(
-                f"model.device_map: {device_map} places one model over the devices of one process, and "
-                f"the trainer has {trainer.world_size} processes; set trainer.devices and num_nodes to "
-                "1, or device_map to null for a model on each device"
+                f"model.device_map: {device_map} gives one process all devices of its host, and the "
+                f"trainer has {trainer.num_devices} processes there; set trainer.devices to 1, or "
+                "device_map to null for a model on each device"
             )
 
     def setup(self, stage: str) -> None:

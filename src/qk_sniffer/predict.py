@@ -8,6 +8,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import ArgumentError, set_parsing_settings
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -72,9 +74,11 @@ class PredictCLI(LightningCLI):
         ):
             callbacks = [*callbacks, TQDMProgressBar()]
         try:
-            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
-        except (MisconfigurationException, TypeError, ValueError) as error:
+            trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"trainer: {first_line(error)}; {_HELP}") from error
+        _require_all_processes(trainer)
+        return trainer
 
     def before_predict(self) -> None:
         """Check data root and model before data is loaded, and keep the resolved config."""
@@ -117,6 +121,25 @@ def predict(args: list[str]) -> None:
         )
     except ArgumentError as error:
         raise UserError(explain(str(error))) from error
+
+
+def _require_all_processes(trainer: pl.Trainer) -> None:
+    """See that the trainer counts on every process that a launcher has started.
+
+    Otherwise each of them would take itself for the only one.
+    """
+    started = {
+        name: environment().world_size()
+        for name, environment in (("torchrun", TorchElasticEnvironment), ("srun", SLURMEnvironment))
+        if environment.detect()
+    }
+    for name, size in started.items():
+        if size != trainer.world_size:
+            raise UserError(
+                f"trainer.devices: {name} has started {size} processes, and the trainer counts on "
+                f"{trainer.world_size}; set trainer.devices to the processes on each node, and "
+                "trainer.num_nodes to the nodes"
+            )
 
 
 def quiet_lightning() -> None:
