@@ -52,7 +52,7 @@ from qk_sniffer.storage.schema import DATA_FILE
 
 CACHE = Path(".cache")
 DOCUMENTS, TOKENS, BATCH_SIZE = 8, 1024, 2
-MIXED_DOCUMENTS, MIXED_TOKENS, MIXED_SEED = 48, 2048, 0
+MIXED_DOCUMENTS, MIXED_TOKENS, MIXED_SEED = 64, 2048, 0
 MIXED_MEDIAN, MIXED_SIGMA = 400, 1.2
 MIXED_CHARACTERS = (120, 8000)
 RANKS_DOCUMENTS = 16
@@ -79,7 +79,7 @@ CAPTURES = {
 """What is captured, whether the first 512 tokens are read once more to check it, and the goal for the
 loop against the bare loop."""
 
-BATCHES = {
+BATCHES: dict[str, dict[str, Any]] = {
     "8 texts, in the order of the files": {"batch_size": 8},
     "at most 2,048 tokens and 64 texts": {"batch_size": 64, "max_tokens_per_batch": 2048},
 }

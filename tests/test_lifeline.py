@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -39,9 +41,7 @@ class Three:
         port = 0
         for rank, end in enumerate(ends):
             command = [sys.executable, "-c", PROGRAM, str(rank), str(port), end]
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
+            process = subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True)
             self.processes.append(process)
             if rank == 0:
                 port = int(process.stdout.readline())
@@ -93,3 +93,36 @@ def test_an_address_that_is_not_reached_is_named() -> None:
 
     with pytest.raises(UserError, match=r"rank 1 \(b\) can't reach rank 0 at 127\.0\.0\.1, port 1 "):
         Lifeline(1, ["a", "b"], b"key").connect("127.0.0.1", 1)
+
+
+GATHER = """
+import signal, sys, time
+import torch.distributed as dist
+from qk_sniffer.ranks import Ranks
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{store}")
+ranks = Ranks(rank, 2, 2, dist.new_group(backend="gloo"))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+ranks.gather(rank)
+print("met", flush=True)
+if rank == 1:
+    time.sleep(60)
+ranks.gather(rank)
+"""
+
+
+def test_who_waits_for_others_hears_signals(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", GATHER]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        assert [process.stdout.readline() for process in processes] == ["met\n", "met\n"]
+        time.sleep(0.3)
+        processes[0].send_signal(signal.SIGTERM)
+        assert processes[0].wait(10) == 7
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()

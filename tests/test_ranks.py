@@ -245,6 +245,7 @@ def test_a_rank_that_dies_stops_the_other_and_the_run_goes_on(
 ) -> None:
     texts = many_texts(tmp_path / "many.jsonl")
     data = {"path": str(texts), "id_column": None, "batch_size": 2, "streaming": streaming}
+    data["num_workers"] = 1 if streaming else 0
     run = new_run(**data)
     started = run.start(2)
     wait_for(lambda: all(committed(run.root, rank) >= 20 for rank in range(2)), started)

@@ -1,6 +1,6 @@
 """Which texts are read together, in which order, and by which process of a run."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -61,9 +61,14 @@ def padded_tokens(batch: Batch, lengths: Lengths) -> int:
     return batch.size * max(1, int(lengths[batch].max()))
 
 
-def share_of(batches: Iterable[Batch], lengths: Lengths, rank: int, size: int) -> Iterator[Batch]:
-    """The batches that fall to one of several processes, in order."""
+def share_of(batches: Sequence[Batch], lengths: Lengths, rank: int, size: int) -> list[Batch]:
+    """The batches that fall to one of several processes, in order.
+
+    The largest are dealt first, so that the last of them to end ends not much later than the others.
+    """
     dealer = Dealer(size)
-    for batch in batches:
-        if dealer.deal(padded_tokens(batch, lengths)) == rank:
-            yield batch
+    costs = np.array([padded_tokens(batch, lengths) for batch in batches], np.int64)
+    owners = np.empty(len(batches), np.int64)
+    for number in np.argsort(-costs, kind="stable").tolist():
+        owners[number] = dealer.deal(int(costs[number]))
+    return [batch for batch, owner in zip(batches, owners.tolist(), strict=True) if owner == rank]

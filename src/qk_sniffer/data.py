@@ -217,7 +217,7 @@ class TextDataModule(pl.LightningDataModule):
                 *self._stream, self.batch_size, self.max_tokens_per_batch, self._filters, rank, size
             )
         else:
-            own = list(share_of(self._batches, self._lengths, rank, size))
+            own = share_of(self._batches, self._lengths, rank, size)
             dataset, sampler = _EncodedRows(self._dataset), _ShareSampler(own)
         return DataLoader(
             dataset,

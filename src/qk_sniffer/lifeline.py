@@ -62,6 +62,7 @@ class Lifeline:
         )
         self._progress: dict[int, tuple[int, ...]] = {}
         self._failed = threading.Event()
+        self._connections: list[Connection] = []
         self._parting: str | None = None
         self._thread: threading.Thread
 
@@ -83,6 +84,7 @@ class Lifeline:
         try:
             first = Client((address, port), authkey=self._key)
             first.send(self.rank)
+            self._connections.append(first)
         except OSError as error:
             raise UserError(
                 f"trainer.strategy: rank {self.rank} ({self._names[self.rank]}) can't reach rank 0 at "
@@ -91,8 +93,17 @@ class Lifeline:
         self._start(self._watch_first, first)
 
     def _start(self, watch: Any, connection: Any) -> None:
+        os.register_at_fork(after_in_child=self._let_go)
         self._thread = threading.Thread(target=watch, args=[connection], name="lifeline", daemon=True)
         self._thread.start()
+
+    def _let_go(self) -> None:
+        """Close the connections in a forked process, a data loader's for example.
+
+        It may outlive this one, whose death shows when the last copy of a connection is closed.
+        """
+        for connection in self._connections:
+            connection.close()
 
     def total_progress(self) -> list[int]:
         """The progress of all processes, added up; in the first."""
@@ -113,6 +124,7 @@ class Lifeline:
         ranks: dict[Connection, int] = {}
         while len(ranks) < len(self._names) - 1:
             connection = listener.accept()
+            self._connections.append(connection)
             ranks[connection] = connection.recv()
         listener.close()
         heard = dict.fromkeys(ranks, time.monotonic())

@@ -4,6 +4,7 @@ import heapq
 import os
 import secrets
 import socket
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -70,7 +71,7 @@ class Ranks:
 
         values: list[Any] = [None] * self.size
         try:
-            dist.all_gather_object(values, value, group=self._group)
+            _interruptible(lambda: dist.all_gather_object(values, value, group=self._group))
         except RuntimeError as error:
             if self.lifeline is not None and self.lifeline.wait_for_failure(_SECONDS_TO_LEARN):
                 raise SystemExit(1) from error
@@ -149,6 +150,23 @@ ALONE = Ranks()
 """One process."""
 
 _joined: WeakKeyDictionary[Any, Ranks] = WeakKeyDictionary()
+
+
+def _interruptible(task: Callable[[], None]) -> None:
+    """Run a task that may wait for long outside of Python, where it would keep signals from us."""
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            task()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name="gather", daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
 
 
 class Dealer:
