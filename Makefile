@@ -43,7 +43,7 @@ format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(INSTALLED) ## Measure capture, finalizing, memory and drawing; saves .cache/bench.md
+bench: $(INSTALLED) ## Measure speed and memory; saves .cache/bench.md
 	TQDM_DISABLE=1 $(BIN)/python tests/bench.py
 
 clean: ## Remove what the other targets made

@@ -354,11 +354,24 @@ class Command(NamedTuple):
     whole: float
 
 
+def checkpoint() -> Path:
+    """The model as safetensors, which load in a second, made from the GGUF file when it is missing."""
+    directory = CACHE / "smollm2-135m"
+    if not (directory / "model.safetensors").exists():
+        file = gguf_file()
+        source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        quantization = transformers.GgufConfig(dequantize=True)
+        transformers.AutoModelForCausalLM.from_pretrained(
+            **source, dtype="float32", quantization_config=quantization
+        ).save_pretrained(directory)
+        transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
+    return directory.resolve()
+
+
 def write_config(file: Path, texts: str) -> None:
     """The YAML of a capture of the texts in a directory, in all but its data root."""
-    weights = gguf_file()
     sections = {
-        "model": {"name": str(weights.parent), "gguf_file": weights.name, "dtype": "float32"},
+        "model": {"name": str(checkpoint()), "dtype": "float32"},
         "data": {"path": texts, "tokenizer": {"max_length": TOKENS}, "batch_size": BATCH_SIZE},
         "sniffer": {"capture": asdict(UNIFORM)},
         "trainer": {"accelerator": "cpu"},

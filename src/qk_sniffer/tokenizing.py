@@ -74,16 +74,25 @@ class Encode:
         }
 
     def _tokenize(self, texts: list[str]) -> tuple[list[Any], list[bool]]:
-        whole = self.tokenizer(texts, verbose=False)["input_ids"]
-        truncated = [self.max_length is not None and len(ids) > self.max_length for ids in whole]
-        # Tokenized again rather than cut, so that special tokens stay where the tokenizer puts them.
-        kept = [
-            self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"]
-            if cut
-            else ids
-            for text, ids, cut in zip(texts, whole, truncated, strict=True)
-        ]
-        return [np.array(ids, np.int32) for ids in kept], truncated
+        """The tokens of each text, and whether it was cut."""
+        if self.max_length is None:
+            whole = self.tokenizer(texts, verbose=False)["input_ids"]
+            return _as_arrays(whole), [False] * len(texts)
+        limits = {"truncation": True, "max_length": self.max_length}
+        if not self.tokenizer.is_fast:
+            whole = self.tokenizer(texts, verbose=False)["input_ids"]
+            kept = self.tokenizer(texts, **limits)["input_ids"]
+            return _as_arrays(kept), [len(ids) > self.max_length for ids in whole]
+        # What is cut off comes as further pieces, so that a text is tokenized once.
+        pieces = self.tokenizer(texts, **limits, return_overflowing_tokens=True)
+        owners = np.array(pieces["overflow_to_sample_mapping"])
+        firsts = np.searchsorted(owners, np.arange(len(texts)))
+        kept = [pieces["input_ids"][first] for first in firsts]
+        return _as_arrays(kept), (np.bincount(owners, minlength=len(texts)) > 1).tolist()
+
+
+def _as_arrays(tokens: list[list[int]]) -> list[npt.NDArray[np.int32]]:
+    return [np.array(ids, np.int32) for ids in tokens]
 
 
 def _shorten(value: Any) -> str:
