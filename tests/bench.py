@@ -55,7 +55,7 @@ DOCUMENTS, TOKENS, BATCH_SIZE = 8, 1024, 2
 MIXED_DOCUMENTS, MIXED_TOKENS, MIXED_SEED = 64, 2048, 0
 MIXED_MEDIAN, MIXED_SIGMA = 400, 1.2
 MIXED_CHARACTERS = (120, 8000)
-RANKS_DOCUMENTS = 16
+RANKS_DOCUMENTS, RANKS_TOKENS = 16, 2048
 MEMORY_DOCUMENTS = (8, 16, 32, 64)
 SCRATCH_BYTES = 2 * 2**30
 NAIVE_HEADS = 6
@@ -372,7 +372,7 @@ def write_config(file: Path, texts: str) -> None:
     """The YAML of a capture of the texts in a directory, in all but its data root."""
     sections = {
         "model": {"name": str(checkpoint()), "dtype": "float32"},
-        "data": {"path": texts, "tokenizer": {"max_length": TOKENS}, "batch_size": BATCH_SIZE},
+        "data": {"path": texts, "tokenizer": {"max_length": RANKS_TOKENS}, "batch_size": BATCH_SIZE},
         "sniffer": {"capture": asdict(UNIFORM)},
         "trainer": {"accelerator": "cpu"},
     }
@@ -430,8 +430,8 @@ def ranks_section(samples: dict[str, list[Command]]) -> str:
         )
     return section(
         "Two processes",
-        f"{RANKS_DOCUMENTS} x {TOKENS:,} tokens in batches of {BATCH_SIZE}, captured as uniform with "
-        "buckets of 128 by `qk-sniffer predict`, in one process and in two with the strategy ddp, one "
+        f"{RANKS_DOCUMENTS} x {RANKS_TOKENS:,} tokens in batches of {BATCH_SIZE}, captured as uniform "
+        "with buckets of 128 by `qk-sniffer predict`, in one process and in two with the strategy ddp, one "
         f"thread of torch in each, medians of {len(pairs)}. Capture and files is what the command "
         "prints as seconds, from the first batch to the last file, and the whole command adds its "
         "imports and loading the model. The texts are tokenized before. All runs kept the same "
