@@ -431,8 +431,8 @@ def ranks_section(samples: dict[str, list[Command]]) -> str:
     return section(
         "Two processes",
         f"{RANKS_DOCUMENTS} x {RANKS_TOKENS:,} tokens in batches of {BATCH_SIZE}, captured as uniform "
-        "with buckets of 128 by `qk-sniffer predict`, in one process and in two with the strategy ddp, one "
-        f"thread of torch in each, medians of {len(pairs)}. Capture and files is what the command "
+        "with buckets of 128 by `qk-sniffer predict`, in one process and in two with the strategy ddp, "
+        f"one thread of torch in each, medians of {len(pairs)}. Capture and files is what the command "
         "prints as seconds, from the first batch to the last file, and the whole command adds its "
         "imports and loading the model. The texts are tokenized before. All runs kept the same "
         f"{rows:,} rows.",
