@@ -1,6 +1,7 @@
 """Which texts are read together, in which order, and by which process."""
 
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,13 @@ def test_a_plan_has_every_text_once_and_keeps_its_limits(
 
 
 def test_windows_don_t_change_when_texts_are_added() -> None:
-    lengths, window = heavy_tailed(1000), 4 * WINDOW_BATCHES
-    some = plan_batches(lengths[: 3 * window + 5], 4, 256)
-    more = plan_batches(lengths, 4, 256)
-    whole = [batch.tolist() for batch in some if batch.max() < 3 * window]
-    assert whole == [batch.tolist() for batch in more[: len(whole)]]
+    lengths, most_tokens = heavy_tailed(1000), 256 * WINDOW_BATCHES
+    some, more = (plan_batches(lengths[:count], 32, 256) for count in (500, 1000))
+    pairs = zip(some, more, strict=False)
+    kept = takewhile(lambda pair: pair[0].tolist() == pair[1].tolist(), pairs)
+    texts = [row for batch, _ in kept for row in batch]
+    assert sorted(texts) == list(range(len(texts)))
+    assert lengths[len(texts) : 500].sum() <= most_tokens
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 100])
@@ -109,6 +112,9 @@ def test_a_stream_has_the_batches_of_a_dataset(
     assert sorted(streamed) == sorted(stored)
     if budget is None:
         assert streamed == stored
+    else:
+        longest = [int(lengths[[int(row) for row in batch]].max()) for batch in stored]
+        assert longest == sorted(longest, reverse=True)
 
 
 def test_tokenizing_in_several_processes_changes_nothing(batches: Batches, text_file: Path) -> None:

@@ -8,9 +8,8 @@ import numpy.typing as npt
 from qk_sniffer.ranks import Dealer
 
 WINDOW_BATCHES = 16
-"""Texts that are sorted by length together, in batches of the largest size: enough of them to fill
-batches with texts of one length, few enough for a stream to wait for, and a bound on what changes when
-texts are added at the end."""
+"""Batches of the largest size that a window has texts for: enough to fill them with texts of like
+length, few enough for a stream to wait for, and a bound on what changes when texts are added."""
 
 Lengths = npt.NDArray[np.int64]
 Batch = npt.NDArray[np.int64]
@@ -34,16 +33,42 @@ def plan_batches(lengths: Lengths, batch_size: int, max_tokens_per_batch: int | 
             np.arange(first, min(first + batch_size, lengths.size))
             for first in range(0, lengths.size, batch_size)
         ]
-    window = WINDOW_BATCHES * batch_size
     batches: list[Batch] = []
-    for first in range(0, lengths.size, window):
-        order = first + np.argsort(-lengths[first : first + window], kind="stable")
-        while order.size:
-            longest = max(1, int(lengths[order[0]]))
-            size = max(1, min(batch_size, max_tokens_per_batch // longest))
-            batches.append(order[:size])
-            order = order[size:]
+    window = Window(batch_size, max_tokens_per_batch)
+    first = 0
+    for stop, length in enumerate(lengths.tolist(), start=1):
+        if window.add(length) or stop == lengths.size:
+            order = first + np.argsort(-lengths[first:stop], kind="stable")
+            while order.size:
+                longest = max(1, int(lengths[order[0]]))
+                size = max(1, min(batch_size, max_tokens_per_batch // longest))
+                batches.append(order[:size])
+                order = order[size:]
+            first = stop
     return batches
+
+
+class Window:
+    """Tells where one window ends and the next begins, text by text.
+
+    Args:
+        batch_size: Most texts in a batch.
+        max_tokens_per_batch: Most tokens in a batch.
+    """
+
+    def __init__(self, batch_size: int, max_tokens_per_batch: int) -> None:
+        self._most_texts = WINDOW_BATCHES * batch_size
+        self._most_tokens = WINDOW_BATCHES * max_tokens_per_batch
+        self._n_texts = self._n_tokens = 0
+
+    def add(self, length: int) -> bool:
+        """Count a text of so many tokens, and say whether the window ends with it."""
+        self._n_texts += 1
+        self._n_tokens += length
+        if self._n_texts < self._most_texts and self._n_tokens < self._most_tokens:
+            return False
+        self._n_texts = self._n_tokens = 0
+        return True
 
 
 def rest_of(batches: Iterable[Batch], is_left: npt.NDArray[np.bool_]) -> list[Batch]:

@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any
 
@@ -107,7 +108,7 @@ class Lifeline:
 
     def total_progress(self) -> list[int]:
         """The progress of all processes, added up; in the first."""
-        parts = [self.progress, *self._progress.values()]
+        parts = [self.progress, *list(self._progress.values())]
         return [sum(numbers) for numbers in zip(*(part for part in parts if part), strict=True)]
 
     def wait_for_failure(self, seconds: float) -> bool:
@@ -123,9 +124,11 @@ class Lifeline:
         """The first process: hear all others, and pass on what happens."""
         ranks: dict[Connection, int] = {}
         while len(ranks) < len(self._names) - 1:
-            connection = listener.accept()
-            self._connections.append(connection)
-            ranks[connection] = connection.recv()
+            # Whoever else finds the port, without the key, is of no interest.
+            with suppress(AuthenticationError, EOFError, OSError):
+                connection = listener.accept()
+                self._connections.append(connection)
+                ranks[connection] = connection.recv()
         listener.close()
         heard = dict.fromkeys(ranks, time.monotonic())
         beat, told = 0.0, False
@@ -204,9 +207,6 @@ class Lifeline:
         threading.Thread(target=self._end, name="lifeline-end", daemon=True).start()
 
     def _end(self) -> None:
-        """End the process if it has not stopped by then: it may wait for one that is gone."""
-        deadline = time.monotonic() + STOP_SECONDS
-        while time.monotonic() < deadline:
-            time.sleep(BEAT_SECONDS)
-        if self._parting is None:
-            os._exit(1)
+        """End the process if it has not ended by then: it may wait for one that is gone."""
+        time.sleep(STOP_SECONDS)
+        os._exit(1)

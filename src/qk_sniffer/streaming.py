@@ -1,13 +1,14 @@
 """Batches of a dataset that is read while the model runs."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import IterableDataset, get_worker_info
 
-from qk_sniffer.batches import WINDOW_BATCHES, padded_tokens, plan_batches, rest_of
+from qk_sniffer.batches import Window, padded_tokens, plan_batches, rest_of
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter, are_left, collision, hash_ids
 from qk_sniffer.ranks import Dealer
@@ -15,6 +16,10 @@ from qk_sniffer.texts import Row, StreamedRows, check_columns
 from qk_sniffer.tokenizing import Encode
 
 _RECENT_IDS = 2**16
+_ROWS_ENCODED_AT_ONCE = 16
+
+_Planned = tuple[int, Callable[[], list[Row]]]
+"""A batch: the process that reads it, and what gives its encoded rows."""
 
 
 class StreamedBatches(IterableDataset[list[Row]]):
@@ -54,7 +59,8 @@ class StreamedBatches(IterableDataset[list[Row]]):
         self.size = size
 
     def __iter__(self) -> Iterator[list[Row]]:
-        planned = self._in_order() if self.max_tokens_per_batch is None else self._by_length()
+        budget = self.max_tokens_per_batch
+        planned = self._in_order() if budget is None else self._by_length(budget)
         own: Iterator[Callable[[], list[Row]]]
         own = (load for rank, load in planned if rank == self.rank)
         worker = get_worker_info()
@@ -64,43 +70,51 @@ class StreamedBatches(IterableDataset[list[Row]]):
         for load in own:
             yield load()
 
-    def _in_order(self) -> Iterator[tuple[int, Callable[[], list[Row]]]]:
-        """Each batch of adjacent texts: who reads it, and what gives its rows."""
+    def _in_order(self) -> Iterator[_Planned]:
+        """Batches of adjacent texts."""
         dealer = Dealer(self.size)
-        for rows, is_left in self._windows(self.batch_size):
+        for rows, is_left in self._checked_rows(self.batch_size):
             if is_left.any():
                 left = [row for row, wanted in zip(rows, is_left, strict=True) if wanted]
-                yield dealer.deal(1), lambda left=left: self._encoded(left)  # type: ignore[misc]
+                yield dealer.deal(1), partial(self._encoded, left)
 
-    def _by_length(self) -> Iterator[tuple[int, Callable[[], list[Row]]]]:
-        """The same for batches within a token budget."""
+    def _by_length(self, max_tokens_per_batch: int) -> Iterator[_Planned]:
+        """Batches of texts of like length, a window at a time."""
         dealer = Dealer(self.size)
-        for rows, is_left in self._windows(WINDOW_BATCHES * self.batch_size):
-            if not is_left.any():
-                continue
-            encoded = self._encoded(rows)
-            lengths = np.array([row["n_tokens"] for row in encoded])
-            batches = plan_batches(lengths, self.batch_size, self.max_tokens_per_batch)
-            for batch in rest_of(batches, is_left):
-                chosen = [encoded[i] for i in batch]
-                rank = dealer.deal(padded_tokens(batch, lengths))
-                yield rank, lambda chosen=chosen: chosen  # type: ignore[misc]
+        end = Window(self.batch_size, max_tokens_per_batch)
+        window: list[tuple[Row, bool]] = []
+        for rows, is_left in self._checked_rows(_ROWS_ENCODED_AT_ONCE):
+            for row, wanted in zip(self._encoded(rows), is_left.tolist(), strict=True):
+                window.append((row, wanted))
+                if end.add(row["n_tokens"]):
+                    yield from self._planned(window, max_tokens_per_batch, dealer)
+                    window = []
+        yield from self._planned(window, max_tokens_per_batch, dealer)
 
-    def _windows(self, size: int) -> Iterator[tuple[list[tuple[int, Row]], npt.NDArray[np.bool_]]]:
-        """Adjacent rows with their numbers, and which of them are to be read; ids are checked."""
+    def _planned(
+        self, window: list[tuple[Row, bool]], max_tokens_per_batch: int, dealer: Dealer
+    ) -> Iterator[_Planned]:
+        lengths = np.array([row["n_tokens"] for row, _ in window], np.int64)
+        batches = plan_batches(lengths, self.batch_size, max_tokens_per_batch)
+        for batch in rest_of(batches, np.array([wanted for _, wanted in window], np.bool_)):
+            rows = [window[number][0] for number in batch]
+            yield dealer.deal(padded_tokens(batch, lengths)), partial(list, rows)
+
+    def _checked_rows(self, size: int) -> Iterator[tuple[list[tuple[int, Row]], npt.NDArray[np.bool_]]]:
+        """Some adjacent rows with their numbers, and which of them are to be read; ids are checked."""
         stream, seen = iter(self.rows), _SeenIds()
         id_column = self.encode.id_column
-        while window := list(islice(stream, size)):
-            indices = [index for index, _ in window]
+        while rows := list(islice(stream, size)):
+            indices = [index for index, _ in rows]
             if indices[0] == 0:
-                check_columns(list(window[0][1]), self.encode.text_column, id_column)
-            source_ids = indices if id_column is None else [row[id_column] for _, row in window]
+                check_columns(list(rows[0][1]), self.encode.text_column, id_column)
+            source_ids = indices if id_column is None else [row[id_column] for _, row in rows]
             ids = hash_ids(source_ids, indices)
             if id_column is not None:
                 for number, source_id in zip(ids, source_ids, strict=True):
                     if not seen.add(number):
                         raise self._collision(number, source_id)
-            yield window, are_left(np.array(ids), self.filters)
+            yield rows, are_left(np.array(ids), self.filters)
 
     def _collision(self, number: int, second: int | str) -> UserError:
         """The error for a shared id; its first row is looked for only now."""
