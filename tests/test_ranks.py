@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 from conftest import write_jsonl
+from families import FAMILIES, tiny_model
 from killing import AFTER, BEFORE, Death, Ended, Processes, Started
 from readers import files_of
 
@@ -314,17 +316,57 @@ def test_a_model_that_is_placed_on_each_of_two_nodes(new_run: NewRun, alone: Alo
     assert files_of(run.root) == files_of(alone(batch_size=2))
 
 
-def test_a_data_root_that_is_not_shared_is_refused(new_run: NewRun, tmp_path: Path) -> None:
-    run = new_run()
-    # Relative to where each process is, as a path on a disk of each node would be.
-    run.config["sniffer"]["output"]["data_root"] = "root"
+@pytest.fixture
+def nodes(tmp_path: Path) -> Variables:
+    """Variables of processes in directories of their own, which stand for the disks of nodes."""
+    for rank in range(3):
+        (tmp_path / f"node-{rank}").mkdir()
 
     def variables(rank: int, size: int, port: int) -> dict[str, str]:
-        place = tmp_path / f"node-{rank}"
-        place.mkdir()
-        return lightning_variables(rank, size, port) | {"WORKING_DIRECTORY": str(place)}
+        place = {"WORKING_DIRECTORY": str(tmp_path / f"node-{rank}")}
+        return lightning_variables(rank, size, port) | place
 
-    first, second = run.run(2, variables)
+    return variables
+
+
+def test_other_texts_on_another_node_are_refused(
+    new_run: NewRun, tmp_path: Path, nodes: Variables
+) -> None:
+    for rank in range(3):
+        write_jsonl(tmp_path / f"node-{rank}" / "texts.jsonl", TEXTS[: 5 + (rank == 1)])
+    ended = new_run(path="texts.jsonl").run(3, nodes)
+    assert [process.exitcode for process in ended] == [2, 2, 2]
+    assert "data.path: texts.jsonl or its tokenizer is not the same everywhere: rank 1 found other" in (
+        ended[0].printed
+    )
+    assert "error" not in ended[1].printed + ended[2].printed
+
+
+def test_another_model_on_another_node_is_refused(
+    new_run: NewRun, tmp_path: Path, nodes: Variables, model_dir: Callable[[str], Path]
+) -> None:
+    for rank in range(3):
+        model = tiny_model(FAMILIES["llama"])
+        if rank == 2:
+            with torch.no_grad():
+                next(model.parameters())[0, 0] += 1
+        model.save_pretrained(tmp_path / f"node-{rank}" / "model")
+    run = new_run(tokenizer={"name": str(model_dir("llama"))})
+    run.config["model"] = {"name": "model"}
+    ended = run.run(3, nodes)
+    assert [process.exitcode for process in ended] == [2, 2, 2]
+    assert "error: model.weights: rank 2 and rank 0 differ in model.weights; give all" in (
+        ended[0].printed
+    )
+    assert not (run.root / ".journal").exists()
+
+
+def test_a_data_root_that_is_not_shared_is_refused(
+    new_run: NewRun, tmp_path: Path, nodes: Variables
+) -> None:
+    run = new_run()
+    run.config["sniffer"]["output"]["data_root"] = "root"
+    first, second = run.run(2, nodes)
     assert first.exitcode == second.exitcode == 2
     assert "sniffer.output.data_root: what rank 0 (" in first.printed
     assert "writes to root is not seen by rank 1 (" in first.printed
