@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from conftest import LENGTHS, write_jsonl
 from qk_sniffer.batches import (
@@ -19,6 +20,9 @@ from qk_sniffer.batches import (
 from qk_sniffer.config import TokenizerConfig
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.errors import UserError
+from qk_sniffer.streaming import StreamedBatches
+from qk_sniffer.texts import TextSource
+from qk_sniffer.tokenizing import Encode
 
 
 def heavy_tailed(count: int, seed: int = 0) -> np.ndarray:
@@ -115,6 +119,30 @@ def test_a_stream_has_the_batches_of_a_dataset(
     else:
         longest = [int(lengths[[int(row) for row in batch]].max()) for batch in stored]
         assert longest == sorted(longest, reverse=True)
+
+
+@pytest.mark.parametrize("budget", [None, 50])
+@pytest.mark.parametrize("size", [2, 3, 200])
+def test_shares_of_a_stream_are_whole_batches_and_alike(
+    model_dir: Callable[[str], Path], tmp_path: Path, budget: int | None, size: int
+) -> None:
+    lengths = np.minimum(heavy_tailed(150), 90)
+    path = write_jsonl(tmp_path / "texts.jsonl", [{"text": "x" * int(n)} for n in lengths])
+    rows = TextSource(str(path), None, None, "train").stream(None)
+    encode = Encode(AutoTokenizer.from_pretrained(model_dir("llama")), "text", None, None)
+
+    def share(rank: int, size: int) -> list[tuple[int, ...]]:
+        batches = StreamedBatches(rows, encode, 3, budget, [], rank, size)
+        return [tuple(row["example_id"] for row in batch) for batch in batches]
+
+    shares = [share(rank, size) for rank in range(min(size, 3))]
+    whole = share(0, 1)
+    assert sorted(row for batch in whole for row in batch) == list(range(150))
+    assert all(batch in whole for one in shares for batch in one)
+    if size <= 3:
+        assert sorted(batch for one in shares for batch in one) == sorted(whole)
+        tokens = [sum(lengths[list(batch)].sum() for batch in one) for one in shares]
+        assert min(tokens) > 0.7 * max(tokens)
 
 
 def test_tokenizing_in_several_processes_changes_nothing(batches: Batches, text_file: Path) -> None:
