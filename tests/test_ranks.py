@@ -224,7 +224,7 @@ def test_fewer_texts_than_processes_or_as_many(
 
 
 def many_texts(path: Path) -> Path:
-    return write_jsonl(path, [{"text": TEXTS[2]["text"][i % 50 :]} for i in range(300)])
+    return write_jsonl(path, [{"text": TEXTS[2]["text"][i % 50 :]} for i in range(500)])
 
 
 def committed(root: Path, rank: int) -> int:
@@ -260,8 +260,7 @@ def test_a_rank_that_dies_stops_the_other_and_the_run_goes_on(
     assert "): died; the other processes stop" in ended.printed
     assert "Traceback" not in ended.printed
     assert not (run.root / "manifest.json").exists()
-    before = sum(committed(run.root, rank) for rank in range(2))
-    assert before < 150
+    assert committed(run.root, 1 - killed) < 125
     (resumed,) = run.run(1)
     assert resumed.exitcode == 0, resumed.printed
     assert "going on after" in resumed.printed

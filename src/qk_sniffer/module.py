@@ -49,7 +49,7 @@ class SnifferModule(pl.LightningModule):
     """
 
     backbone: nn.Module
-    """The decoder below the language-model head, from ``configure_model`` on."""
+    """The decoder below the language-model head, from ``configure_model`` on; it is not registered."""
 
     def __init__(
         self,
@@ -107,8 +107,10 @@ class SnifferModule(pl.LightningModule):
         Ranks.of(self.trainer).run(lambda: self.check_trainer(self.trainer))
 
     def configure_model(self) -> None:
-        """Load the weights, straight to their device; a second call does nothing."""
+        """Load the weights, straight to their device; a second call at most moves them there."""
         if hasattr(self, "backbone"):
+            if self.hparams["device_map"] is None:
+                self.backbone.to(self.device)
             return
         ranks = Ranks.of(self._trainer)
         if not ranks.is_first:
