@@ -29,6 +29,7 @@ from qk_sniffer.capture import Sniffer
 from qk_sniffer.cli import main
 from qk_sniffer.storage import data_root, finalizing, journal, parquet
 from qk_sniffer.storage.commits import encode
+from qk_sniffer.tokenizing import Encode
 
 BEFORE, HALFWAY, AFTER = "before", "halfway", "after"
 
@@ -214,8 +215,9 @@ def _process(
     qk_sniffer.predict.set_parsing_settings = lambda **_: None
     journal.SYNC_SECONDS = sync_seconds
     passages = _Passages(death)
-    for point in POINTS:
-        passages.watch(point)
+    for point, (owner, name, _) in POINTS.items():
+        passages.watch(point, owner, name)
+    passages.watch("tokenizing", Encode, "__call__")
     status = main(command)
     report.with_suffix(".json").write_text(json.dumps(passages.counts))
     sys.exit(status)
@@ -229,8 +231,7 @@ class _Passages:
     counts: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def watch(self, point: str) -> None:
-        owner, name, _ = POINTS[point]
+    def watch(self, point: str, owner: Any, name: str) -> None:
         original = getattr(owner, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
