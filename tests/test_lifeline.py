@@ -11,7 +11,7 @@ from subprocess import PIPE
 import pytest
 
 PROGRAM = """
-import sys, time
+import os, sys, time
 from qk_sniffer import lifeline
 lifeline.STOP_SECONDS, lifeline.SILENCE_SECONDS = 1.0, 1.5
 rank, size, port, ends = int(sys.argv[1]), 3, int(sys.argv[2]), sys.argv[3]
@@ -20,8 +20,12 @@ if rank == 0:
     print(line.port, flush=True)
 line.connect("127.0.0.1", port)
 line.progress = (rank + 1, 10)
+if ends == "forks" and os.fork() == 0:
+    os.close(1), os.close(2)
+    time.sleep(15)
+    os._exit(0)
 print("connected", flush=True)
-if ends == "stuck":
+if ends in ("stuck", "forks"):
     time.sleep(60)
 if ends == "adds up":
     while line.total_progress() != [6, 30]:
@@ -74,6 +78,16 @@ def test_a_death_ends_processes_that_are_stuck(killed: int, sent: signal.Signals
     said = "died" if sent == signal.SIGKILL else "was silent for 2 seconds"
     assert f"qk-sniffer: error: rank {killed} (host-{killed}): {said}; the other" in "".join(errors)
     assert [bool(errors[rank]) for rank in survivors] == [True, False]
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_death_shows_though_a_forked_process_lives_on(killed: int) -> None:
+    ends = ["stuck", "stuck", "stuck"]
+    ends[killed] = "forks"
+    three = Three(*ends)
+    three.processes[killed].kill()
+    errors = "".join(errors for _, _, errors in three.end())
+    assert f"qk-sniffer: error: rank {killed} (host-{killed}): died; the other" in errors
 
 
 @pytest.mark.parametrize("stops", [0, 1])
