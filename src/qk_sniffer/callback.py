@@ -291,11 +291,10 @@ class SnifferCallback(pl.Callback):
 
     def _prepare_journal(self, header: dict[str, Any]) -> None:
         """Clear the data root or see that it can be continued, in the first process."""
-        earlier = None if self.output.overwrite else earlier_run(self.data_root)
-        if earlier is None:
+        if self._earlier is None:
             clear_data_root(self.data_root)
         else:
-            earlier.require(self.data_root, header["fingerprint"])
+            self._earlier.require(self.data_root, header["fingerprint"])
         if self.config_yaml is not None:
             write_text(self.data_root / CONFIG_FILE, self.config_yaml)
 

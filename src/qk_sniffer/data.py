@@ -171,13 +171,7 @@ class TextDataModule(pl.LightningDataModule):
             num_proc=self.num_proc,
             desc="Tokenizing",
         ).with_format("arrow")
-        self._lengths = self._column("n_tokens").astype(np.int64)
-
-    def _column(self, name: str) -> npt.NDArray[Any]:
-        if len(self._dataset) == 0:
-            return np.empty(0, np.int32)
-        column: npt.NDArray[Any] = self._dataset.select_columns(name)[:][name].to_numpy()
-        return column
+        self._lengths = _token_counts(self._dataset)
 
     def _require_same_texts(self, ranks: Ranks) -> None:
         digest = xxhash.xxh3_64(self.example_ids.tobytes())
@@ -208,16 +202,20 @@ class TextDataModule(pl.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The batches of this process: in the order of the dataset, or longest first in a budget."""
-        rank = getattr(self.trainer, "global_rank", 0)
-        size = getattr(self.trainer, "world_size", 1)
+        ranks = Ranks.of(self.trainer)
         dataset: Dataset[Any]
         sampler: _ShareSampler | None = None
         if self.streaming:
             dataset = StreamedBatches(
-                *self._stream, self.batch_size, self.max_tokens_per_batch, self._filters, rank, size
+                *self._stream,
+                self.batch_size,
+                self.max_tokens_per_batch,
+                self._filters,
+                ranks.rank,
+                ranks.size,
             )
         else:
-            own = share_of(self._batches, self._lengths, rank, size)
+            own = share_of(self._batches, self._lengths, ranks.rank, ranks.size)
             dataset, sampler = _EncodedRows(self._dataset), _ShareSampler(own)
         return DataLoader(
             dataset,
@@ -301,6 +299,15 @@ class _Collate:
             source_ids=[row["source_id"] for row in rows],
             truncated=[row["truncated"] for row in rows],
         )
+
+
+def _token_counts(dataset: datasets.Dataset) -> npt.NDArray[np.int64]:
+    """Tokens in each text."""
+    if len(dataset) == 0:
+        # One that was mapped without rows has no columns.
+        return np.empty(0, np.int64)
+    counts: npt.NDArray[np.int64] = dataset.select_columns("n_tokens")[:]["n_tokens"].to_numpy()
+    return counts.astype(np.int64)
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

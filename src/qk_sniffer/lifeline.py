@@ -204,9 +204,7 @@ class Lifeline:
                 "devices as you like\n"
             )
             sys.stderr.flush()
-        threading.Thread(target=self._end, name="lifeline-end", daemon=True).start()
-
-    def _end(self) -> None:
-        """End the process if it has not ended by then: it may wait for one that is gone."""
-        time.sleep(STOP_SECONDS)
-        os._exit(1)
+        # By then the process has ended, or it waits for one that is gone.
+        end = threading.Timer(STOP_SECONDS, os._exit, [1])
+        end.daemon = True
+        end.start()

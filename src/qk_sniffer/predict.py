@@ -128,13 +128,8 @@ def _require_all_processes(trainer: pl.Trainer) -> None:
 
     Otherwise each of them would take itself for the only one.
     """
-    started = {
-        name: environment().world_size()
-        for name, environment in (("torchrun", TorchElasticEnvironment), ("srun", SLURMEnvironment))
-        if environment.detect()
-    }
-    for name, size in started.items():
-        if size != trainer.world_size:
+    for name, launched in (("torchrun", TorchElasticEnvironment), ("srun", SLURMEnvironment)):
+        if launched.detect() and (size := launched().world_size()) != trainer.world_size:
             raise UserError(
                 f"trainer.devices: {name} has started {size} processes, and the trainer counts on "
                 f"{trainer.world_size}; set trainer.devices to the processes on each node, and "

@@ -264,9 +264,9 @@ class Sniffer:
         """
         if self._plan is None:
             raise RuntimeError("begin_batch must come before the forward that is captured")
-        length, start, stop = positions.numel(), int(positions[0]), int(positions[-1]) + 1
         if layer_idx not in self._tokens_read:
             return
+        length, start, stop = positions.numel(), int(positions[0]), int(positions[-1]) + 1
         sequences, read = self._sequences, self._tokens_read[layer_idx]
         tokens_read = read[sequences.start]
         if start != tokens_read or stop - start != length or query.shape[2] != length:

@@ -78,13 +78,6 @@ class CommitLog:
         """What a log is to hold."""
         return [*self.commits, *([] if self.finalizing is None else [self.finalizing])]
 
-    def __add__(self, other: "CommitLog") -> "CommitLog":
-        return CommitLog(
-            self.commits + other.commits,
-            other.finalizing if self.finalizing is None else self.finalizing,
-            self.n_broken + other.n_broken,
-        )
-
 
 def part_directory(journal: Path, rank: int) -> Path:
     """The part of a journal that a process writes."""
@@ -161,7 +154,14 @@ def append_records(file: Any, records: Sequence[Commit | bool]) -> None:
 
 def read_journal(journal: Path) -> CommitLog:
     """What the logs of all parts of a journal say."""
-    return sum(map(read_commits, part_directories(journal)), CommitLog())
+    joined = CommitLog()
+    for part in part_directories(journal):
+        found = read_commits(part)
+        joined.commits += found.commits
+        joined.n_broken += found.n_broken
+        if found.finalizing is not None:
+            joined.finalizing = found.finalizing
+    return joined
 
 
 def read_commits(directory: Path) -> CommitLog:

@@ -139,11 +139,11 @@ def prepare_data_root(data_root: Path, overwrite: bool, *, repair_journal: bool 
             f"{_FIELD}: {data_root} is not writable ({error.strerror}); name another directory or "
             "change its permissions"
         ) from error
-    names = {entry.name for entry in data_root.iterdir() if not _TOKEN_FILE.fullmatch(entry.name)}
+    tokens = [entry for entry in data_root.iterdir() if _TOKEN_FILE.fullmatch(entry.name)]
+    names = {entry.name for entry in data_root.iterdir()} - {token.name for token in tokens}
     if repair_journal:
-        for token in data_root.iterdir():
-            if _TOKEN_FILE.fullmatch(token.name):
-                token.unlink()
+        for token in tokens:
+            token.unlink()
         shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY, ignore_errors=True)
     if overwrite:
         return

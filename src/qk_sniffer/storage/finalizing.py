@@ -85,27 +85,38 @@ def finalize(
     with ExitStack() as locks:
 
         @explained
-        def begin() -> bool:
+        def lock() -> None:
             locks.enter_context(locked_journal(directory))
-            return _drop_broken(directory)
 
-        complete &= not ranks.first(begin)
-        journal = ranks.run(explained(lambda: JournalReader(directory)))
-        if ranks.first(lambda: _adds_nothing(data_root, journal)):
-            return ranks.first(explained(lambda: _discard(data_root, complete)))
+        @explained
+        def read() -> tuple[JournalReader, dict[str, Any] | None]:
+            return JournalReader(directory), read_manifest(data_root)
+
+        @explained
+        def begin(damaged: Iterable[Sequence[Commit]], complete: bool) -> None:
+            _drop_damaged(directory, list(chain.from_iterable(damaged)))
+            with (part_directory(directory, 0) / COMMITS_FILE).open("ab", buffering=0) as log:
+                append_records(log, [complete])
+
+        ranks.first(lock)
+        journal, earlier = ranks.run(read)
+        if ranks.first(lambda: journal.log.n_broken > 0):
+            ranks.first(explained(lambda: _drop_broken(directory)))
+            complete = False
+        if ranks.first(lambda: earlier is not None and not journal.log.commits):
+            return ranks.first(explained(lambda: _discard(data_root, earlier or {}, complete)))
         if journal.log.finalizing is None:
             own = journal.log.commits[ranks.rank :: ranks.size]
             damaged = ranks.gather(ranks.run(explained(lambda: _damaged(own, ranks))))
-            ranks.first(
-                explained(lambda: _note_begin(directory, [*chain.from_iterable(damaged)], complete))
-            )
+            ranks.first(lambda: begin(damaged, complete))
             journal.log.finalizing = complete
         examples = ranks.run(
-            explained(lambda: _all_examples(data_root, journal) if ranks.is_first else None)
+            explained(lambda: _all_examples(data_root, journal, earlier) if ranks.is_first else None)
         )
         digest = ranks.first(explained(lambda: _digest(journal.header, examples)))
+        groups = _groups(data_root, journal, (earlier or {"heads": {}})["heads"])
         heads = ranks.gather(
-            ranks.run(explained(lambda: _write_own_heads(data_root, journal, digest, progress, ranks)))
+            ranks.run(explained(lambda: _write_share(journal, groups, digest, progress, ranks)))
         )
         manifest = ranks.first(explained(lambda: _end(data_root, journal, examples, heads)))
     ranks.first(explained(lambda: shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY)))
@@ -121,28 +132,20 @@ def _end_removal(data_root: Path) -> dict[str, Any]:
     return manifest
 
 
-def _adds_nothing(data_root: Path, journal: JournalReader) -> bool:
-    """Whether no text was left for a finished data root."""
-    return not journal.log.commits and read_manifest(data_root) is not None
-
-
-def _discard(data_root: Path, complete: bool) -> dict[str, Any]:
+def _discard(data_root: Path, manifest: dict[str, Any], complete: bool) -> dict[str, Any]:
     """Remove a journal that adds nothing, and give the manifest, which may be complete now."""
-    manifest = read_manifest(data_root) or {}
     if complete and not manifest["complete"]:
-        manifest["complete"] = True
+        manifest = manifest | {"complete": True}
         write_text(data_root / CARD_FILE, render_card(manifest))
         write_manifest(data_root, manifest)
     shutil.rmtree(data_root / JOURNAL_DIRECTORY)
     return manifest
 
 
-def _drop_broken(journal: Path) -> bool:
-    """Drop torn and damaged lines of the logs, to which nothing may be appended; were there any?"""
-    found = [(part, read_commits(part)) for part in part_directories(journal)]
-    for part, log in found:
-        drop_broken(part, log, "what they stood for is not in the files")
-    return any(log.n_broken for _, log in found)
+def _drop_broken(journal: Path) -> None:
+    """Drop torn and damaged lines of the logs, to which nothing may be appended."""
+    for part in part_directories(journal):
+        drop_broken(part, read_commits(part), "what they stood for is not in the files")
 
 
 def _damaged(commits: Sequence[Commit], ranks: Ranks) -> list[Commit]:
@@ -152,8 +155,8 @@ def _damaged(commits: Sequence[Commit], ranks: Ranks) -> list[Commit]:
     return [commit for commit, good in zip(commits, intact, strict=True) if not good]
 
 
-def _note_begin(journal: Path, damaged: Sequence[Commit], complete: bool) -> None:
-    """Note that finalizing begins; where a disk has damaged batches, drop those instead."""
+def _drop_damaged(journal: Path, damaged: Sequence[Commit]) -> None:
+    """Drop the batches that a disk has damaged, and stop where there are any."""
     files = sorted({commit.segment for commit in damaged})
     places = {(commit.segment, commit.start) for commit in damaged}
     for part in {file.parent for file in files}:
@@ -166,15 +169,15 @@ def _note_begin(journal: Path, damaged: Sequence[Commit], complete: bool) -> Non
             "written and were dropped; run predict again to capture them anew, or `qk-sniffer finalize "
             f"{journal.parent}` to do without them"
         )
-    with (part_directory(journal, 0) / COMMITS_FILE).open("ab", buffering=0) as log:
-        append_records(log, [complete])
 
 
-def _all_examples(data_root: Path, journal: JournalReader) -> pa.Table:
+def _all_examples(
+    data_root: Path, journal: JournalReader, earlier: Mapping[str, Any] | None
+) -> pa.Table:
     """The examples table: those of the journal, and of the finished run that is merged."""
     tables = [EXAMPLES_SCHEMA.empty_table()]
     tables += [batch.select(EXAMPLES_SCHEMA.names) for batch in journal.examples()]
-    if read_manifest(data_root) is not None:
+    if earlier is not None:
         stored = pq.read_table(data_root / EXAMPLES_DIRECTORY / DATA_FILE).cast(EXAMPLES_SCHEMA)
         # An attempt that was cut off may have written the table already.
         is_new = np.isin(stored["example_id"].to_numpy(), journal.log.example_ids())
@@ -194,20 +197,18 @@ def _n_threads(ranks: Ranks = ALONE) -> int:
     return min(_MOST_THREADS, (os.cpu_count() or 1) // ranks.local_size + 1)
 
 
-def _write_own_heads(
-    data_root: Path, journal: JournalReader, digest: str, progress: Progress, ranks: Ranks
+def _write_share(
+    journal: JournalReader, groups: Sequence[_Group], digest: str, progress: Progress, ranks: Ranks
 ) -> dict[str, FileFacts]:
     """Write the head files that fall to this process, and describe them."""
     dealer = Dealer(ranks.size)
-    groups = _groups(data_root, journal)
     own = [group for group in groups if dealer.deal(len(group[1])) == ranks.rank]
     finished = _write_heads(journal, own, digest, ranks)
     return dict(progress(finished, sum(len(files) for _, files in own)))
 
 
-def _groups(data_root: Path, journal: JournalReader) -> list[_Group]:
+def _groups(data_root: Path, journal: JournalReader, earlier: Mapping[str, FileFacts]) -> list[_Group]:
     """The heads of every layer and kind, some at a time."""
-    earlier = (read_manifest(data_root) or {"heads": {}})["heads"]
     groups = []
     for number, stream in enumerate(journal.header["streams"]):
         files = _head_files(data_root, stream, earlier)
