@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from families import FAMILIES, tiny_model
+from killing import Processes
 from qk_sniffer.cli import main
 
 Run = Callable[..., int]
@@ -29,6 +30,12 @@ Run = Callable[..., int]
 @pytest.fixture(scope="session", autouse=True)
 def _private_dataset_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Processes:
+    """Starts the command line in processes of its own."""
+    return Processes(tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(autouse=True)

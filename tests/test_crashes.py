@@ -71,11 +71,6 @@ NewRun = Callable[..., Run]
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Processes:
-    return Processes(tmp_path_factory.mktemp("processes"))
-
-
-@pytest.fixture(scope="module")
 def new_run(
     processes: Processes,
     model_dir: Callable[[str], Path],

@@ -11,8 +11,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qk_sniffer.cli import main
-from readers import error_line
-from test_ranks import assert_same_rows
+from readers import assert_same_rows, error_line
 
 Predict = Callable[..., int]
 

@@ -13,7 +13,6 @@ from subprocess import PIPE
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,18 +21,13 @@ import yaml
 from conftest import write_jsonl
 from families import FAMILIES, tiny_model
 from killing import AFTER, BEFORE, Death, Ended, Processes, Started
-from readers import files_of
+from readers import assert_same_rows, files_of
 
 LENGTHS = (37, 5, 61, 24, 1, 48, 13)
 TEXTS = [
     {"id": f"text-{number}", "text": "".join(chr(97 + (7 * number + i) % 26) for i in range(length))}
     for number, length in enumerate(LENGTHS)
 ]
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Processes:
-    return Processes(tmp_path_factory.mktemp("processes"))
 
 
 def free_port() -> int:
@@ -166,21 +160,6 @@ def alone(new_run: NewRun) -> Callable[..., Path]:
 
 
 Alone = Callable[..., Path]
-
-
-def assert_same_rows(root: Path, other: Path) -> None:
-    """The same rows in the same order; vectors to the last bits of a model that batches otherwise."""
-    names = sorted(path.parent.name for path in other.glob("*/data.parquet"))
-    assert names == sorted(path.parent.name for path in root.glob("*/data.parquet"))
-    for name in names:
-        mine, theirs = (pq.read_table(place / name / "data.parquet") for place in (root, other))
-        if name != "examples":
-            vectors = [
-                np.stack(table["vector"].to_numpy(zero_copy_only=False)) for table in (mine, theirs)
-            ]
-            np.testing.assert_allclose(*vectors, atol=1e-5, rtol=0)
-            mine, theirs = mine.drop_columns("vector"), theirs.drop_columns("vector")
-        assert mine.equals(theirs), name
 
 
 VARIANTS = [
