@@ -215,7 +215,11 @@ def test_finalize_needs_an_interrupted_run(
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_whole_batches(
-    model_dir: ModelDir, texts: list[dict[str, Any]], tmp_path: Path, sent: signal.Signals
+    model_dir: ModelDir,
+    texts: list[dict[str, Any]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    sent: signal.Signals,
 ) -> None:
     root = tmp_path / "root"
     rows = [{"text": texts[2]["text"]} for _ in range(100_000)]
@@ -243,6 +247,7 @@ def test_a_signal_leaves_whole_batches(
     with commits.open("a") as torn:
         torn.write('{"examples": 12')
     assert main(["finalize", str(root)]) == 0
+    assert "1 entries were torn or damaged; what they stood for is not in the files" in caplog.text
     table = pq.read_table(root / "l03h01k" / "data.parquet")
     assert table["example_id"].unique().to_pylist() == list(range(committed))
     assert table.num_rows == committed * LENGTHS[2]
