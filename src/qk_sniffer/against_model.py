@@ -18,8 +18,8 @@ from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter
 from qk_sniffer.models import check_capture
 from qk_sniffer.module import SnifferModule
-from qk_sniffer.storage import DATA_FILE, EXAMPLES_DIRECTORY, head_name
-from qk_sniffer.verify import captured_heads, require_manifest
+from qk_sniffer.storage import DATA_FILE, EXAMPLES_DIRECTORY, head_name, require_manifest
+from qk_sniffer.verify import captured_heads
 
 _TEXTS = 4
 

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from qk_sniffer.capture import CapturedHeads, build_sampler, expected_rows, select_heads
 from qk_sniffer.config import CaptureConfig, OutputConfig
 from qk_sniffer.errors import UserError, first_line
+from qk_sniffer.hub import Publication, check_access, pull, push
 from qk_sniffer.ids import ExampleFilter
 from qk_sniffer.models import check_capture, check_passages, probe_attention
 from qk_sniffer.provenance import describe, fingerprint, settings
@@ -36,7 +37,7 @@ from qk_sniffer.storage import (
     require_shared,
     write_text,
 )
-from qk_sniffer.summary import file_progress, summary_table
+from qk_sniffer.summary import file_progress, published_table, summary_table
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class SnifferCallback(pl.Callback):
         self._ranks = ALONE
         self._has_joined = False
         self._earlier: EarlierRun | None = None
+        self._publication: Publication | None = None
         self._recorder: Recorder | None = None
         self._received_sigterm = False
         self._started = 0.0
@@ -201,7 +203,7 @@ class SnifferCallback(pl.Callback):
         self._show_progress(trainer, [sum(numbers) for numbers in zip(*progress, strict=True)])
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the Parquet files, the card and the manifest, and print what there is."""
+        """Write the Parquet files, card and manifest, print what there is, and publish it."""
         assert self._recorder is not None
         ranks = self._ranks
         ranks.run(self._recorder.close)
@@ -214,7 +216,11 @@ class SnifferCallback(pl.Callback):
         if ranks.is_first:
             seconds = time.monotonic() - self._started
             tqdm.write(summary_table(self.data_root, manifest, seconds=seconds))
+        # The others need not wait for uploads.
         self._leave(None)
+        if self._publication is not None:
+            push(self.data_root, self._publication)
+            tqdm.write(published_table(self._publication.place, manifest))
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -265,7 +271,24 @@ class SnifferCallback(pl.Callback):
         ranks.first(self.check_output)
         require_shared(self.data_root, ranks)
         module, data = trainer.lightning_module, _data_module(trainer)
-        self._earlier = ranks.first(lambda: self.earlier_run(module, data))
+        self._earlier = ranks.first(lambda: self._earlier_and_pulled(module, data))
+
+    def _earlier_and_pulled(
+        self, module: pl.LightningModule, data: pl.LightningDataModule | None
+    ) -> EarlierRun | None:
+        """What the data root holds of this run, and what its branch of the Hub adds to that."""
+        output, run_settings = self.output, settings(module, data, self.capture)
+        self._publication = None
+        earlier = self.earlier_run(module, data)
+        if output.hf_repo_id is None:
+            return earlier
+        self._publication = publication = Publication.of_run(
+            self.data_root, run_settings, output.hf_repo_id, output.hf_branch, output.private
+        )
+        check_access(publication, "set it to null and publish later with `qk-sniffer push`")
+        pull(self.data_root, publication, fingerprint(run_settings), overwrite=output.overwrite)
+        publication.write(self.data_root)
+        return self.earlier_run(module, data)
 
     def _leave(self, reason: str | None) -> None:
         self._ranks.leave(reason)

@@ -1,9 +1,11 @@
 """The command ``qk-sniffer``; heavy imports wait until a command needs them."""
 
+import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.secrets import redact
@@ -17,6 +19,7 @@ commands:
   predict --config FILE   run a model over texts and write one Parquet file per head
   finalize DATA_ROOT      write Parquet files from what an interrupted run captured
   verify DATA_ROOT        check the files of a finished run; --against-model reads texts again
+  push DATA_ROOT          publish a finished run on the Hub, or go on with a push that failed
 
 `qk-sniffer predict --help` explains every field; `--print_config` prints a commented config.
 """
@@ -32,11 +35,12 @@ def _predict(args: list[str]) -> int:
 def _finalize(args: list[str]) -> int:
     if len(args) != 1:
         raise UserError("finalize: give the data root of the interrupted run, and nothing else")
-    from qk_sniffer.storage import finalize
+    from qk_sniffer.storage import PULLED_DIRECTORY, finalize, merge_pulled
     from qk_sniffer.summary import file_progress, summary_table
 
     data_root, started = Path(args[0]), time.monotonic()
-    manifest = finalize(data_root, file_progress)
+    has_pulled = (data_root / PULLED_DIRECTORY).exists()
+    manifest = (merge_pulled if has_pulled else finalize)(data_root, file_progress)
     sys.stdout.write(summary_table(data_root, manifest, seconds=time.monotonic() - started) + "\n")
     return 0
 
@@ -45,7 +49,8 @@ def _verify(args: list[str]) -> int:
     data_roots = [arg for arg in args if arg != "--against-model"]
     if len(data_roots) != 1:
         raise UserError("verify: give one data root, and perhaps --against-model")
-    from qk_sniffer.verify import require_manifest, verify
+    from qk_sniffer.storage import require_manifest
+    from qk_sniffer.verify import verify
 
     data_root = Path(data_roots[0])
     faults = verify(data_root)
@@ -64,10 +69,45 @@ def _verify(args: list[str]) -> int:
     return 0
 
 
+class _PushParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"push: {message}; `qk-sniffer push --help` lists the options")
+
+
+def _push(args: list[str]) -> int:
+    parser = _PushParser("qk-sniffer push", description="Publish a finished run on the Hub.")
+    parser.add_argument("data_root", type=Path, help="directory of the run")
+    parser.add_argument("--hf_repo_id", help="Hub dataset, OWNER/NAME; default: the run's")
+    parser.add_argument("--hf_branch", help="its branch; default: from the names of model and dataset")
+    parser.add_argument("--private", action="store_true", help="make the dataset private if it is new")
+    options = parser.parse_args(args)
+
+    from qk_sniffer.config import require_hub_names
+    from qk_sniffer.hub import Publication, check_access, push
+    from qk_sniffer.storage import require_manifest
+    from qk_sniffer.summary import published_table
+
+    data_root = options.data_root
+    require_hub_names(options.hf_repo_id, options.hf_branch)
+    manifest, publication = require_manifest(data_root), Publication.read(data_root)
+    if options.hf_repo_id or options.hf_branch or publication is None:
+        repo_id = options.hf_repo_id or (publication and publication.repo_id)
+        if not repo_id:
+            raise UserError(f"push: {data_root} was never published; name a dataset with --hf_repo_id")
+        publication = Publication.of_run(
+            data_root, manifest["settings"], repo_id, options.hf_branch, options.private
+        )
+    check_access(publication, "push later")
+    push(data_root, publication)
+    sys.stdout.write(published_table(publication.place, manifest) + "\n")
+    return 0
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "predict": _predict,
     "finalize": _finalize,
     "verify": _verify,
+    "push": _push,
 }
 
 

@@ -3,9 +3,15 @@
 The string under each field is its help text on the command line.
 """
 
+import re
 from dataclasses import dataclass, field
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from qk_sniffer.errors import UserError
+
+_BRANCH = re.compile(r"(?!refs/)(?!.*(\.\.|\.lock$))\w([\w.-]*\w)?(/\w([\w.-]*\w)?)*", re.ASCII)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -102,19 +108,41 @@ class OutputConfig:
     overwrite: bool = False
     """Replace what an earlier run left in data_root."""
     hf_repo_id: str | None = None
-    """Hub dataset that the data root is published to; this version only writes locally: null."""
+    """Hub dataset, OWNER/NAME, that the data root is pulled from and pushed to; null stays local."""
     hf_branch: str | None = None
-    """Branch of hf_repo_id that holds this model."""
+    """Branch of hf_repo_id for this run; null derives it from the names of model and dataset."""
     private: bool = False
-    """Create hf_repo_id as a private dataset."""
+    """Make hf_repo_id private where it is not there yet."""
 
     def __post_init__(self) -> None:
         _require(bool(self.data_root), "sniffer.output.data_root: name a directory")
-        _require(
-            self.hf_repo_id is None,
-            "sniffer.output.hf_repo_id: this version does not publish to the Hub; set it to null "
-            "and upload data_root with `hf upload`",
-        )
+        require_hub_names(self.hf_repo_id, self.hf_branch)
+
+
+def require_hub_names(repo_id: str | None, branch: str | None) -> None:
+    """See that a Hub dataset and its branch are named as the Hub does it; None names none.
+
+    Raises:
+        UserError: One is not.
+    """
+    try:
+        is_dataset = repo_id is None or repo_id.count("/") == 1
+        validate_repo_id(repo_id or "owner/name")
+    except HFValidationError:
+        is_dataset = False
+    _require(
+        is_dataset,
+        f"sniffer.output.hf_repo_id: {repo_id} is no name of a Hub dataset; give OWNER/NAME, of "
+        "letters, digits and - _ .",
+    )
+    _require(
+        branch != "main",
+        "sniffer.output.hf_branch: main has the list of all branches; name another branch",
+    )
+    _require(
+        branch is None or _BRANCH.fullmatch(branch) is not None,
+        f"sniffer.output.hf_branch: {branch} is no name of a branch; use letters, digits and - _ .",
+    )
 
 
 @dataclass

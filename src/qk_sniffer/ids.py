@@ -63,6 +63,9 @@ class ExampleFilter:
         return selected
 
 
+EVERY_EXAMPLE = ExampleFilter(np.empty(0, np.int32), listed=False)
+
+
 def are_left(ids: npt.ArrayLike, filters: Sequence[ExampleFilter]) -> npt.NDArray[np.bool_]:
     """Whether each of some texts passes all filters."""
     left = np.full(np.shape(ids), True)

@@ -6,6 +6,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from qk_sniffer.storage import Place
+
 
 def file_progress(files: Iterable[Any], total: int, label: str = "Writing") -> Iterable[Any]:
     """A bar over the files of a data root while they are written."""
@@ -39,3 +41,9 @@ def summary_table(data_root: Path, manifest: dict[str, Any], *, seconds: float) 
             "sniffer.capture.min_bucket_size"
         )
     return table
+
+
+def published_table(place: Place, manifest: dict[str, Any]) -> str:
+    """Place and load line of a data root on the Hub."""
+    first = next(iter(manifest["heads"]))
+    return f"on the Hub  {place.repo_id}, branch {place.branch}\nload        {place.load_line(first)}"

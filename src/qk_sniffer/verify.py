@@ -26,7 +26,7 @@ from qk_sniffer.capture import (
     draw_positions,
     select_heads,
 )
-from qk_sniffer.errors import UserError, first_line
+from qk_sniffer.errors import first_line
 from qk_sniffer.storage import (
     CARD_FILE,
     DATA_FILE,
@@ -34,13 +34,14 @@ from qk_sniffer.storage import (
     EXAMPLES_SCHEMA,
     HEAD_DIRECTORY,
     JOURNAL_DIRECTORY,
+    PULLED_DIRECTORY,
     FileFacts,
     Kind,
     StoredRows,
     checksum,
     head_name,
     head_schema,
-    read_manifest,
+    require_manifest,
 )
 
 _TOKENS_AT_ONCE = 2**20
@@ -66,21 +67,6 @@ class Stream:
         return 2 * self.layer.layer_idx + (self.kind == "k")
 
 
-def require_manifest(data_root: Path) -> dict[str, Any]:
-    """The manifest of a finished data root.
-
-    Raises:
-        UserError: There is none, or it is damaged.
-    """
-    manifest = read_manifest(data_root)
-    if manifest is None:
-        raise UserError(
-            f"{data_root}: no manifest.json is here, so no run has finished; name a data root, or "
-            f"write what an interrupted run captured with `qk-sniffer finalize {data_root}`"
-        )
-    return manifest
-
-
 def verify(data_root: Path) -> list[str]:
     """Check every file of a data root.
 
@@ -91,12 +77,12 @@ def verify(data_root: Path) -> list[str]:
         UserError: There is no manifest, or it is damaged.
     """
     manifest = require_manifest(data_root)
-    faults = []
-    if (data_root / JOURNAL_DIRECTORY).exists():
-        faults.append(
-            f"{JOURNAL_DIRECTORY}: rows are waiting to be merged; run predict again, or "
-            f"`qk-sniffer finalize {data_root}`"
-        )
+    faults = [
+        f"{name}: rows are waiting to be merged; run predict again, or "
+        f"`qk-sniffer finalize {data_root}`"
+        for name in (JOURNAL_DIRECTORY, PULLED_DIRECTORY)
+        if (data_root / name).exists()
+    ]
     streams = _streams(manifest)
     faults += _check_names(data_root, manifest, [name for stream in streams for name in stream.names])
     faults += _check_card(data_root, manifest)

@@ -1,18 +1,21 @@
 """Bytes on disk: the journal of a running capture, Parquet files, manifest and dataset card."""
 
+from qk_sniffer.storage.card import Place, compose_card, describe_run, own_part, render_card
 from qk_sniffer.storage.data_root import (
     EarlierRun,
     check_space,
     clear_data_root,
+    differing_settings,
     earlier_run,
     prepare_data_root,
     require_captured,
     require_shared,
 )
-from qk_sniffer.storage.files import write_text
-from qk_sniffer.storage.finalizing import finalize
+from qk_sniffer.storage.files import read_json, write_text
+from qk_sniffer.storage.finalizing import finalize, merge_pulled
+from qk_sniffer.storage.finished import stored_example_ids
 from qk_sniffer.storage.journal import Block, Example, JournalWriter
-from qk_sniffer.storage.manifest import read_manifest
+from qk_sniffer.storage.manifest import read_manifest, require_manifest
 from qk_sniffer.storage.parquet import FileFacts, StoredRows, checksum
 from qk_sniffer.storage.schema import (
     CARD_FILE,
@@ -22,6 +25,10 @@ from qk_sniffer.storage.schema import (
     EXAMPLES_SCHEMA,
     HEAD_DIRECTORY,
     JOURNAL_DIRECTORY,
+    MANIFEST_FILE,
+    PUBLICATION_FILE,
+    PULLED_DIRECTORY,
+    PULLING_DIRECTORY,
     SCHEMA_VERSION,
     Kind,
     head_name,
@@ -36,6 +43,10 @@ __all__ = [
     "EXAMPLES_SCHEMA",
     "HEAD_DIRECTORY",
     "JOURNAL_DIRECTORY",
+    "MANIFEST_FILE",
+    "PUBLICATION_FILE",
+    "PULLED_DIRECTORY",
+    "PULLING_DIRECTORY",
     "SCHEMA_VERSION",
     "Block",
     "EarlierRun",
@@ -43,17 +54,27 @@ __all__ = [
     "FileFacts",
     "JournalWriter",
     "Kind",
+    "Place",
     "StoredRows",
     "check_space",
     "checksum",
     "clear_data_root",
+    "compose_card",
+    "describe_run",
+    "differing_settings",
     "earlier_run",
     "finalize",
     "head_name",
     "head_schema",
+    "merge_pulled",
+    "own_part",
     "prepare_data_root",
+    "read_json",
     "read_manifest",
+    "render_card",
     "require_captured",
+    "require_manifest",
     "require_shared",
+    "stored_example_ids",
     "write_text",
 ]

@@ -1,10 +1,28 @@
-"""The dataset card: the YAML that lets datasets load a head by name, and a page for a reader."""
+"""The dataset card: the YAML that lets datasets load a head by name, and a page for a reader.
 
+What is generated stands between two marks; a person's own text around them, and their own fields in the
+YAML, stay when a card is written anew.
+"""
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import DatasetCardData
+from huggingface_hub import DatasetCard, DatasetCardData
 
-from qk_sniffer.storage.schema import DATA_FILE, EXAMPLES_DIRECTORY
+from qk_sniffer.errors import UserError, first_line
+from qk_sniffer.storage.schema import CARD_FILE, DATA_FILE, EXAMPLES_DIRECTORY
+
+_BEGIN = "<!-- qk-sniffer begin: text up to the end mark is written anew, write yours outside -->"
+_END = "<!-- qk-sniffer end -->"
+
+GENERATED_FIELDS = ("size_categories", "configs")
+_TAGS = ("attention", "interpretability", "qk-sniffer")
+_SIZES = ("n<1K", *(f"{i}<n<{j}" for i, j in itertools.pairwise(
+    ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"))), "n>1T")  # fmt: skip
+_MOST_BUCKETS = 24
 
 _SCHEMA_TABLE = """\
 | column | type | meaning |
@@ -17,70 +35,229 @@ _SCHEMA_TABLE = """\
 | token_str | string | the token at the position, where captured |"""
 
 
-def render_card(manifest: dict[str, Any]) -> str:
-    """The card of a data root, from its manifest."""
+@dataclass(frozen=True)
+class Place:
+    """A branch of a Hub dataset."""
+
+    repo_id: str
+    branch: str
+
+    def load_line(self, config: str) -> str:
+        """The Python expression that loads a head or the examples from it."""
+        return f'load_dataset("{self.repo_id}", "{config}", revision="{self.branch}", split="train")'
+
+
+def render_card(
+    manifest: Mapping[str, Any], existing: str | None = None, place: Place | None = None
+) -> str:
+    """The card of a data root.
+
+    Args:
+        manifest: Its manifest.
+        existing: The card that is there, whose own text and fields stay.
+        place: Where on the Hub it is, for the line that loads it.
+
+    Raises:
+        UserError: The YAML of the existing card is broken.
+    """
     files = manifest["heads"] | {EXAMPLES_DIRECTORY: manifest["examples"]}
-    front_matter = DatasetCardData(
-        tags=["attention", "interpretability", "qk-sniffer"],
-        configs=[
-            {
-                "config_name": name,
-                "data_files": [{"split": "train", "path": f"{name}/{DATA_FILE}"}],
-                # load_dataset caches a local directory under its base name and these configs alone:
-                # without the digest it would serve the rows of an older or a namesake data root.
-                "description": f"XXH3 {file['xxh3_128']}",
-            }
-            for name, file in files.items()
-        ],
-    ).to_yaml()
-    return f"---\n{front_matter}\n---\n\n{_body(manifest)}"
+    configs = [
+        {
+            "config_name": name,
+            "data_files": [{"split": "train", "path": f"{name}/{DATA_FILE}"}],
+            # load_dataset caches a local directory under its base name and these configs alone:
+            # without the digest it would serve the rows of an older or a namesake data root.
+            "description": f"XXH3 {file['xxh3_128']}",
+        }
+        for name, file in files.items()
+    ]
+    values = ([_size_category(_rows(manifest))], configs)
+    return compose_card(
+        existing, dict(zip(GENERATED_FIELDS, values, strict=True)), _body(manifest, place)
+    )
 
 
-def _body(manifest: dict[str, Any]) -> str:
+def compose_card(existing: str | None, fields: Mapping[str, Any], generated: str) -> str:
+    """A card with new generated fields and text, that keeps what a person has added.
+
+    Args:
+        existing: The card that is there; one without marks is all a person's own.
+        fields: What the YAML is to say besides a licence and tags.
+        generated: The text between the marks.
+
+    Raises:
+        UserError: The YAML of the existing card is broken.
+    """
+    card = _parse(existing or "")
+    data = card.data.to_dict()
+    if "license" not in data:
+        data |= {"license": "other", "license_name": "terms-of-model-and-dataset"}
+    data["tags"] = [*dict.fromkeys([*(data.get("tags") or ()), *_TAGS])]
+    data.update(fields)
+    before, after = own_text(existing or "")
+    parts = (before, f"{_BEGIN}\n\n{generated.strip()}\n\n{_END}", after)
+    text = "\n\n".join(part for part in parts if part)
+    return f"---\n{DatasetCardData(**data).to_yaml()}\n---\n\n{text}\n"
+
+
+def own_part(card: str) -> str:
+    """The fields and the text that a person has added to a card, to compare; empty where none."""
+    fields = _parse(card).data.to_dict()
+    plain = _parse(compose_card(None, {}, "")).data.to_dict()
+    own = {
+        name: value
+        for name, value in fields.items()
+        if name not in GENERATED_FIELDS and value != plain.get(name)
+    }
+    text = own_text(card)
+    return json.dumps([own, text], sort_keys=True, default=str) if own or any(text) else ""
+
+
+def own_text(card: str) -> tuple[str, str]:
+    """What a person wrote in a card before and behind the generated part."""
+    text = _parse(card).text
+    before, mark, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if mark and not end:
+        # Someone has cut the end mark away: what follows can't be told from the generated part.
+        after = ""
+    return before.strip(), after.strip()
+
+
+def _parse(card: str) -> Any:
+    try:
+        # An empty block, where there is none, keeps the client from warning of its absence.
+        return DatasetCard(card if card.startswith("---") else f"---\n{{}}\n---\n{card}")
+    except Exception as error:
+        raise UserError(
+            f"{CARD_FILE}: the YAML between its --- lines is broken ({first_line(error)}); mend it, or "
+            "remove the file to have it written anew"
+        ) from error
+
+
+def _rows(manifest: Mapping[str, Any]) -> int:
+    return sum(head["rows"] for head in manifest["heads"].values())
+
+
+def _size_category(rows: int) -> str:
+    """The Hub's category for a number of rows."""
+    thousands = rows // 1000
+    return _SIZES[min(len(str(thousands)), len(_SIZES) - 1)] if thousands else _SIZES[0]
+
+
+def describe_run(manifest: Mapping[str, Any]) -> str:
+    """The model, the text and what was kept, as a list."""
     settings = manifest["settings"]
     model, data, capture = settings["model"], settings["data"], settings["capture"]
-    name, sampler = model.get("name", "a causal language model"), capture["sampler"]
-    rope = "before" if capture["capture_pre_rope"] else "after"
+    sampler = capture["sampler"]
+    kept = "every position"
+    if sampler["type"] != "all":
+        kept = f"sampler `{sampler['type']}`, base rate {sampler['base_rate']}, seed {sampler['seed']}"
+    return f"""\
+- model: `{model.get("name")}`, revision `{model.get("revision")}`, dtype `{model.get("dtype")}`, \
+attention `{model.get("attn_implementation")}`
+- text: `{data.get("path")}`, split `{data.get("split")}`, {manifest["examples"]["rows"]:,} examples
+- tokens: at most {_or_all(data.get("tokenizer", {}).get("max_length"))} of each text
+- positions: {kept}, buckets from {capture["min_bucket_size"]:,}
+- {len(manifest["heads"]):,} heads, {_rows(manifest):,} rows"""
+
+
+def _or_all(limit: int | None) -> str:
+    return "all" if limit is None else f"{limit:,}"
+
+
+def _body(manifest: Mapping[str, Any], place: Place | None) -> str:
+    settings = manifest["settings"]
+    name = settings["model"].get("name", "a causal language model")
     partial = "" if manifest["complete"] else "The run was interrupted: this is part of its texts.\n\n"
     first_head = next(iter(manifest["heads"]))
-    notes = _notes(manifest["notes"])
-    rows = sum(head["rows"] for head in manifest["heads"].values())
+    here = 'load_dataset("PATH_OR_REPO", "{}", split="train")'
+    lines = [place.load_line(i) if place else here.format(i) for i in (first_head, EXAMPLES_DIRECTORY)]
     return f"""\
 # Queries and keys of {name}
 
 Query (`q`) and key (`k`) vectors of the attention heads of `{name}` while it read text from
-`{data.get("path")}`, {rope} the rotary embedding where the model has one.
+`{settings["data"].get("path")}`.
 
-{partial}{notes}- model: `{name}`, revision `{model.get("revision")}`, dtype `{model.get("dtype")}`
-- text: `{data.get("path")}`, split `{data.get("split")}`, {manifest["examples"]["rows"]} examples
-- positions: sampler `{sampler["type"]}`, base rate {sampler["base_rate"]}, buckets from
-  {capture["min_bucket_size"]}, seed {sampler["seed"]}
-- {len(manifest["heads"])} heads, {rows} rows
+{partial}{describe_run(manifest)}
 
 ## Load
 
 ```python
 from datasets import load_dataset
 
-head = load_dataset("PATH_OR_REPO", "{first_head}", split="train")
+head = {lines[0]}
+examples = {lines[1]}
 ```
 
 `l00h05q` is query head 5 of layer 0, `l00h01k` its key head 1; with grouped-query attention key heads
 are counted by themselves. `examples` maps `example_id` to the ids of the dataset.
+
+## What was captured
+
+{_captured(manifest)}
 
 ## Columns
 
 {_SCHEMA_TABLE}
 
 Rows are sorted by `example_id` and `position`. `manifest.json` has settings, versions and checksums.
+
+## Rows
+
+{_bucket_table(manifest["buckets"])}
+
+## Licence
+
+The vectors are made of the model's numbers and the dataset's text: the terms of both apply. The
+`license` above is for whoever publishes them to set.
 """
 
 
-def _notes(notes: list[str]) -> str:
-    if not notes:
-        return ""
-    return (
-        "What the vectors leave out or hold beyond the plain case:\n\n"
-        + "".join(f"- {note}\n" for note in notes)
-        + "\n"
+def _captured(manifest: Mapping[str, Any]) -> str:
+    capture = manifest["settings"]["capture"]
+    heads = manifest["heads"]
+    queries, keys = (sum(name.endswith(kind) for name in heads) for kind in "qk")
+    layers = {int(name[1:].partition("h")[0]) for name in heads}
+    lines = [f"{queries:,} query heads and {keys:,} key heads, in {len(layers)} layers"]
+    if sampling := capture["head_sampling"]:
+        lines.append(f"query heads drawn at random, {sampling['count']:,} with seed {sampling['seed']}")
+    lines.append(
+        "vectors as they are before the rotary embedding"
+        if capture["capture_pre_rope"]
+        else "vectors that the attention multiplied: after the rotary embedding, where there is one"
     )
+    windows = {layer["layer_idx"]: layer["sliding_window"] for layer in manifest["layers"]}
+    sliding = [layer for layer in sorted(layers) if windows[layer] is not None]
+    if sliding:
+        sizes = sorted({windows[layer] for layer in sliding})
+        lines.append(
+            f"layers {_ranges(sliding)} attend within a window of {' or '.join(map(str, sizes))} "
+            "tokens; the others to all earlier tokens"
+        )
+    elif capture["full_attention_only"]:
+        lines.append("layers with a sliding window were left out")
+    return "\n".join(f"- {line}" for line in [*lines, *manifest["notes"]])
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers as a person writes them: 0-4, 6, 8-9."""
+    groups: list[list[int]] = []
+    for number in numbers:
+        if groups and number == groups[-1][-1] + 1:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return ", ".join(str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in groups)
+
+
+def _bucket_table(buckets: Mapping[str, int]) -> str:
+    """Rows of all heads by bucket, neighbours together where there are many."""
+    numbers = [*buckets]
+    step = -(-len(numbers) // _MOST_BUCKETS) or 1
+    lines = ["| bucket | rows of all heads |", "|---|---|"]
+    for first in range(0, len(numbers), step):
+        some = numbers[first : first + step]
+        label = some[0] if len(some) == 1 else f"{some[0]} to {some[-1]}"
+        lines.append(f"| {label} | {sum(buckets[number] for number in some):,} |")
+    return "\n".join(lines)

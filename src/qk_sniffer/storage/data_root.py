@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.ranks import Ranks
@@ -26,29 +25,34 @@ from qk_sniffer.storage.commits import (
     repair,
 )
 from qk_sniffer.storage.files import explained_writing, read_json
-from qk_sniffer.storage.manifest import read_manifest
+from qk_sniffer.storage.finished import finished_runs, stored_example_ids
 from qk_sniffer.storage.schema import (
     CARD_FILE,
     CONFIG_FILE,
-    DATA_FILE,
     EXAMPLES_DIRECTORY,
     FINISHED_JOURNAL_DIRECTORY,
     HEAD_DIRECTORY,
     JOURNAL_DIRECTORY,
     MANIFEST_FILE,
+    PUBLICATION_FILE,
+    PULLED_DIRECTORY,
+    PULLING_DIRECTORY,
 )
 
 _FIELD = "sniffer.output.data_root"
-_OWN_NAMES = {
-    EXAMPLES_DIRECTORY,
+_BEFORE_A_JOURNAL = {
+    CARD_FILE,
     JOURNAL_DIRECTORY,
     FINISHED_JOURNAL_DIRECTORY,
-    MANIFEST_FILE,
-    CARD_FILE,
+    PULLED_DIRECTORY,
+    PULLING_DIRECTORY,
+    PUBLICATION_FILE,
+    f".{PUBLICATION_FILE}.tmp",
     CONFIG_FILE,
     f".{CONFIG_FILE}.tmp",
 }
-_BEFORE_A_JOURNAL = {JOURNAL_DIRECTORY, FINISHED_JOURNAL_DIRECTORY, CONFIG_FILE, f".{CONFIG_FILE}.tmp"}
+# A person may have written in the card, and the publication is this run's already.
+_OWN_NAMES = (_BEFORE_A_JOURNAL - {PUBLICATION_FILE, CARD_FILE}) | {EXAMPLES_DIRECTORY, MANIFEST_FILE}
 
 
 _TOKEN_FILE = re.compile(r"\.shared-[0-9a-f]+")
@@ -82,17 +86,25 @@ class EarlierRun:
         Raises:
             UserError: A field differs.
         """
-        differing = [
-            f"{name} is {json.dumps(self.fingerprint.get(name))} there and {json.dumps(value)} here"
-            for name, value in fingerprint.items()
-            if name not in self.fingerprint or self.fingerprint[name] != value
-        ]
-        if differing:
+        if differing := differing_settings(self.fingerprint, fingerprint):
             raise UserError(
-                f"{_FIELD}: {data_root} holds a run with other settings: {'; '.join(differing)}. Name "
-                "another directory, use those settings, or set sniffer.output.overwrite to true to "
-                "replace it"
+                f"{_FIELD}: {data_root} holds a run with other settings: {differing}. Name another "
+                "directory, use those settings, or set sniffer.output.overwrite to true to replace it"
             )
+
+
+def differing_settings(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The fields of two fingerprints that differ, with their values; empty where there are none.
+
+    Args:
+        there: The one that is known in full.
+        here: The other; fields that it does not know yet are left out.
+    """
+    return "; ".join(
+        f"{name} is {json.dumps(there.get(name))} there and {json.dumps(value)} here"
+        for name, value in here.items()
+        if name not in there or there[name] != value
+    )
 
 
 def earlier_run(data_root: Path) -> EarlierRun | None:
@@ -102,18 +114,17 @@ def earlier_run(data_root: Path) -> EarlierRun | None:
         UserError: Its header or manifest is damaged.
     """
     journal = data_root / JOURNAL_DIRECTORY
-    manifest = read_manifest(data_root)
-    header = read_json(journal / HEADER_FILE) if (journal / HEADER_FILE).exists() else None
-    if header is None and manifest is None:
+    runs = finished_runs(data_root)
+    found = [run.manifest for run in runs]
+    if (journal / HEADER_FILE).exists():
+        found.insert(0, read_json(journal / HEADER_FILE))
+    if not found:
         return None
     log = read_journal(journal)
-    examples = data_root / EXAMPLES_DIRECTORY / DATA_FILE
-    stored = np.empty(0, np.int32)
-    if manifest is not None and examples.exists():
-        stored = pq.read_table(examples, columns=["example_id"])["example_id"].to_numpy()
+    stored = [stored_example_ids(run.directory) for run in runs]
     return EarlierRun(
-        fingerprint=(header or manifest or {}).get("fingerprint", {}),
-        example_ids=np.union1d(stored, log.example_ids()),
+        fingerprint=found[0].get("fingerprint", {}),
+        example_ids=np.unique(np.concatenate([log.example_ids(), *stored])),
         finalizing=log.finalizing is not None,
     )
 

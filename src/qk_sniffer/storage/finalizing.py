@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -32,8 +33,10 @@ from qk_sniffer.storage.commits import (
     write_commits,
 )
 from qk_sniffer.storage.files import explained_writing, sync_directory, write_text
-from qk_sniffer.storage.manifest import build_manifest, read_manifest, write_manifest
-from qk_sniffer.storage.parquet import FileFacts, HeadFile, write_heads, write_table
+from qk_sniffer.storage.finished import FinishedRun, finished_runs
+from qk_sniffer.storage.journal import JournalWriter
+from qk_sniffer.storage.manifest import build_manifest, header_of, read_manifest, write_manifest
+from qk_sniffer.storage.parquet import EarlierFile, FileFacts, HeadFile, write_heads, write_table
 from qk_sniffer.storage.reader import JournalReader
 from qk_sniffer.storage.schema import (
     CARD_FILE,
@@ -42,6 +45,7 @@ from qk_sniffer.storage.schema import (
     EXAMPLES_SCHEMA,
     FINISHED_JOURNAL_DIRECTORY,
     JOURNAL_DIRECTORY,
+    PULLED_DIRECTORY,
     head_name,
 )
 
@@ -59,7 +63,8 @@ def finalize(
 ) -> dict[str, Any]:
     """Turn the journal of a data root into Parquet files, card and manifest.
 
-    Rows of a finished run that is there already are merged. An attempt that was cut off is continued.
+    Rows of a finished run that is there already, and of one that was pulled, are merged. An attempt
+    that was cut off is continued.
 
     Args:
         data_root: Has a journal whose writers are closed.
@@ -89,8 +94,8 @@ def finalize(
             locks.enter_context(locked_journal(directory))
 
         @explained
-        def read() -> tuple[JournalReader, dict[str, Any] | None]:
-            return JournalReader(directory), read_manifest(data_root)
+        def read() -> tuple[JournalReader, list[FinishedRun]]:
+            return JournalReader(directory), finished_runs(data_root)
 
         @explained
         def begin(damaged: Iterable[Sequence[Commit]], complete: bool) -> None:
@@ -103,24 +108,47 @@ def finalize(
         if ranks.first(lambda: journal.log.n_broken > 0):
             ranks.first(explained(lambda: _drop_broken(directory)))
             complete = False
-        if ranks.first(lambda: earlier is not None and not journal.log.commits):
-            return ranks.first(explained(lambda: _discard(data_root, earlier or {}, complete)))
+        adds_nothing = not journal.log.commits and [run.directory for run in earlier] == [data_root]
+        if ranks.first(lambda: adds_nothing):
+            return ranks.first(explained(lambda: _discard(data_root, earlier[0].manifest, complete)))
         if journal.log.finalizing is None:
             own = journal.log.commits[ranks.rank :: ranks.size]
             damaged = ranks.gather(ranks.run(explained(lambda: _damaged(own, ranks))))
             ranks.first(lambda: begin(damaged, complete))
             journal.log.finalizing = complete
         examples = ranks.run(
-            explained(lambda: _all_examples(data_root, journal, earlier) if ranks.is_first else None)
+            explained(lambda: _all_examples(journal, earlier) if ranks.is_first else None)
         )
         digest = ranks.first(explained(lambda: _digest(journal.header, examples)))
-        groups = _groups(data_root, journal, (earlier or {"heads": {}})["heads"])
+        groups = _groups(data_root, journal, earlier)
         heads = ranks.gather(
             ranks.run(explained(lambda: _write_share(journal, groups, digest, progress, ranks)))
         )
         manifest = ranks.first(explained(lambda: _end(data_root, journal, examples, heads)))
     ranks.first(explained(lambda: shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY)))
     return manifest
+
+
+def merge_pulled(data_root: Path, progress: Progress) -> dict[str, Any]:
+    """Make a run that was pulled, what the journal holds, and the finished run that is there one.
+
+    Args:
+        data_root: Holds a pulled run, and perhaps the others.
+        progress: As in ``finalize``.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: As in ``finalize``.
+    """
+    journal = data_root / JOURNAL_DIRECTORY
+    complete = False
+    if not (journal / HEADER_FILE).exists():
+        runs = finished_runs(data_root)
+        complete = all(run.manifest["complete"] for run in runs)
+        JournalWriter(journal, header_of(runs[0].manifest)).close()
+    return finalize(data_root, progress, complete=complete)
 
 
 def _end_removal(data_root: Path) -> dict[str, Any]:
@@ -136,8 +164,9 @@ def _discard(data_root: Path, manifest: dict[str, Any], complete: bool) -> dict[
     """Remove a journal that adds nothing, and give the manifest, which may be complete now."""
     if complete and not manifest["complete"]:
         manifest = manifest | {"complete": True}
-        write_text(data_root / CARD_FILE, render_card(manifest))
+        _write_card(data_root, manifest)
         write_manifest(data_root, manifest)
+    shutil.rmtree(data_root / PULLED_DIRECTORY, ignore_errors=True)
     shutil.rmtree(data_root / JOURNAL_DIRECTORY)
     return manifest
 
@@ -171,17 +200,16 @@ def _drop_damaged(journal: Path, damaged: Sequence[Commit]) -> None:
         )
 
 
-def _all_examples(
-    data_root: Path, journal: JournalReader, earlier: Mapping[str, Any] | None
-) -> pa.Table:
-    """The examples table: those of the journal, and of the finished run that is merged."""
+def _all_examples(journal: JournalReader, earlier: Sequence[FinishedRun]) -> pa.Table:
+    """The examples table: those of the finished runs that are merged, and the others of the journal."""
     tables = [EXAMPLES_SCHEMA.empty_table()]
-    tables += [batch.select(EXAMPLES_SCHEMA.names) for batch in journal.examples()]
-    if earlier is not None:
-        stored = pq.read_table(data_root / EXAMPLES_DIRECTORY / DATA_FILE).cast(EXAMPLES_SCHEMA)
-        # An attempt that was cut off may have written the table already.
-        is_new = np.isin(stored["example_id"].to_numpy(), journal.log.example_ids())
-        tables.append(stored.filter(pa.array(~is_new)))
+    for run in earlier:
+        stored = pq.read_table(run.directory / EXAMPLES_DIRECTORY / DATA_FILE).cast(EXAMPLES_SCHEMA)
+        tables.append(stored.filter(pa.array(run.selects(stored["example_id"].to_numpy()))))
+    stored_ids = pa.concat_tables(tables)["example_id"].to_numpy()
+    for batch in journal.examples():
+        is_new = ~np.isin(batch["example_id"].to_numpy(), stored_ids)
+        tables.append(batch.select(EXAMPLES_SCHEMA.names).filter(pa.array(is_new)))
     return pa.concat_tables(tables).sort_by("example_id")
 
 
@@ -207,11 +235,14 @@ def _write_share(
     return dict(progress(finished, sum(len(files) for _, files in own)))
 
 
-def _groups(data_root: Path, journal: JournalReader, earlier: Mapping[str, FileFacts]) -> list[_Group]:
+def _groups(data_root: Path, journal: JournalReader, earlier: Sequence[FinishedRun]) -> list[_Group]:
     """The heads of every layer and kind, some at a time."""
     groups = []
     for number, stream in enumerate(journal.header["streams"]):
-        files = _head_files(data_root, stream, earlier)
+        files = [
+            HeadFile(data_root / name / DATA_FILE, head, _earlier_files(name, earlier))
+            for head, name in enumerate(_head_names(stream))
+        ]
         groups += [
             (number, files[first : first + _HEADS_AT_ONCE])
             for first in range(0, len(files), _HEADS_AT_ONCE)
@@ -219,14 +250,15 @@ def _groups(data_root: Path, journal: JournalReader, earlier: Mapping[str, FileF
     return groups
 
 
-def _head_files(
-    data_root: Path, stream: Mapping[str, Any], earlier: Mapping[str, FileFacts]
-) -> list[HeadFile]:
-    names = [head_name(stream["layer_idx"], head, stream["kind"]) for head in stream["heads"]]
-    return [
-        HeadFile(data_root / name / DATA_FILE, number, earlier.get(name))
-        for number, name in enumerate(names)
-    ]
+def _head_names(stream: Mapping[str, Any]) -> list[str]:
+    return [head_name(stream["layer_idx"], head, stream["kind"]) for head in stream["heads"]]
+
+
+def _earlier_files(name: str, earlier: Sequence[FinishedRun]) -> tuple[EarlierFile, ...]:
+    return tuple(
+        EarlierFile(run.directory / name / DATA_FILE, run.manifest["heads"][name], run.selects)
+        for run in earlier
+    )
 
 
 def _write_heads(
@@ -254,15 +286,36 @@ def _end(
     """Write what describes the files, and put the journal away."""
     facts = write_table(data_root / EXAMPLES_DIRECTORY / DATA_FILE, examples)
     found = {name: fact for part in heads for name, fact in part.items()}
-    names = [
-        head_name(stream["layer_idx"], head, stream["kind"])
-        for stream in journal.header["streams"]
-        for head in stream["heads"]
-    ]
-    ordered = {name: found[name] for name in names}
-    manifest = build_manifest(journal.header, facts, ordered, complete=journal.log.finalizing is True)
-    write_text(data_root / CARD_FILE, render_card(manifest))
+    streams = journal.header["streams"]
+    ordered = {name: found[name] for stream in streams for name in _head_names(stream)}
+    complete = journal.log.finalizing is True
+    buckets = _rows_by_bucket(data_root, streams)
+    manifest = build_manifest(journal.header, facts, ordered, buckets, complete=complete)
+    _write_card(data_root, manifest)
     write_manifest(data_root, manifest)
+    shutil.rmtree(data_root / PULLED_DIRECTORY, ignore_errors=True)
     journal.directory.rename(data_root / FINISHED_JOURNAL_DIRECTORY)
     sync_directory(data_root)
     return manifest
+
+
+def _rows_by_bucket(data_root: Path, streams: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """Rows of all heads in each bucket; the heads of a layer and kind share theirs."""
+
+    def count(stream: Mapping[str, Any]) -> Counter[int]:
+        counts: Counter[int] = Counter()
+        with pq.ParquetFile(data_root / _head_names(stream)[0] / DATA_FILE) as file:
+            for number in range(file.num_row_groups):
+                buckets = file.read_row_group(number, ["bucket"])["bucket"]
+                for bucket in buckets.value_counts().to_pylist():
+                    counts[bucket["values"]] += bucket["counts"] * len(stream["heads"])
+        return counts
+
+    with ThreadPoolExecutor(_n_threads()) as pool:
+        return dict(sorted(sum(pool.map(count, streams), Counter[int]()).items()))
+
+
+def _write_card(data_root: Path, manifest: Mapping[str, Any]) -> None:
+    path = data_root / CARD_FILE
+    text = path.read_text(encoding="utf-8") if path.exists() else None
+    write_text(path, render_card(manifest, text))

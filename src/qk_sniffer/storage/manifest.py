@@ -5,15 +5,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qk_sniffer.errors import UserError
 from qk_sniffer.storage.files import read_json, write_text
 from qk_sniffer.storage.parquet import FileFacts
-from qk_sniffer.storage.schema import MANIFEST_FILE, SCHEMA_VERSION
+from qk_sniffer.storage.schema import HEAD_DIRECTORY, MANIFEST_FILE, SCHEMA_VERSION
+
+_OF_THE_HEADER = ("fingerprint", "versions", "settings", "layers", "notes")
 
 
 def build_manifest(
     header: Mapping[str, Any],
     examples: FileFacts,
     heads: Mapping[str, FileFacts],
+    buckets: Mapping[int, int],
     *,
     complete: bool,
 ) -> dict[str, Any]:
@@ -23,19 +27,30 @@ def build_manifest(
         header: The journal's header: fingerprint, versions, settings, layers and notes.
         examples: Rows, bytes and checksum of the examples table.
         heads: The same of each head's file, by its name.
+        buckets: Rows of all heads in each bucket.
         complete: Whether the run read every text.
     """
     return {
         "schema_version": SCHEMA_VERSION,
         "complete": complete,
-        "fingerprint": header["fingerprint"],
-        "versions": header["versions"],
-        "settings": header["settings"],
-        "layers": header["layers"],
-        "notes": header["notes"],
+        **{name: header[name] for name in _OF_THE_HEADER},
         "examples": examples,
+        "buckets": {str(bucket): rows for bucket, rows in buckets.items()},
         "heads": heads,
     }
+
+
+def header_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The header of a journal whose rows go into the files of a manifest."""
+    head_dims = {layer["layer_idx"]: layer["head_dim"] for layer in manifest["layers"]}
+    streams: dict[tuple[int, str], dict[str, Any]] = {}
+    for name in manifest["heads"]:
+        match = HEAD_DIRECTORY.fullmatch(name)
+        assert match is not None
+        layer_idx, kind = int(match[1]), match[3]
+        new = {"layer_idx": layer_idx, "kind": kind, "heads": [], "head_dim": head_dims[layer_idx]}
+        streams.setdefault((layer_idx, kind), new)["heads"].append(int(match[2]))
+    return {name: manifest[name] for name in _OF_THE_HEADER} | {"streams": list(streams.values())}
 
 
 def write_manifest(data_root: Path, manifest: Mapping[str, Any]) -> None:
@@ -51,3 +66,18 @@ def read_manifest(data_root: Path) -> dict[str, Any] | None:
     """
     path = data_root / MANIFEST_FILE
     return read_json(path) if path.exists() else None
+
+
+def require_manifest(data_root: Path) -> dict[str, Any]:
+    """The manifest of a finished data root.
+
+    Raises:
+        UserError: There is none, or it is damaged.
+    """
+    manifest = read_manifest(data_root)
+    if manifest is None:
+        raise UserError(
+            f"{data_root}: no manifest.json is here, so no run has finished; name a data root, or "
+            f"write what an interrupted run captured with `qk-sniffer finalize {data_root}`"
+        )
+    return manifest

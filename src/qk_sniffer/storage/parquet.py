@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import xxhash
 
 from qk_sniffer.errors import UserError
-from qk_sniffer.storage.files import replacing
+from qk_sniffer.ids import EVERY_EXAMPLE, ExampleFilter
+from qk_sniffer.storage.files import replacing, sync_directory
 from qk_sniffer.storage.reader import Runs, StreamReader
 from qk_sniffer.storage.schema import head_schema
 
@@ -24,12 +25,38 @@ ROW_GROUP_BYTES = 32 * 2**20
 EXAMPLES_KEY = b"qk_sniffer.examples"
 """Metadata of a head's file: the digest of the examples that it holds, from ``finalize``."""
 
-_STORED = -1
 _ROWS_ENCODED_AT_ONCE = 2**16
 _STORED_ROWS_AT_ONCE = 2**14
 
 FileFacts = dict[str, Any]
 TokensOf = Callable[[int], pa.Array]
+
+
+@dataclass(frozen=True)
+class EarlierFile:
+    """One head's file of a finished run, whose rows are merged.
+
+    Attributes:
+        path: The file.
+        facts: What the run's manifest says of it.
+        selects: The examples whose rows are taken.
+    """
+
+    path: Path
+    facts: FileFacts
+    selects: ExampleFilter
+
+    def require_intact(self) -> None:
+        """See that the file is what the manifest describes.
+
+        Raises:
+            UserError: It is not.
+        """
+        if not self.path.exists() or checksum(self.path) != self.facts["xxh3_128"]:
+            raise UserError(
+                f"{self.path}: damaged, it is not what the manifest describes; restore it from a copy, "
+                "or set sniffer.output.overwrite to true to start anew"
+            )
 
 
 @dataclass(frozen=True)
@@ -39,12 +66,12 @@ class HeadFile:
     Attributes:
         path: The file.
         number: Index of the head into the stream's captured heads.
-        earlier: What a finished run has in this file, to be merged; None where there is none.
+        earlier: The files of finished runs that are merged into it; none has an example of another.
     """
 
     path: Path
     number: int
-    earlier: FileFacts | None = None
+    earlier: tuple[EarlierFile, ...] = ()
 
 
 def write_heads(
@@ -52,11 +79,12 @@ def write_heads(
 ) -> list[FileFacts]:
     """Write some heads of one layer and kind; each file appears under its name when it is complete.
 
-    Files that hold ``digest`` already, from an attempt that was cut off, stay as they are.
+    Files that hold ``digest`` already, from an attempt that was cut off, stay as they are, and one of
+    a finished run that holds it is moved. The journal gives no examples that a finished run has.
 
     Args:
         stream: The journal's rows of the layer and kind.
-        files: The heads; all of them have earlier rows, or none.
+        files: The heads; all of them have files of the same finished runs.
         tokens: Gives the token strings of an example; None leaves token_str null.
         digest: Names the examples that the files hold in the end.
 
@@ -66,11 +94,11 @@ def write_heads(
     Raises:
         UserError: A file that is to be merged is damaged.
     """
-    missing = [file for file in files if not _holds(file.path, digest)]
+    missing = [file for file in files if not (_holds(file.path, digest) or _is_moved(file, digest))]
     if missing:
         with ExitStack() as stack:
             heads = [stack.enter_context(_HeadWriter(file, stream, digest)) for file in missing]
-            runs = _merge(stream.runs(), heads[0].stored_runs())
+            runs = _merge(stream.runs(), heads[0].earlier)
             for ids, blocks, rows in _row_groups(runs, stream.head_dim):
                 numbers = _Numbers(stream, ids, blocks, rows, tokens, heads[0])
                 for head in heads:
@@ -130,10 +158,30 @@ def _holds(path: Path, digest: str) -> bool:
     return metadata.get(EXAMPLES_KEY) == digest.encode()
 
 
-def _merge(new: Runs, stored: Runs) -> Runs:
-    """Runs of the journal and of an earlier file, ordered by example_id."""
-    runs = np.concatenate([new, stored])
+def _is_moved(file: HeadFile, digest: str) -> bool:
+    """Let an earlier file take the place of one whose rows it has, if there is one."""
+    for earlier in file.earlier:
+        if _holds(earlier.path, digest):
+            earlier.require_intact()
+            file.path.parent.mkdir(exist_ok=True)
+            earlier.path.replace(file.path)
+            sync_directory(file.path.parent)
+            return True
+    return False
+
+
+def _merge(new: Runs, earlier: Sequence["_EarlierRows"]) -> Runs:
+    """Runs of the journal and of earlier files, ordered by example_id."""
+    stored = [rows.runs(number) for number, rows in enumerate(earlier)]
+    for runs in stored:
+        new = new[~np.isin(new[:, 0], runs[:, 0])]
+    runs = np.concatenate([new, *stored])
     return runs[np.argsort(runs[:, 0], kind="stable")]
+
+
+def _stored_block(number: int) -> int:
+    """What stands for a block of the journal in the runs of an earlier file."""
+    return -1 - number
 
 
 def _row_groups(runs: Runs, head_dim: int) -> Iterator[tuple[npt.NDArray[Any], ...]]:
@@ -160,10 +208,11 @@ class _Numbers:
         tokens: TokensOf | None,
         first_head: "_HeadWriter",
     ) -> None:
-        is_stored = blocks == _STORED
         self.size = len(rows)
-        self.stored, new = np.flatnonzero(is_stored), np.flatnonzero(~is_stored)
-        self.new = new
+        self.new = new = np.flatnonzero(blocks >= 0)
+        self.stored = [
+            np.flatnonzero(blocks == _stored_block(number)) for number in range(len(first_head.earlier))
+        ]
         self.blocks, self.rows = blocks[new], rows[new]
         positions, buckets, windows = stream.numbers(self.blocks, self.rows)
         self.columns = pa.table(
@@ -177,11 +226,14 @@ class _Numbers:
                 else _token_strings(tokens, ids[new], positions),
             }
         )
-        if self.stored.size:
-            earlier = first_head.stored_numbers(self.stored.size)
+        if new.size < self.size:
+            earlier = [
+                rows.numbers.take(places.size)
+                for rows, places in zip(first_head.earlier, self.stored, strict=True)
+            ]
             order = np.empty(self.size, np.int64)
-            order[new], order[self.stored] = np.arange(len(new)), len(new) + np.arange(len(earlier))
-            self.columns = pa.concat_tables([self.columns, earlier]).take(order)
+            order[np.concatenate([new, *self.stored])] = np.arange(self.size)
+            self.columns = pa.concat_tables([self.columns, *earlier]).take(order)
 
 
 def _token_strings(tokens: TokensOf, ids: npt.NDArray[Any], positions: npt.NDArray[Any]) -> Any:
@@ -196,8 +248,32 @@ def _token_strings(tokens: TokensOf, ids: npt.NDArray[Any], positions: npt.NDArr
     )
 
 
+class _EarlierRows:
+    """The rows of an earlier file that are merged, in its order."""
+
+    def __init__(self, file: EarlierFile, schema: pa.Schema) -> None:
+        file.require_intact()
+        self._file = file
+        self.vectors = StoredRows(file.path, ["vector"], file.selects)
+        columns = [name for name in schema.names if name != "vector"]
+        self.numbers = StoredRows(file.path, columns, file.selects)
+
+    def runs(self, number: int) -> Runs:
+        """The runs of this file, as those of the block that stands for it."""
+        runs = [np.empty((0, 4), np.int64)]
+        first = 0
+        for batch in _batches(self._file.path, ["example_id"], self._file.selects):
+            ids = batch["example_id"].to_numpy().astype(np.int64)
+            starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))
+            stops = np.append(starts[1:], ids.size)
+            blocks = np.full(starts.size, _stored_block(number))
+            runs.append(np.stack([ids[starts], blocks, first + starts, first + stops], axis=1))
+            first += ids.size
+        return np.concatenate(runs)
+
+
 class _HeadWriter:
-    """Writes one head's file, reading the rows of an earlier one in its order."""
+    """Writes one head's file, reading the rows of earlier ones in their order."""
 
     def __init__(self, file: HeadFile, stream: StreamReader, digest: str) -> None:
         self._file = file
@@ -205,22 +281,12 @@ class _HeadWriter:
         self._digest = digest
         self._schema = head_schema(stream.head_dim)
         self._open = ExitStack()
-        self._vectors: StoredRows | None = None
-        self._numbers: StoredRows | None = None
+        self.earlier: list[_EarlierRows] = []
 
     def __enter__(self) -> "_HeadWriter":
-        file = self._file
         with ExitStack() as stack:
-            if file.earlier is not None:
-                if not file.path.exists() or checksum(file.path) != file.earlier["xxh3_128"]:
-                    raise UserError(
-                        f"{file.path}: damaged, it is not what the manifest describes; restore it from "
-                        "a copy, or set sniffer.output.overwrite to true to start anew"
-                    )
-                self._vectors = StoredRows(file.path, ["vector"])
-                columns = [name for name in self._schema.names if name != "vector"]
-                self._numbers = StoredRows(file.path, columns)
-            temporary = stack.enter_context(replacing(file.path))
+            self.earlier = [_EarlierRows(file, self._schema) for file in self._file.earlier]
+            temporary = stack.enter_context(replacing(self._file.path))
             self._writer = stack.enter_context(open_writer(temporary, self._schema))
             self._writer.add_key_value_metadata({EXAMPLES_KEY: self._digest})
             self._open = stack.pop_all()
@@ -229,29 +295,10 @@ class _HeadWriter:
     def __exit__(self, *error: Any) -> None:
         self._open.__exit__(*error)
 
-    def stored_runs(self) -> Runs:
-        """The runs of the earlier file."""
-        runs = [np.empty((0, 4), np.int64)]
-        if self._file.earlier is not None:
-            first = 0
-            for batch in _batches(self._file.path, ["example_id"]):
-                ids = batch["example_id"].to_numpy().astype(np.int64)
-                starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))
-                stops = np.append(starts[1:], ids.size)
-                stored = np.full(starts.size, _STORED)
-                runs.append(np.stack([ids[starts], stored, first + starts, first + stops], axis=1))
-                first += ids.size
-        return np.concatenate(runs)
-
-    def stored_numbers(self, count: int) -> pa.Table:
-        """Everything but the vectors of the next rows of the earlier file."""
-        assert self._numbers is not None
-        return self._numbers.take(count)
-
     def write(self, numbers: _Numbers) -> None:
         """Write one row group."""
         pieces = self._stream.vectors(self._file.number, numbers.blocks, numbers.rows)
-        if numbers.stored.size and self._vectors is not None:
+        if numbers.new.size < numbers.size:
             pieces = [self._with_stored(pieces, numbers)]
         kind = self._schema.field("vector").type
         column = pa.chunked_array(
@@ -266,12 +313,12 @@ class _HeadWriter:
         self._writer.write_table(table, row_group_size=numbers.size)
 
     def _with_stored(self, pieces: Any, numbers: _Numbers) -> npt.NDArray[np.float32]:
-        """The journal's vectors and those of the earlier file, each in its place."""
-        assert self._vectors is not None
+        """The journal's vectors and those of the earlier files, each in its place."""
         head_dim = self._stream.head_dim
-        stored = self._vectors.take(numbers.stored.size)["vector"].combine_chunks()
         vectors = np.empty((numbers.size, head_dim), np.float32)
-        vectors[numbers.stored] = stored.flatten().to_numpy().reshape(-1, head_dim)
+        for rows, places in zip(self.earlier, numbers.stored, strict=True):
+            stored = rows.vectors.take(places.size)["vector"].combine_chunks()
+            vectors[places] = stored.flatten().to_numpy().reshape(-1, head_dim)
         if pieces:
             vectors[numbers.new] = np.concatenate(pieces)
         return vectors
@@ -280,9 +327,9 @@ class _HeadWriter:
 class StoredRows:
     """The rows of some columns of a file, in order and a bounded number at a time."""
 
-    def __init__(self, path: Path, columns: list[str]) -> None:
+    def __init__(self, path: Path, columns: list[str], selects: ExampleFilter = EVERY_EXAMPLE) -> None:
         self._schema = pa.schema([pq.read_schema(path).field(name) for name in columns])
-        self._batches = _batches(path, columns)
+        self._batches = _batches(path, columns, selects)
         self._rest: list[pa.RecordBatch] = []
 
     def take(self, count: int) -> pa.Table:
@@ -296,7 +343,11 @@ class StoredRows:
         return table.slice(0, count)
 
 
-def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _batches(path: Path, columns: list[str], selects: ExampleFilter) -> Iterator[pa.RecordBatch]:
+    asked = [*dict.fromkeys([*columns, "example_id"])] if selects.ids.size else columns
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(_STORED_ROWS_AT_ONCE, columns=columns, use_threads=False):
-            yield batch.select(columns)
+        for batch in file.iter_batches(_STORED_ROWS_AT_ONCE, columns=asked, use_threads=False):
+            if selects.ids.size:
+                batch = batch.filter(pa.array(selects(batch["example_id"].to_numpy())))
+            if batch.num_rows:
+                yield batch.select(columns)

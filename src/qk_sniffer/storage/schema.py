@@ -10,12 +10,14 @@ DATA_FILE = "data.parquet"
 EXAMPLES_DIRECTORY = "examples"
 JOURNAL_DIRECTORY = ".journal"
 FINISHED_JOURNAL_DIRECTORY = ".journal-finished"
+PULLED_DIRECTORY, PULLING_DIRECTORY = ".pulled", ".pulling"
+PUBLICATION_FILE = ".hub.json"
 MANIFEST_FILE = "manifest.json"
 CARD_FILE = "README.md"
 CONFIG_FILE = "config.yaml"
 
-HEAD_DIRECTORY = re.compile(r"l\d{2,}h\d{2,}[qk]")
-"""Every name that ``head_name`` gives."""
+HEAD_DIRECTORY = re.compile(r"l(\d{2,})h(\d{2,})([qk])")
+"""Every name that ``head_name`` gives: its layer, head and kind."""
 
 Kind = Literal["q", "k"]
 

@@ -1,0 +1,219 @@
+"""One branch of a Hub dataset, through the Hub's own client."""
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+from tqdm.auto import tqdm
+
+from qk_sniffer.errors import UserError
+from qk_sniffer.hub.requests import HTTP_ERROR, retried, status_of
+from qk_sniffer.storage import CARD_FILE, MANIFEST_FILE
+
+Operation = CommitOperationAdd | CommitOperationDelete
+
+MAIN = "main"
+_CONFLICT = (409, 412)
+_DOWNLOADS_AT_ONCE = 8
+_FILES_AT_ONCE, _BYTES_AT_ONCE = 64, 2**30
+"""What is uploaded between two steps of the progress bar."""
+
+
+class Moved(Exception):
+    """Someone else has committed to the branch."""
+
+
+class Branch:
+    """A branch that may not be there yet, nor its repository.
+
+    All methods but ``upload`` and ``commit`` try again while the Hub fails for a moment, and raise what
+    the client raises.
+
+    Args:
+        repo_id: The dataset.
+        name: The branch.
+    """
+
+    def __init__(self, repo_id: str, name: str) -> None:
+        self.repo_id = repo_id
+        self.name = name
+        self._api = HfApi(library_name="qk-sniffer")
+
+    def heads(self) -> dict[str, str]:
+        """The commit at the end of every branch; none where there is no repository."""
+        try:
+            refs = retried(lambda: self._api.list_repo_refs(self.repo_id, repo_type="dataset"))
+        except RepositoryNotFoundError:
+            return {}
+        return {ref.name: ref.target_commit for ref in refs.branches}
+
+    def head(self) -> str | None:
+        """The commit at its end; None where there is no such branch."""
+        return self.heads().get(self.name)
+
+    def create(self, *, private: bool) -> str:
+        """Make the repository and the branch where they are missing, and give the branch's end.
+
+        A new branch begins at the first commit of the repository, before any file of anyone.
+        """
+        heads = self.heads()
+        if not heads:
+            retried(
+                lambda: self._api.create_repo(
+                    self.repo_id, repo_type="dataset", private=private, exist_ok=True
+                )
+            )
+        if self.name not in heads:
+            first = self._commits_of_main()[-1]
+            retried(
+                lambda: self._api.create_branch(
+                    self.repo_id, branch=self.name, revision=first, repo_type="dataset", exist_ok=True
+                )
+            )
+        return self.heads()[self.name]
+
+    def has_commits(self, head: str) -> bool:
+        """Whether anyone has committed to it, so that its files are not only those of main."""
+        return head not in self._commits_of_main()
+
+    def _commits_of_main(self) -> list[str]:
+        commits = retried(lambda: self._api.list_repo_commits(self.repo_id, repo_type="dataset"))
+        return [commit.commit_id for commit in commits]
+
+    def paths(self, commit: str) -> list[str]:
+        """The files of a commit."""
+        info = retried(lambda: self._api.dataset_info(self.repo_id, revision=commit))
+        return [file.rfilename for file in info.siblings or ()]
+
+    def text(self, commit: str, path: str) -> str | None:
+        """A text file of a commit; None where there is none."""
+        try:
+            file = retried(
+                lambda: self._api.hf_hub_download(
+                    self.repo_id, path, repo_type="dataset", revision=commit
+                )
+            )
+        except RemoteEntryNotFoundError:
+            return None
+        return Path(file).read_text(encoding="utf-8")
+
+    def manifest(self, commit: str) -> dict[str, Any] | None:
+        """The manifest of a commit; None where its files are no capture."""
+        try:
+            manifest = json.loads(self.text(commit, MANIFEST_FILE) or "null")
+        except ValueError:
+            return None
+        is_ours = isinstance(manifest, dict) and {"fingerprint", "heads"} <= manifest.keys()
+        return manifest if is_ours else None
+
+    def download(self, commit: str, paths: Sequence[str], directory: Path) -> None:
+        """Bring files of a commit into a directory; those that are there already stay."""
+
+        def fetch(path: str) -> None:
+            retried(
+                lambda: self._api.hf_hub_download(
+                    self.repo_id, path, repo_type="dataset", revision=commit, local_dir=directory
+                )
+            )
+
+        with _bars_of_the_client_off(), ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
+            try:
+                done = pool.map(fetch, paths)
+                for _ in tqdm(done, desc="Downloading", total=len(paths), unit="file"):
+                    pass
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def upload(self, operations: Sequence[Operation]) -> None:
+        """Send the contents of large files, which a commit then names; what the Hub has is not sent.
+
+        The client tries again by itself.
+        """
+        files = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
+        total = sum(file.upload_info.size for file in files)
+        with (
+            _bars_of_the_client_off(),
+            tqdm(desc="Uploading", total=total, unit="B", unit_scale=True) as bar,
+        ):
+            for some in _portions(files):
+                self._api.preupload_lfs_files(
+                    self.repo_id,
+                    additions=some,
+                    repo_type="dataset",
+                    revision=self.name,
+                    free_memory=False,
+                )
+                bar.update(sum(file.upload_info.size for file in some))
+
+    def commit(self, operations: Sequence[Operation], message: str, text: str, parent: str) -> None:
+        """Add one commit to the branch.
+
+        Files that have not changed are left out, and where none has there is no commit.
+
+        Args:
+            operations: What changes.
+            message: Its title.
+            text: Its description.
+            parent: The end of the branch as it is known.
+
+        Raises:
+            Moved: The branch has another end by now; or this commit's own, whose answer was lost.
+            UserError: The Hub does not take the card's YAML.
+        """
+        send = partial(
+            self._api.create_commit,
+            self.repo_id,
+            operations,
+            commit_message=message,
+            commit_description=text,
+            repo_type="dataset",
+            revision=self.name,
+            parent_commit=parent,
+        )
+        try:
+            retried(send)
+        except HTTP_ERROR as error:
+            if status_of(error) in _CONFLICT:
+                raise Moved from error
+            raise
+        except ValueError as error:
+            if "metadata" not in str(error):
+                raise
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{CARD_FILE}: the Hub does not take its YAML ({reason}); mend it"
+            ) from error
+
+
+@contextmanager
+def _bars_of_the_client_off() -> Iterator[None]:
+    """The client shows a bar for each file, and there are hundreds."""
+    was_off = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not was_off:
+            enable_progress_bars()
+
+
+def _portions(files: Sequence[CommitOperationAdd]) -> Iterator[list[CommitOperationAdd]]:
+    some: list[CommitOperationAdd] = []
+    for file in files:
+        some.append(file)
+        if len(some) == _FILES_AT_ONCE or sum(f.upload_info.size for f in some) >= _BYTES_AT_ONCE:
+            yield some
+            some = []
+    if some:
+        yield some

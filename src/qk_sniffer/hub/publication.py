@@ -1,0 +1,105 @@
+"""Where a data root is published, kept in it so that a push can be repeated."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qk_sniffer.errors import UserError
+from qk_sniffer.storage import PUBLICATION_FILE, Place, read_json, write_text
+
+_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._]+")
+
+
+@dataclass
+class Publication:
+    """A branch of a Hub dataset that holds one data root.
+
+    Attributes:
+        repo_id: The dataset, OWNER/NAME.
+        branch: Its branch.
+        private: Whether the dataset is to be private.
+        replaces: The commit of the branch that is replaced and not merged; None where there is none.
+        card: What a person had added to the card that was last pushed, as ``own_part`` gives it.
+    """
+
+    repo_id: str
+    branch: str
+    private: bool = False
+    replaces: str | None = None
+    card: str = ""
+
+    @classmethod
+    def of_run(
+        cls,
+        data_root: Path,
+        settings: Mapping[str, Any],
+        repo_id: str,
+        branch: str | None,
+        private: bool,
+    ) -> "Publication":
+        """That of a run, with what its data root knows of the branch already.
+
+        Args:
+            data_root: The run's data root.
+            settings: Its sections model and data, from which a branch is derived.
+            repo_id: The dataset.
+            branch: Its branch; None derives one.
+            private: Whether the dataset is to be private.
+
+        Raises:
+            UserError: No branch is named and the model has no name, or the data root's file is damaged.
+        """
+        publication = cls(repo_id, branch or default_branch(settings), private)
+        earlier = cls.read(data_root)
+        if earlier is not None and earlier.place == publication.place:
+            publication.replaces, publication.card = earlier.replaces, earlier.card
+        return publication
+
+    @property
+    def place(self) -> Place:
+        """Where it is loaded from."""
+        return Place(self.repo_id, self.branch)
+
+    def write(self, data_root: Path) -> None:
+        """Keep it in a data root."""
+        write_text(data_root / PUBLICATION_FILE, json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, data_root: Path) -> "Publication | None":
+        """That of a data root; None where it was never to be published.
+
+        Raises:
+            UserError: The file is damaged.
+        """
+        path = data_root / PUBLICATION_FILE
+        if not path.exists():
+            return None
+        try:
+            return cls(**read_json(path))
+        except TypeError as error:
+            raise UserError(
+                f"{path}: damaged, it does not name a repository; remove it, then give "
+                "`qk-sniffer push` --hf_repo_id and --hf_branch"
+            ) from error
+
+
+def default_branch(settings: Mapping[str, Any]) -> str:
+    """The branch of a run that names none, such as Qwen3-8B-longbench-pro-128k-plus.
+
+    Args:
+        settings: Its sections model and data.
+
+    Raises:
+        UserError: The model has no name.
+    """
+    names = (settings["model"].get("name"), settings["data"].get("path"))
+    if names[0] is None:
+        raise UserError(
+            "sniffer.output.hf_branch: null derives it from the model's name, and this module has "
+            "none; name a branch"
+        )
+    parts = [_NOT_IN_A_NAME.sub("-", Path(name).name) for name in names if name is not None]
+    return "-".join(part.strip("-.") for part in parts)

@@ -1,0 +1,121 @@
+"""Bring what a branch holds beyond a data root, to be merged with what is there."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qk_sniffer.errors import UserError
+from qk_sniffer.hub.branch import Branch
+from qk_sniffer.hub.publication import Publication
+from qk_sniffer.hub.requests import explained
+from qk_sniffer.storage import (
+    DATA_FILE,
+    EXAMPLES_DIRECTORY,
+    MANIFEST_FILE,
+    PULLED_DIRECTORY,
+    PULLING_DIRECTORY,
+    checksum,
+    differing_settings,
+    earlier_run,
+    merge_pulled,
+    stored_example_ids,
+    write_text,
+)
+from qk_sniffer.summary import file_progress
+
+_FIELD = "sniffer.output.hf_branch"
+
+
+def pull(
+    data_root: Path, publication: Publication, fingerprint: Mapping[str, Any], *, overwrite: bool
+) -> None:
+    """Bring the examples of a publication's branch that a data root does not have.
+
+    They wait there as a finished run of its own, which finalizing merges. Nothing that was captured
+    here is removed or replaced.
+
+    Args:
+        data_root: The data root.
+        publication: Where it is published.
+        fingerprint: The settings of the run; fields that are not known yet are left out.
+        overwrite: Whether what the branch holds now is to be replaced, and nothing is brought.
+
+    Raises:
+        UserError: The branch holds something else, it is damaged, or the Hub fails.
+    """
+    branch = Branch(publication.repo_id, publication.branch)
+    with explained(f"{_FIELD}: {_name(branch)}", "run the same command again"):
+        head = branch.head()
+        if overwrite or publication.replaces != head:
+            # A run that begins to replace it may go on without overwrite.
+            publication.replaces = head if overwrite else None
+        if head is not None and publication.replaces is None:
+            manifest = require_ours(branch, head, fingerprint)
+            if manifest is not None:
+                bring(data_root, branch, head, manifest)
+
+
+def require_ours(branch: Branch, head: str, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest at the end of a branch; None where nothing was ever pushed there.
+
+    Raises:
+        UserError: It holds a run with other settings, or files of someone.
+    """
+    manifest = branch.manifest(head)
+    if manifest is None:
+        if branch.has_commits(head):
+            raise UserError(
+                f"{_FIELD}: {_name(branch)} holds files that are no capture; name another branch"
+            )
+        return None
+    if differing := differing_settings(manifest["fingerprint"], fingerprint):
+        raise UserError(
+            f"{_FIELD}: {_name(branch)} holds a run with other settings: {differing}. Name another "
+            "branch, use those settings, or set sniffer.output.overwrite to true to replace it"
+        )
+    return manifest
+
+
+def bring(data_root: Path, branch: Branch, head: str, manifest: dict[str, Any]) -> bool:
+    """Download a run if it has examples that a data root does not have.
+
+    Args:
+        data_root: The data root.
+        branch: Holds the run.
+        head: At this commit.
+        manifest: The run's manifest.
+
+    Returns:
+        Whether it has.
+    """
+    pulling = data_root / PULLING_DIRECTORY
+    examples = f"{EXAMPLES_DIRECTORY}/{DATA_FILE}"
+    there = data_root / examples
+    if there.exists() and checksum(there) == manifest["examples"]["xxh3_128"]:
+        return False
+    branch.download(head, [examples], pulling)
+    earlier = earlier_run(data_root)
+    if earlier is not None and not np.setdiff1d(stored_example_ids(pulling), earlier.example_ids).size:
+        shutil.rmtree(pulling)
+        return False
+    if (earlier is not None and earlier.finalizing) or (data_root / PULLED_DIRECTORY).exists():
+        # What is being merged must stay as it is until that is done.
+        merge_pulled(data_root, file_progress)
+    branch.download(head, [f"{name}/{DATA_FILE}" for name in manifest["heads"]], pulling)
+    for name, facts in {EXAMPLES_DIRECTORY: manifest["examples"], **manifest["heads"]}.items():
+        if checksum(pulling / name / DATA_FILE) != facts["xxh3_128"]:
+            raise UserError(
+                f"{_FIELD}: {_name(branch)}: {name}/{DATA_FILE} is not what its manifest describes; "
+                "restore it there, or name another branch"
+            )
+    write_text(pulling / MANIFEST_FILE, json.dumps(manifest))
+    pulling.replace(data_root / PULLED_DIRECTORY)
+    return True
+
+
+def _name(branch: Branch) -> str:
+    return f"{branch.repo_id}, branch {branch.name}"

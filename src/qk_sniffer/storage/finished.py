@@ -1,0 +1,57 @@
+"""The finished runs that a data root holds: its own, and one that was pulled and waits to be merged."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from qk_sniffer.ids import ExampleFilter
+from qk_sniffer.storage.manifest import read_manifest
+from qk_sniffer.storage.schema import DATA_FILE, EXAMPLES_DIRECTORY, PULLED_DIRECTORY
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run.
+
+    Attributes:
+        directory: Where its files are.
+        manifest: Its manifest.
+        selects: Its examples, but for those that an earlier one of the list has too.
+    """
+
+    directory: Path
+    manifest: dict[str, Any]
+    selects: ExampleFilter
+
+
+def stored_example_ids(directory: Path) -> npt.NDArray[np.int32]:
+    """The examples of a finished run, (E,) int32; none where its table is missing."""
+    path = directory / EXAMPLES_DIRECTORY / DATA_FILE
+    if not path.exists():
+        return np.empty(0, np.int32)
+    ids: npt.NDArray[np.int32] = pq.read_table(path, columns=["example_id"])["example_id"].to_numpy()
+    return ids
+
+
+def finished_runs(data_root: Path) -> list[FinishedRun]:
+    """The runs in a data root that have examples of their own; the data root's own comes first.
+
+    Raises:
+        UserError: A manifest is damaged.
+    """
+    runs: list[FinishedRun] = []
+    seen = np.empty(0, np.int32)
+    for directory in (data_root, data_root / PULLED_DIRECTORY):
+        manifest = read_manifest(directory)
+        if manifest is None:
+            continue
+        ids = stored_example_ids(directory)
+        if directory == data_root or not runs or np.setdiff1d(ids, seen).size:
+            selects = ExampleFilter(np.intersect1d(ids, seen), listed=False)
+            runs.append(FinishedRun(directory, manifest, selects))
+        seen = np.union1d(seen, ids)
+    return runs
