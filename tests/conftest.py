@@ -8,7 +8,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -22,9 +22,11 @@ from transformers import PreTrainedTokenizerFast
 
 from families import FAMILIES, tiny_model
 from killing import Processes
+from loopback import LoopbackHub, client_of
 from qk_sniffer.cli import main
 
 Run = Callable[..., int]
+Command = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -92,10 +94,10 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 @pytest.fixture
-def predict(model_dir: Callable[[str], Path], text_file: Path, tmp_path: Path) -> Run:
-    """Run ``qk-sniffer predict --config FILE`` with some sections changed; gives the exit status."""
+def command(model_dir: Callable[[str], Path], text_file: Path, tmp_path: Path) -> Command:
+    """Write a config with some sections changed; gives the arguments of its run."""
 
-    def run(root: str = "root", *, family: str = "llama", **sections: dict[str, Any]) -> int:
+    def write(root: str = "root", *, family: str = "llama", **sections: dict[str, Any]) -> list[str]:
         config: dict[str, Any] = {
             "model": {"name": str(model_dir(family))},
             "data": {"path": str(text_file), "id_column": "id", "batch_size": 3},
@@ -109,9 +111,29 @@ def predict(model_dir: Callable[[str], Path], text_file: Path, tmp_path: Path) -
             _update(config[section], changes)
         file = tmp_path / f"{root}.yaml"
         file.write_text(yaml.safe_dump(config))
-        return main(["predict", "--config", str(file)])
+        return ["predict", "--config", str(file)]
 
-    return run
+    return write
+
+
+@pytest.fixture
+def predict(command: Command) -> Run:
+    """Run ``qk-sniffer predict --config FILE`` with some sections changed; gives the exit status."""
+    return lambda *args, **sections: main(command(*args, **sections))
+
+
+HUB_TOKEN = "hf_MarkedToken0123456789"
+REPO = "someone/attention"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A hub on this machine, to which this process is logged in; nobody waits long before a retry."""
+    monkeypatch.setattr("qk_sniffer.hub.requests.WAITS", (0.01, 0.01))
+    with LoopbackHub() as hub:
+        hub.add_user("someone", HUB_TOKEN, orgs=["lab"])
+        with client_of(hub, HUB_TOKEN, tmp_path / "hub-cache"):
+            yield hub
 
 
 def _update(config: dict[str, Any], changes: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver
 from pathlib import Path
@@ -25,6 +26,7 @@ import pytest
 import torch
 
 import qk_sniffer.predict
+from loopback import client_of
 from qk_sniffer.capture import Sniffer
 from qk_sniffer.cli import main
 from qk_sniffer.storage import data_root, finalizing, journal, parquet
@@ -209,6 +211,11 @@ def _process(
         os.dup2(output.fileno(), sys.stderr.fileno())
     # The workers of a data loader begin as they do under the command itself, not by a fork server.
     multiprocessing.set_start_method(None, force=True)
+    with_hub = ExitStack()
+    if endpoint := environment.get("HF_ENDPOINT"):
+        # What this process has imported has read the environment already.
+        token, home = environment["HF_TOKEN"], Path(environment["HF_HOME"])
+        with_hub.enter_context(client_of(endpoint, token, home))
     datasets.config.HF_DATASETS_CACHE = cache
     torch.set_num_threads(1)
     # The help of each field, read from the sources, would take as long as all the rest of a run.
@@ -218,7 +225,8 @@ def _process(
     for point, (owner, name, _) in POINTS.items():
         passages.watch(point, owner, name)
     passages.watch("tokenizing", Encode, "__call__")
-    status = main(command)
+    with with_hub:
+        status = main(command)
     report.with_suffix(".json").write_text(json.dumps(passages.counts))
     sys.exit(status)
 

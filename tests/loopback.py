@@ -401,6 +401,12 @@ class LoopbackHub:
     def add_repo(self, repo_id: str, private: bool = False) -> None:
         self.repos[repo_id] = Repo(repo_id, private, self._directory)
 
+    def add_branch(self, repo_id: str, branch: str) -> None:
+        """A branch that begins at the end of main."""
+        with self._lock:
+            branches = self.repos[repo_id].branches
+            branches[branch] = branches["main"]
+
     def commit(
         self, repo_id: str, branch: str, files: Mapping[str, bytes | None], message: str = "by hand"
     ) -> str:

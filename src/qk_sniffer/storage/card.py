@@ -157,13 +157,13 @@ def describe_run(manifest: Mapping[str, Any]) -> str:
 - model: `{model.get("name")}`, revision `{model.get("revision")}`, dtype `{model.get("dtype")}`, \
 attention `{model.get("attn_implementation")}`
 - text: `{data.get("path")}`, split `{data.get("split")}`, {manifest["examples"]["rows"]:,} examples
-- tokens: at most {_or_all(data.get("tokenizer", {}).get("max_length"))} of each text
+- tokens: {_limit(data.get("tokenizer", {}).get("max_length"))} of each text
 - positions: {kept}, buckets from {capture["min_bucket_size"]:,}
 - {len(manifest["heads"]):,} heads, {_rows(manifest):,} rows"""
 
 
-def _or_all(limit: int | None) -> str:
-    return "all" if limit is None else f"{limit:,}"
+def _limit(max_length: int | None) -> str:
+    return "all" if max_length is None else f"the first {max_length:,}"
 
 
 def _body(manifest: Mapping[str, Any], place: Place | None) -> str:
