@@ -1,18 +1,22 @@
 """A run is published on a branch of the Hub, taken up from it elsewhere, and loaded by name."""
 
+import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from huggingface_hub import DatasetCard
 
-from conftest import HUB_TOKEN, REPO, Run, write_jsonl
+from conftest import HUB_TOKEN, LENGTHS, REPO, Run, byte_tokenizer, write_jsonl
+from families import MANY_HEADS, tiny_model
 from loopback import Fault, LoopbackHub, client_of, environment_of
 from qk_sniffer.cli import main
 from readers import error_line, files_of, schema
@@ -81,7 +85,7 @@ def test_a_run_is_published_and_a_head_is_loaded_by_name(
     out = capsys.readouterr().out
     assert f'load_dataset("{REPO}", "l00h00q", revision="{BRANCH}", split="train")' in out
     made, first = hub.commits(REPO, BRANCH)
-    assert made.title.endswith(": 24 heads, 7 examples, 4,536 rows")
+    assert re.fullmatch(r"llama\d* on texts.jsonl: 24 heads, 7 examples", made.title)
     assert "sampler" not in made.description
     assert "- positions: every position, buckets from 8,192" in made.description
     assert first.parent is None
@@ -100,6 +104,27 @@ def test_a_run_is_published_and_a_head_is_loaded_by_name(
     assert [(field.name, field.type) for field in stored.schema] == schema(16)
     fetched = {request.path for request in hub.requests if "parquet" in request.path}
     assert fetched and all("l00h00q" in path for path in fetched)
+
+
+def test_1280_heads_are_two_commits_and_one_is_one_file(
+    hub: LoopbackHub, predict: Run, tmp_path: Path
+) -> None:
+    tiny_model(MANY_HEADS).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    assert predict(model={"name": str(tmp_path / "model")}, sniffer=output()) == 0
+    assert len(hub.files(REPO, BRANCH)) == 1280 + 5
+    commits = {commit.id for branch in (BRANCH, "main") for commit in hub.commits(REPO, branch)}
+    assert len(commits) == 1 + 2, "the repository's own, the branch's, and the list's"
+    assert [request.path for request in hub.requests if "/commit/" in request.path] == [
+        f"/api/datasets/{REPO}/commit/{branch}" for branch in (BRANCH, "main")
+    ]
+    hub.forget()
+    head = datasets.load_dataset(REPO, "l19h31k", revision=BRANCH, split="train")
+    assert head.num_rows == sum(LENGTHS)
+    fetched = {request.path for request in hub.requests if "/cdn/" in request.path}
+    assert len(fetched) == 1
+    file = tmp_path / "root" / "l19h31k" / "data.parquet"
+    assert fetched.pop().endswith(hashlib.sha256(file.read_bytes()).hexdigest())
 
 
 def test_two_models_have_two_branches_and_main_only_the_list(
@@ -124,7 +149,7 @@ def test_the_branch_is_named_after_model_and_dataset(
 ) -> None:
     assert predict(sniffer=output(None)) == 0
     model = yaml.safe_load((tmp_path / "root.yaml").read_text())["model"]["name"]
-    assert set(hub.branches(REPO)) == {"main", f"{Path(model).name}-texts.jsonl"}
+    assert set(hub.branches(REPO)) == {"main", f"{Path(model).name}-texts"}
 
 
 def test_more_examples_on_another_machine(
@@ -299,7 +324,8 @@ def test_a_new_branch_begins_empty(hub: LoopbackHub, predict: Run, tmp_path: Pat
     main_files = hub.files(REPO, "main")
     assert main_files["data.csv"] == b"1,2"
     assert "About my data." in main_files["README.md"].decode()
-    assert f"[{BRANCH}](" in main_files["README.md"].decode()
+    url = f"{hub.endpoint}/datasets/{REPO}/tree/{BRANCH}"
+    assert f"| [{BRANCH}]({url}) | `llama" in main_files["README.md"].decode()
 
 
 def test_a_branch_that_someone_made_from_main_is_emptied(

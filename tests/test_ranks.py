@@ -18,9 +18,10 @@ import pytest
 import torch
 import yaml
 
-from conftest import write_jsonl
+from conftest import HUB_TOKEN, REPO, write_jsonl
 from families import FAMILIES, tiny_model
 from killing import AFTER, BEFORE, Death, Ended, Processes, Started
+from loopback import Fault, LoopbackHub, environment_of
 from readers import assert_same_rows, files_of
 
 LENGTHS = (37, 5, 61, 24, 1, 48, 13)
@@ -572,3 +573,42 @@ def test_nothing_of_a_killed_launch_is_left_running(
     assert f"rank {0 if killed == 'launcher' else 1} (" in printed
     run.succeed(1)
     assert files_of(run.root) == files_of(alone(**data))
+
+
+def test_the_first_process_pulls_and_pushes_for_all(
+    hub: LoopbackHub, new_run: NewRun, alone: Alone, tmp_path: Path
+) -> None:
+    output = {"hf_repo_id": REPO, "hf_branch": "branch"}
+
+    def variables(rank: int, size: int, port: int) -> dict[str, str]:
+        # The other has no token, and needs none.
+        token = HUB_TOKEN if rank == 0 else None
+        cache = tmp_path / f"cache-{rank}"
+        return lightning_variables(rank, size, port) | environment_of(hub, token, cache)
+
+    new_run(output=output, max_samples=3).succeed(2, variables)
+    run = new_run(output=output)
+    run.succeed(2, variables)
+    assert_same_rows(run.root, alone())
+    there = hub.files(REPO, "branch")
+    for path in run.root.rglob("*.parquet"):
+        assert there[str(path.relative_to(run.root))] == path.read_bytes()
+    hub.fail(Fault("POST", "/commit/", status=403))
+    more = new_run(output=output | {"hf_branch": "other"})
+    first, second = more.run(2, variables)
+    assert (first.exitcode, second.exitcode) == (2, 0)
+    assert f"`qk-sniffer push {more.root}`" in first.printed.splitlines()[-1]
+
+
+def test_all_processes_end_where_the_hub_refuses(
+    hub: LoopbackHub, new_run: NewRun, tmp_path: Path
+) -> None:
+    def variables(rank: int, size: int, port: int) -> dict[str, str]:
+        cache = tmp_path / f"cache-{rank}"
+        return lightning_variables(rank, size, port) | environment_of(hub, None, cache)
+
+    first, second = new_run(output={"hf_repo_id": REPO}).run(2, variables)
+    assert (first.exitcode, second.exitcode) == (2, 2)
+    line = first.printed.splitlines()[-1]
+    assert line.startswith("qk-sniffer: error: sniffer.output.hf_repo_id: there is no token")
+    assert "error" not in second.printed

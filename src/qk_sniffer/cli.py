@@ -90,13 +90,15 @@ def _push(args: list[str]) -> int:
     data_root = options.data_root
     require_hub_names(options.hf_repo_id, options.hf_branch)
     manifest, publication = require_manifest(data_root), Publication.read(data_root)
-    if options.hf_repo_id or options.hf_branch or publication is None:
-        repo_id = options.hf_repo_id or (publication and publication.repo_id)
-        if not repo_id:
-            raise UserError(f"push: {data_root} was never published; name a dataset with --hf_repo_id")
-        publication = Publication.of_run(
-            data_root, manifest["settings"], repo_id, options.hf_branch, options.private
-        )
+    if publication is None and not options.hf_repo_id:
+        raise UserError(f"push: {data_root} was never published; name a dataset with --hf_repo_id")
+    publication = Publication.of_run(
+        data_root,
+        manifest["settings"],
+        options.hf_repo_id or (publication.repo_id if publication else ""),
+        options.hf_branch or (publication.branch if publication else None),
+        options.private or (publication is not None and publication.private),
+    )
     check_access(publication, "push later")
     push(data_root, publication)
     sys.stdout.write(published_table(publication.place, manifest) + "\n")

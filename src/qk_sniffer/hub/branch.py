@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
@@ -28,6 +29,13 @@ _CONFLICT = (409, 412)
 _DOWNLOADS_AT_ONCE = 8
 _FILES_AT_ONCE, _BYTES_AT_ONCE = 64, 2**30
 """What is uploaded between two steps of the progress bar."""
+
+
+class StoredFile(NamedTuple):
+    """A file of a commit: its size in bytes, and the git id of its content or of its LFS pointer."""
+
+    size: int | None
+    git_id: str | None
 
 
 class Moved(Exception):
@@ -91,10 +99,17 @@ class Branch:
         commits = retried(lambda: self._api.list_repo_commits(self.repo_id, repo_type="dataset"))
         return [commit.commit_id for commit in commits]
 
-    def paths(self, commit: str) -> list[str]:
-        """The files of a commit."""
-        info = retried(lambda: self._api.dataset_info(self.repo_id, revision=commit))
-        return [file.rfilename for file in info.siblings or ()]
+    @property
+    def url(self) -> str:
+        """Its page."""
+        return f"{self._api.endpoint}/datasets/{self.repo_id}/tree/{quote(self.name, safe='')}"
+
+    def files(self, commit: str) -> dict[str, StoredFile]:
+        """The files of a commit, by their paths."""
+        info = retried(
+            lambda: self._api.dataset_info(self.repo_id, revision=commit, files_metadata=True)
+        )
+        return {file.rfilename: StoredFile(file.size, file.blob_id) for file in info.siblings or ()}
 
     def text(self, commit: str, path: str) -> str | None:
         """A text file of a commit; None where there is none."""

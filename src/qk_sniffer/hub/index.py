@@ -1,33 +1,31 @@
 """The card of main: which branches a dataset has, and what each of them holds."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qk_sniffer.storage import Place, compose_card
+from qk_sniffer.hub.branch import Branch
+from qk_sniffer.storage import Place, compose_card, shown_names
 
 
-def render_index(repo_id: str, runs: Mapping[str, Mapping[str, Any]], existing: str | None) -> str:
+def render_index(runs: Sequence[tuple[Branch, Mapping[str, Any]]], existing: str | None) -> str:
     """The card of main.
 
     Args:
-        repo_id: The dataset.
-        runs: The manifest of each branch that holds a run.
+        runs: The branches that hold a run, and its manifest; at least one.
         existing: The card that is there, whose own text and fields stay.
 
     Raises:
         UserError: The YAML of the existing card is broken.
     """
     lines = ["| branch | model | text | examples | heads | rows |", "|---|---|---|---|---|---|"]
-    for branch in sorted(runs):
-        manifest = runs[branch]
-        settings, heads = manifest["settings"], manifest["heads"]
-        model, text = settings["model"].get("name"), settings["data"].get("path")
+    for branch, manifest in runs:
+        heads = manifest["heads"]
         rows = sum(head["rows"] for head in heads.values())
-        link = f"[{branch}](https://huggingface.co/datasets/{repo_id}/tree/{branch})"
         counts = f"{manifest['examples']['rows']:,} | {len(heads):,} | {rows:,}"
-        lines.append(f"| {link} | `{model}` | `{text}` | {counts} |")
-    first = next(iter(sorted(runs)), "BRANCH")
-    head = next(iter(runs[first]["heads"]), "l00h00q") if runs else "l00h00q"
+        names = " | ".join(f"`{name}`" for name in shown_names(manifest["settings"]))
+        lines.append(f"| [{branch.name}]({branch.url}) | {names} | {counts} |")
+    first, manifest = runs[0]
+    place, head = Place(first.repo_id, first.name), next(iter(manifest["heads"]))
     return compose_card(
         existing,
         {},
@@ -39,7 +37,7 @@ Each branch holds the query and key vectors of one model, a file for each head:
 ```python
 from datasets import load_dataset
 
-head = {Place(repo_id, first).load_line(head)}
+head = {place.load_line(head)}
 ```
 
 {chr(10).join(lines)}

@@ -10,6 +10,7 @@ from typing import Any
 from qk_sniffer.errors import UserError
 from qk_sniffer.storage import PUBLICATION_FILE, Place, read_json, write_text
 
+_FILE_TYPE = re.compile(r"\.(jsonl?|parquet|csv|txt)$")
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._]+")
 
 
@@ -101,5 +102,5 @@ def default_branch(settings: Mapping[str, Any]) -> str:
             "sniffer.output.hf_branch: null derives it from the model's name, and this module has "
             "none; name a branch"
         )
-    parts = [_NOT_IN_A_NAME.sub("-", Path(name).name) for name in names if name is not None]
-    return "-".join(part.strip("-.") for part in parts)
+    parts = [_FILE_TYPE.sub("", Path(name).name) for name in names if name is not None]
+    return "-".join(_NOT_IN_A_NAME.sub("-", part).strip("-.") for part in parts)

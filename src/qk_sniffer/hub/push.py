@@ -1,15 +1,16 @@
 """Publish a data root: one commit that switches its branch, and the index on main."""
 
+import hashlib
 import logging
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 from qk_sniffer.errors import UserError
-from qk_sniffer.hub.branch import MAIN, Branch, Moved, Operation
+from qk_sniffer.hub.branch import MAIN, Branch, Moved, Operation, StoredFile
 from qk_sniffer.hub.index import render_index
 from qk_sniffer.hub.publication import Publication
 from qk_sniffer.hub.pull import bring, require_ours
@@ -23,11 +24,13 @@ from qk_sniffer.storage import (
     JOURNAL_DIRECTORY,
     MANIFEST_FILE,
     PULLED_DIRECTORY,
+    FileFacts,
     describe_run,
     merge_pulled,
     own_part,
     render_card,
     require_manifest,
+    shown_names,
     write_text,
 )
 from qk_sniffer.summary import file_progress
@@ -103,9 +106,10 @@ def _push_branch(data_root: Path, publication: Publication) -> None:
         if theirs is not None and bring(data_root, branch, head, theirs):
             manifest = merge_pulled(data_root, file_progress)
     _join_cards(data_root, publication, manifest, branch.text(head, CARD_FILE) if theirs else None)
-    operations = _operations(data_root, manifest, branch.paths(head), is_ours=theirs is not None)
-    branch.upload(operations)
-    branch.commit(operations, _title(manifest), describe_run(manifest), head)
+    operations = _operations(data_root, manifest, branch.files(head), theirs)
+    if operations:
+        branch.upload(operations)
+        branch.commit(operations, _title(manifest), describe_run(manifest), head)
     publication.replaces = None
     publication.card = own_part((data_root / CARD_FILE).read_text(encoding="utf-8"))
     publication.write(data_root)
@@ -128,33 +132,57 @@ def _join_cards(
 
 
 def _operations(
-    data_root: Path, manifest: Mapping[str, Any], there: Sequence[str], *, is_ours: bool
+    data_root: Path,
+    manifest: Mapping[str, Any],
+    there: Mapping[str, StoredFile],
+    theirs: Mapping[str, Any] | None,
 ) -> list[Operation]:
-    """What makes a branch with some files hold the data root.
+    """What makes a branch hold the data root.
 
     Of a branch that is ours other people's files stay; one that was only begun is emptied.
+
+    Args:
+        data_root: The data root.
+        manifest: Its manifest.
+        there: The files of the branch.
+        theirs: The manifest of the branch, if it holds a run.
     """
-    names = [CARD_FILE, MANIFEST_FILE]
-    names += [CONFIG_FILE] if (data_root / CONFIG_FILE).exists() else []
-    names += [f"{name}/{DATA_FILE}" for name in (EXAMPLES_DIRECTORY, *manifest["heads"])]
+    facts = _parquet_files(manifest)
+    texts = [path for path in (CARD_FILE, MANIFEST_FILE, CONFIG_FILE) if (data_root / path).exists()]
     gone = [
         path
         for path in there
-        if path not in names
-        and path != _FIRST_FILE
-        and (not is_ours or HEAD_DIRECTORY.fullmatch(path.partition("/")[0]))
+        if path not in facts
+        and path not in (*texts, _FIRST_FILE)
+        and (theirs is None or HEAD_DIRECTORY.fullmatch(path.partition("/")[0]))
     ]
+    held = {} if theirs is None else _parquet_files(theirs)
+    same = {path for path in facts if held.get(path) == facts[path] and path in there}
+    same = {path for path in same if there[path].size == facts[path]["bytes"]}
+    same |= {
+        path for path in texts if path in there and there[path].git_id == _git_id(data_root / path)
+    }
     return [
         *(CommitOperationDelete(path, is_folder=False) for path in gone),
-        *(CommitOperationAdd(name, data_root / name) for name in names),
+        *(CommitOperationAdd(path, data_root / path) for path in (*texts, *facts) if path not in same),
     ]
+
+
+def _parquet_files(manifest: Mapping[str, Any]) -> dict[str, FileFacts]:
+    files = {EXAMPLES_DIRECTORY: manifest["examples"], **manifest["heads"]}
+    return {f"{name}/{DATA_FILE}": facts for name, facts in files.items()}
+
+
+def _git_id(path: Path) -> str:
+    """The id of a file's content in git, <https://git-scm.com/book/en/v2/Git-Internals-Git-Objects>."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def _title(manifest: Mapping[str, Any]) -> str:
-    settings, heads = manifest["settings"], manifest["heads"]
-    rows = sum(head["rows"] for head in heads.values())
-    name = settings["model"].get("name", "a causal language model")
-    return f"{name}: {len(heads):,} heads, {manifest['examples']['rows']:,} examples, {rows:,} rows"
+    model, text = shown_names(manifest["settings"])
+    heads, examples = len(manifest["heads"]), manifest["examples"]["rows"]
+    return f"{model} on {text}: {heads:,} heads, {examples:,} examples"
 
 
 def _push_index(publication: Publication) -> None:
@@ -165,10 +193,13 @@ def _push_index(publication: Publication) -> None:
     """
     main = Branch(publication.repo_id, MAIN)
     heads = main.heads()
-    manifests = {name: main.manifest(commit) for name, commit in heads.items() if name != MAIN}
-    runs = {name: manifest for name, manifest in manifests.items() if manifest is not None}
+    manifests = [
+        (Branch(publication.repo_id, name), main.manifest(commit))
+        for name, commit in sorted(heads.items())
+        if name != MAIN
+    ]
     existing = main.text(heads[MAIN], CARD_FILE)
-    card = render_index(publication.repo_id, runs, existing)
+    card = render_index([(branch, m) for branch, m in manifests if m is not None], existing)
     if card != existing:
         file = CommitOperationAdd(CARD_FILE, card.encode())
         main.commit([file], "List the branches", "", heads[MAIN])

@@ -1,5 +1,6 @@
 """What the Hub's client raises: what is worth another try, and what a user is told."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +9,8 @@ from typing import Any, TypeVar
 from huggingface_hub import errors
 
 from qk_sniffer.errors import UserError, first_line
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -41,7 +44,9 @@ def retried(task: Callable[[], T]) -> T:
         except Exception as error:
             if not _may_pass(error):
                 raise
-            time.sleep(min(max(wait, _retry_after(error)), _LONGEST_WAIT))
+            seconds = min(max(wait, _retry_after(error)), _LONGEST_WAIT)
+            log.warning("%s; trying again in %.0f s", _meaning(_source(error) or error)[0], seconds)
+            time.sleep(seconds)
     return task()
 
 

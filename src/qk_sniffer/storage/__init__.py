@@ -1,6 +1,13 @@
 """Bytes on disk: the journal of a running capture, Parquet files, manifest and dataset card."""
 
-from qk_sniffer.storage.card import Place, compose_card, describe_run, own_part, render_card
+from qk_sniffer.storage.card import (
+    Place,
+    compose_card,
+    describe_run,
+    own_part,
+    render_card,
+    shown_names,
+)
 from qk_sniffer.storage.data_root import (
     EarlierRun,
     check_space,
@@ -75,6 +82,7 @@ __all__ = [
     "require_captured",
     "require_manifest",
     "require_shared",
+    "shown_names",
     "stored_example_ids",
     "write_text",
 ]

@@ -8,6 +8,7 @@ import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
@@ -145,6 +146,17 @@ def _size_category(rows: int) -> str:
     return _SIZES[min(len(str(thousands)), len(_SIZES) - 1)] if thousands else _SIZES[0]
 
 
+def shown_names(settings: Mapping[str, Any]) -> tuple[str, str]:
+    """What a reader is told of the names of model and dataset: of a path on a disk its end."""
+    names = (settings["model"].get("name"), settings["data"].get("path"))
+    model, text = (name and (Path(name).name if _is_path(name) else name) for name in names)
+    return model or "a causal language model", text or "a dataset"
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def describe_run(manifest: Mapping[str, Any]) -> str:
     """The model, the text and what was kept, as a list."""
     settings = manifest["settings"]
@@ -167,8 +179,7 @@ def _limit(max_length: int | None) -> str:
 
 
 def _body(manifest: Mapping[str, Any], place: Place | None) -> str:
-    settings = manifest["settings"]
-    name = settings["model"].get("name", "a causal language model")
+    name, text = shown_names(manifest["settings"])
     partial = "" if manifest["complete"] else "The run was interrupted: this is part of its texts.\n\n"
     first_head = next(iter(manifest["heads"]))
     here = 'load_dataset("PATH_OR_REPO", "{}", split="train")'
@@ -176,8 +187,7 @@ def _body(manifest: Mapping[str, Any], place: Place | None) -> str:
     return f"""\
 # Queries and keys of {name}
 
-Query (`q`) and key (`k`) vectors of the attention heads of `{name}` while it read text from
-`{settings["data"].get("path")}`.
+Query (`q`) and key (`k`) vectors of the attention heads of `{name}` while it read texts of `{text}`.
 
 {partial}{describe_run(manifest)}
 
