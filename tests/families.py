@@ -46,6 +46,11 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     ),
 }
 
+MANY_HEADS = LlamaConfig(
+    **_SIZE | dict(num_hidden_layers=20, num_attention_heads=32, num_key_value_heads=32, head_dim=8)
+)
+"""1,280 heads, as a model of eight billion parameters has."""
+
 
 def tiny_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A model whose attention is far from uniform, as the usual small initial weights would make it."""
