@@ -330,6 +330,9 @@ class SnifferCallback(pl.Callback):
 
         def stop(signum: int, frame: Any) -> None:
             self._received_sigterm = True
+            if not self._has_joined:
+                # The files are written, and what is left is a push.
+                raise SystemExit(128 + signal.SIGTERM)
             if trainer.strategy.launcher is not None:
                 trainer.strategy.launcher.kill(signal.SIGTERM)
 

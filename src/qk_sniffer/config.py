@@ -104,7 +104,7 @@ class OutputConfig:
     """Where the captured vectors go."""
 
     data_root: str
-    """Directory of the per-head Parquet files; it must be new or empty."""
+    """Directory of the per-head Parquet files: a new one, or that of an earlier run."""
     overwrite: bool = False
     """Replace what an earlier run left in data_root."""
     hf_repo_id: str | None = None

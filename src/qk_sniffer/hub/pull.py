@@ -95,12 +95,14 @@ def bring(data_root: Path, branch: Branch, head: str, manifest: dict[str, Any]) 
     pulling = data_root / PULLING_DIRECTORY
     examples = f"{EXAMPLES_DIRECTORY}/{DATA_FILE}"
     there = data_root / examples
-    if there.exists() and checksum(there) == manifest["examples"]["xxh3_128"]:
-        return False
-    branch.download(head, [examples], pulling)
     earlier = earlier_run(data_root)
-    if earlier is not None and not np.setdiff1d(stored_example_ids(pulling), earlier.example_ids).size:
-        shutil.rmtree(pulling)
+    adds_nothing = there.exists() and checksum(there) == manifest["examples"]["xxh3_128"]
+    if not adds_nothing:
+        branch.download(head, [examples], pulling)
+        ours = np.empty(0, np.int32) if earlier is None else earlier.example_ids
+        adds_nothing = np.isin(stored_example_ids(pulling), ours).all()
+    if adds_nothing:
+        shutil.rmtree(pulling, ignore_errors=True)
         return False
     if (earlier is not None and earlier.finalizing) or (data_root / PULLED_DIRECTORY).exists():
         # What is being merged must stay as it is until that is done.

@@ -77,6 +77,10 @@ def explained(what: str, remedy: str) -> Iterator[None]:
         raise
     except Exception as error:
         source = _source(error)
+        if source is None and isinstance(error, OSError) and error.errno:
+            raise UserError(
+                f"{error.filename or what}: {error.strerror}; make room or mend the disk, then {remedy}"
+            ) from error
         if source is None:
             raise
         reason, cure = _meaning(source)

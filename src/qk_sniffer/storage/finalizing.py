@@ -109,7 +109,8 @@ def finalize(
             ranks.first(explained(lambda: _drop_broken(directory)))
             complete = False
         adds_nothing = not journal.log.commits and [run.directory for run in earlier] == [data_root]
-        if ranks.first(lambda: adds_nothing):
+        # An attempt that was cut off may have joined the examples already, but not the manifest.
+        if ranks.first(lambda: adds_nothing and journal.log.finalizing is None):
             return ranks.first(explained(lambda: _discard(data_root, earlier[0].manifest, complete)))
         if journal.log.finalizing is None:
             own = journal.log.commits[ranks.rank :: ranks.size]

@@ -1,0 +1,102 @@
+"""A run that was pulled is merged, killed at any moment of it and begun again."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Run, write_jsonl
+from killing import AFTER, BEFORE, HALFWAY, Death, Processes
+from qk_sniffer.cli import main
+from readers import files_of
+
+DEATHS = [
+    *(Death("rename", moment, passage) for moment in (BEFORE, AFTER) for passage in (1, 9, 20)),
+    Death("row group", AFTER, 5),
+    Death("finalizing", HALFWAY, 1),
+    Death("text", HALFWAY, 1),
+    *(Death("manifest", moment, 1) for moment in (BEFORE, AFTER)),
+    *(Death("journal's end", moment, 1) for moment in (BEFORE, AFTER)),
+]
+OURS, THEIRS = (0, 2, 4, 5), (1, 2, 3, 4)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of the data roots below, which are the same for all tests."""
+    return tmp_path_factory.mktemp("made")
+
+
+@pytest.fixture
+def start(
+    made: Path,
+    predict: Run,
+    tmp_path: Path,
+    texts: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[str], Path]:
+    """A data root with a pulled run and what its name says besides."""
+
+    def data(*numbers: int) -> dict[str, Any]:
+        rows = [texts[number] for number in numbers]
+        return {"path": str(write_jsonl(made / "texts.jsonl", rows)), "batch_size": 1}
+
+    def finish(name: str, *numbers: int) -> None:
+        assert predict(name, data=data(*numbers)) == 0
+        shutil.move(tmp_path / name, made / name)
+
+    def interrupt(name: str, *numbers: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("qk_sniffer.callback.finalize", _cut_off)
+            with pytest.raises(RuntimeError, match="cut off"):
+                predict(name, data=data(*numbers))
+        shutil.move(tmp_path / name, made / name)
+
+    if not (made / "theirs").exists():
+        finish("theirs", *THEIRS)
+        finish("finished", *OURS)
+        finish("nothing's whole", *THEIRS)
+        finish("finished's whole", *OURS, 1, 3)
+        finish("journal's whole", *OURS, 1, 3)
+        finish("both's whole", *range(7))
+        interrupt("journal", *OURS)
+        shutil.copytree(made / "finished", tmp_path / "both")
+        interrupt("both", 3, 6)
+        (made / "nothing").mkdir()
+
+    def copy(name: str) -> Path:
+        root = tmp_path / "root"
+        shutil.copytree(made / name, root)
+        shutil.copytree(
+            made / "theirs", root / ".pulled", ignore=shutil.ignore_patterns("*.md", "*.yaml")
+        )
+        return root
+
+    return copy
+
+
+def _cut_off(*_: Any, **__: Any) -> None:
+    raise RuntimeError("cut off")
+
+
+@pytest.mark.parametrize(
+    "death", DEATHS, ids=lambda death: f"{death.point}-{death.moment}-{death.passage}"
+)
+@pytest.mark.parametrize("name", ["nothing", "finished", "journal", "both"])
+def test_merging_goes_on_after_a_kill(
+    processes: Processes, start: Callable[[str], Path], made: Path, name: str, death: Death
+) -> None:
+    root = start(name)
+    ended = processes.run(["finalize", str(root)], sync_seconds=0.0, death=death)
+    if ended.exitcode != -9:
+        # A run that is taken over as a whole has no row groups, and some files fewer to rename.
+        assert name == "nothing" and ended.exitcode == 0, ended.printed
+    elif main(["finalize", str(root)]) == 2:
+        # Nothing but the end of the removal was left.
+        assert (death.point, death.moment) == ("journal's end", AFTER)
+    assert files_of(root) == files_of(made / f"{name}'s whole")
+    assert main(["verify", str(root)]) == 0
+    assert not (root / ".pulled").exists()
+    assert not (root / ".journal").exists()
