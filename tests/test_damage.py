@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import write_jsonl
+from conftest import REPO, write_jsonl
+from loopback import LoopbackHub
 from qk_sniffer.cli import main
 from readers import error_line, files_of
 from test_resume import interrupt
@@ -44,6 +45,26 @@ def long_texts(tmp_path: Path) -> Path:
     """Rows enough for a journal and files of 5 MB each."""
     rows = [{"id": i, "text": f"text {i} " + "abcdefg " * 20} for i in range(20)]
     return write_jsonl(tmp_path / "long.jsonl", rows)
+
+
+def test_a_disk_that_is_full_of_what_is_pulled(
+    hub: LoopbackHub,
+    predict: Predict,
+    tmp_path: Path,
+    small_disk: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = {"output": {"hf_repo_id": REPO, "hf_branch": "branch"}}
+    assert predict("first", data={"max_samples": 4}, sniffer=output) == 0
+    root = small_disk("150k") / "root"
+    output["output"]["data_root"] = str(root)
+    assert predict(sniffer=output) == 2
+    line = error_line(capsys)
+    assert line.startswith(f"{root}: ")
+    assert "No space left on device; make room or mend the disk, then run the same command" in line
+    small_disk("50m")
+    assert predict(sniffer=output) == 0
+    assert main(["verify", str(root)]) == 0
 
 
 def test_too_little_room_is_seen_at_the_start(

@@ -1,9 +1,11 @@
 """A push that fails, at any request and in any way: nothing is lost, mixed, or sent twice."""
 
+import os
 import re
 import shutil
 from collections import Counter
 from pathlib import Path
+from signal import SIGTERM
 from types import SimpleNamespace
 from typing import Any
 
@@ -268,3 +270,28 @@ def test_a_process_that_is_killed(
     assert holds(hub, whole(new))
     assert not stored_twice(hub)
     assert main(["verify", str(tmp_path / "root")]) == 0
+
+
+def test_sigterm_ends_a_push(
+    hub: LoopbackHub, processes: Processes, command: Command, tmp_path: Path
+) -> None:
+    run, root = (
+        command(sniffer={"output": {"hf_repo_id": REPO, "hf_branch": BRANCH}}),
+        tmp_path / "root",
+    )
+    hub.fail(Fault(*PUT, delay=2.0))
+    signals = [SIGTERM]
+
+    def before(method: str, _: str) -> None:
+        if method == "PUT" and signals:
+            os.kill(process.process.pid, signals.pop())
+
+    hub.before = before
+    process = processes.start(run, environment=environment_of(hub, HUB_TOKEN, tmp_path / "its-cache"))
+    ended = process.wait(30)
+    assert ended.exitcode == 128 + SIGTERM, ended.printed
+    assert "is not published, nothing in it is lost" in ended.printed
+    assert f"publish it with: `qk-sniffer push {root}`" in ended.printed
+    hub.heal()
+    assert main(["push", str(root)]) == 0
+    assert holds(hub, whole(root))

@@ -48,7 +48,7 @@ def pull(
         UserError: The branch holds something else, it is damaged, or the Hub fails.
     """
     branch = Branch(publication.repo_id, publication.branch)
-    with explained(f"{_FIELD}: {_name(branch)}", "run the same command again"):
+    with explained(f"{_FIELD}: {_name(branch)}", "run the same command again", data_root):
         head = branch.head()
         if overwrite or publication.replaces != head:
             # A run that begins to replace it may go on without overwrite.

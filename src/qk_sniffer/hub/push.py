@@ -62,7 +62,7 @@ def push(data_root: Path, publication: Publication) -> None:
     again = f"`qk-sniffer push {shlex.quote(str(data_root))}`"
     what = f"sniffer.output.hf_repo_id: {publication.repo_id}"
     try:
-        with explained(what, f"publish {data_root} with {again}"):
+        with explained(what, f"publish {data_root} with {again}", data_root):
             _until_unmoved(lambda: _push_branch(data_root, publication), what, again)
             _until_unmoved(lambda: _push_index(publication), what, again)
     except UserError as error:

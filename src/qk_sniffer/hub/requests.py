@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import errors
@@ -64,12 +65,13 @@ def status_of(error: BaseException) -> int | None:
 
 
 @contextmanager
-def explained(what: str, remedy: str) -> Iterator[None]:
-    """Turn what the client raises into a ``UserError``.
+def explained(what: str, remedy: str, directory: Path | None = None) -> Iterator[None]:
+    """Turn what the client raises, and what a disk refuses it, into a ``UserError``.
 
     Args:
         what: The config field, and what was asked for.
         remedy: How to go on once the fault is gone.
+        directory: Where files are written.
     """
     try:
         yield
@@ -79,7 +81,7 @@ def explained(what: str, remedy: str) -> Iterator[None]:
         source = _source(error)
         if source is None and isinstance(error, OSError) and error.errno:
             raise UserError(
-                f"{error.filename or what}: {error.strerror}; make room or mend the disk, then {remedy}"
+                f"{directory or what}: {error.strerror}; make room or mend the disk, then {remedy}"
             ) from error
         if source is None:
             raise
