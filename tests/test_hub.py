@@ -191,6 +191,25 @@ def test_nothing_new_makes_no_commit(hub: LoopbackHub, predict: Run, tmp_path: P
     assert max(rows.values()) == 1
 
 
+def test_a_push_restores_what_was_changed_by_hand(
+    hub: LoopbackHub, predict: Run, tmp_path: Path
+) -> None:
+    assert predict(sniffer=output()) == 0
+    there = hub.files(REPO, BRANCH)
+    manifest = json.loads(there["manifest.json"])
+    manifest["heads"]["l00h00q"]["xxh3_128"] = "0" * 32
+    changed = {
+        "l00h00q/data.parquet": bytes(len(there["l00h00q/data.parquet"])),
+        "manifest.json": json.dumps(manifest).encode(),
+        "l00h01q/data.parquet": b"shorter",
+        "l00h02q/data.parquet": None,
+        "l07h00q/data.parquet": b"of no head",
+    }
+    hub.commit(REPO, BRANCH, changed)
+    assert main(["push", str(tmp_path / "root")]) == 0
+    published(hub, tmp_path / "root")
+
+
 def subset(texts: list[dict[str, Any]], path: Path, *numbers: int) -> dict[str, Any]:
     return {"path": str(write_jsonl(path, [texts[number] for number in numbers])), "batch_size": 1}
 
@@ -232,6 +251,32 @@ def test_local_captures_and_the_branchs_are_joined(
 
 def _fail(*_: Any, **__: Any) -> None:
     raise RuntimeError("cut off")
+
+
+@pytest.mark.parametrize(
+    "cut_off", ["qk_sniffer.callback.finalize", "qk_sniffer.storage.finalizing._end"]
+)
+def test_what_waits_to_be_merged_stays_when_the_branch_moves(
+    hub: LoopbackHub,
+    predict: Run,
+    tmp_path: Path,
+    texts: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    cut_off: str,
+) -> None:
+    path = tmp_path / "some.jsonl"
+    assert predict("whole", data=subset(texts, path, 0, 1, 2, 4, 5, 6)) == 0
+    assert predict("theirs", data=subset(texts, path, 0, 1), sniffer=output()) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(f"qk_sniffer.{cut_off}", _fail)
+        with pytest.raises(RuntimeError, match="cut off"):
+            predict("ours", data=subset(texts, path, 0, 1, 2), sniffer=output())
+    assert (tmp_path / "ours" / ".pulled").exists()
+    anew = output(overwrite=True)
+    assert predict("theirs", data=subset(texts, path, 4, 5), sniffer=anew) == 0
+    assert predict("ours", data=subset(texts, path, 6), sniffer=output()) == 0
+    assert local_rows(tmp_path / "ours") == local_rows(tmp_path / "whole")
+    published(hub, tmp_path / "ours")
 
 
 def test_token_strings_and_several_row_groups_are_joined(
@@ -444,6 +489,26 @@ def test_a_card_is_edited_here_on_the_hub_or_at_both(
     assert local.read_text().endswith("Fourth, there.\n")
     assert (root / "README.local.md").read_text().endswith("Fourth, here.\n")
     assert "edited here and on the Hub" in caplog.text
+
+
+def test_a_card_with_broken_yaml_is_named(
+    hub: LoopbackHub, predict: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(sniffer=output()) == 0
+    root, broken = tmp_path / "root", b"---\nlicense: [\n---\n"
+    hub.commit(REPO, BRANCH, {"README.md": broken})
+    capsys.readouterr()
+    assert main(["push", str(root)]) == 2
+    line = error_line(capsys)
+    assert line.startswith(
+        f"{REPO}, branch {BRANCH}: README.md: the YAML between its --- lines is broken"
+    )
+    (root / "README.md").write_bytes(broken)
+    assert predict(data={"max_samples": 2}, sniffer=output(overwrite=True)) == 2
+    line = error_line(capsys)
+    assert line.startswith("README.md: the YAML between its --- lines is broken")
+    (root / "README.md").unlink()
+    assert main(["finalize", str(root)]) == 0
 
 
 def test_the_card_tells_what_was_captured(hub: LoopbackHub, predict: Run, tmp_path: Path) -> None:

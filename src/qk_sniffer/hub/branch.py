@@ -27,7 +27,7 @@ Operation = CommitOperationAdd | CommitOperationDelete
 MAIN = "main"
 _CONFLICT = (409, 412)
 _DOWNLOADS_AT_ONCE = 8
-_FILES_AT_ONCE, _BYTES_AT_ONCE = 64, 2**30
+_FILES_AT_ONCE, _BYTES_AT_ONCE = 256, 2**30
 """What is uploaded between two steps of the progress bar."""
 
 

@@ -121,14 +121,22 @@ def _join_cards(
     """Write the data root's card as it will be on the branch, with what a person added there."""
     path = data_root / CARD_FILE
     ours = path.read_text(encoding="utf-8")
-    existing = ours
-    if theirs is not None and own_part(theirs) not in ("", publication.card):
+    existing: str | None = ours
+    their_part = "" if theirs is None else _own_part_of_branch(theirs, publication)
+    if their_part not in ("", publication.card):
         existing = theirs
-        if own_part(ours) not in ("", publication.card, own_part(theirs)):
+        if own_part(ours) not in ("", publication.card, their_part):
             aside = path.with_suffix(".local.md")
             write_text(aside, ours)
             log.warning("%s: edited here and on the Hub; the Hub's text is kept, see %s", path, aside)
     write_text(path, render_card(manifest, existing, publication.place))
+
+
+def _own_part_of_branch(card: str, publication: Publication) -> str:
+    try:
+        return own_part(card)
+    except UserError as error:
+        raise UserError(f"{publication.repo_id}, branch {publication.branch}: {error}") from error
 
 
 def _operations(

@@ -1,13 +1,7 @@
 """Bytes on disk: the journal of a running capture, Parquet files, manifest and dataset card."""
 
-from qk_sniffer.storage.card import (
-    Place,
-    compose_card,
-    describe_run,
-    own_part,
-    render_card,
-    shown_names,
-)
+from qk_sniffer.storage.card import Place, describe_run, render_card, shown_names
+from qk_sniffer.storage.card_parts import compose_card, own_part
 from qk_sniffer.storage.data_root import (
     EarlierRun,
     check_space,

@@ -1,26 +1,14 @@
-"""The dataset card: the YAML that lets datasets load a head by name, and a page for a reader.
-
-What is generated stands between two marks; a person's own text around them, and their own fields in the
-YAML, stay when a card is written anew.
-"""
+"""The dataset card: the YAML that lets datasets load a head by name, and a page for a reader."""
 
 import itertools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import DatasetCard, DatasetCardData
+from qk_sniffer.storage.card_parts import compose_card
+from qk_sniffer.storage.schema import DATA_FILE, EXAMPLES_DIRECTORY
 
-from qk_sniffer.errors import UserError, first_line
-from qk_sniffer.storage.schema import CARD_FILE, DATA_FILE, EXAMPLES_DIRECTORY
-
-_BEGIN = "<!-- qk-sniffer begin: text up to the end mark is written anew, write yours outside -->"
-_END = "<!-- qk-sniffer end -->"
-
-GENERATED_FIELDS = ("size_categories", "configs")
-_TAGS = ("attention", "interpretability", "qk-sniffer")
 _SIZES = ("n<1K", *(f"{i}<n<{j}" for i, j in itertools.pairwise(
     ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"))), "n>1T")  # fmt: skip
 _MOST_BUCKETS = 24
@@ -72,68 +60,8 @@ def render_card(
         }
         for name, file in files.items()
     ]
-    values = ([_size_category(_rows(manifest))], configs)
-    return compose_card(
-        existing, dict(zip(GENERATED_FIELDS, values, strict=True)), _body(manifest, place)
-    )
-
-
-def compose_card(existing: str | None, fields: Mapping[str, Any], generated: str) -> str:
-    """A card with new generated fields and text, that keeps what a person has added.
-
-    Args:
-        existing: The card that is there; one without marks is all a person's own.
-        fields: What the YAML is to say besides a licence and tags.
-        generated: The text between the marks.
-
-    Raises:
-        UserError: The YAML of the existing card is broken.
-    """
-    card = _parse(existing or "")
-    data = card.data.to_dict()
-    if "license" not in data:
-        data |= {"license": "other", "license_name": "terms-of-model-and-dataset"}
-    data["tags"] = [*dict.fromkeys([*(data.get("tags") or ()), *_TAGS])]
-    data.update(fields)
-    before, after = own_text(existing or "")
-    parts = (before, f"{_BEGIN}\n\n{generated.strip()}\n\n{_END}", after)
-    text = "\n\n".join(part for part in parts if part)
-    return f"---\n{DatasetCardData(**data).to_yaml()}\n---\n\n{text}\n"
-
-
-def own_part(card: str) -> str:
-    """The fields and the text that a person has added to a card, to compare; empty where none."""
-    fields = _parse(card).data.to_dict()
-    plain = _parse(compose_card(None, {}, "")).data.to_dict()
-    own = {
-        name: value
-        for name, value in fields.items()
-        if name not in GENERATED_FIELDS and value != plain.get(name)
-    }
-    text = own_text(card)
-    return json.dumps([own, text], sort_keys=True, default=str) if own or any(text) else ""
-
-
-def own_text(card: str) -> tuple[str, str]:
-    """What a person wrote in a card before and behind the generated part."""
-    text = _parse(card).text
-    before, mark, rest = text.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if mark and not end:
-        # Someone has cut the end mark away: what follows can't be told from the generated part.
-        after = ""
-    return before.strip(), after.strip()
-
-
-def _parse(card: str) -> Any:
-    try:
-        # An empty block, where there is none, keeps the client from warning of its absence.
-        return DatasetCard(card if card.startswith("---") else f"---\n{{}}\n---\n{card}")
-    except Exception as error:
-        raise UserError(
-            f"{CARD_FILE}: the YAML between its --- lines is broken ({first_line(error)}); mend it, or "
-            "remove the file to have it written anew"
-        ) from error
+    fields = {"size_categories": [_size_category(_rows(manifest))], "configs": configs}
+    return compose_card(existing, fields, _body(manifest, place))
 
 
 def _rows(manifest: Mapping[str, Any]) -> int:
