@@ -253,9 +253,7 @@ def _fail(*_: Any, **__: Any) -> None:
     raise RuntimeError("cut off")
 
 
-@pytest.mark.parametrize(
-    "cut_off", ["qk_sniffer.callback.finalize", "qk_sniffer.storage.finalizing._end"]
-)
+@pytest.mark.parametrize("cut_off", ["callback.finalize", "storage.finalizing._end"])
 def test_what_waits_to_be_merged_stays_when_the_branch_moves(
     hub: LoopbackHub,
     predict: Run,
