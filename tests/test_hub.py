@@ -364,6 +364,8 @@ def test_a_new_branch_begins_empty(hub: LoopbackHub, predict: Run, tmp_path: Pat
     hub.commit(REPO, "main", {"data.csv": b"1,2", "README.md": b"About my data."})
     assert predict(sniffer=output()) == 0
     published(hub, tmp_path / "root")
+    _, first = hub.commits(REPO, BRANCH)
+    assert set(first.tree) == {".gitattributes"}
     main_files = hub.files(REPO, "main")
     assert main_files["data.csv"] == b"1,2"
     assert "About my data." in main_files["README.md"].decode()

@@ -111,6 +111,8 @@ def test_a_fault_that_lasts(
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("qk-sniffer: error: sniffer.output.hf_")
     assert f"`qk-sniffer push {root}`" in line
+    if fault.status in (401, 403, 404) and stage != PUT:
+        assert fault._met == 1, "what is refused is not asked again"
     assert hub.files(REPO, BRANCH) == old or holds(hub, rows)
     if stage != MANIFEST:
         assert (stage == INDEX or fault.done) == holds(hub, rows)
