@@ -348,6 +348,28 @@ def test_an_overwriting_run_that_was_cut_off_goes_on(
     published(hub, tmp_path / "second")
 
 
+def test_an_overwriting_run_takes_up_what_came_in_between(
+    hub: LoopbackHub,
+    predict: Run,
+    tmp_path: Path,
+    texts: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, capture = tmp_path / "some.jsonl", {"capture": {"heads": [1]}}
+    anew = output(overwrite=True) | capture
+    assert predict("first", data=subset(texts, path, 0), sniffer=output()) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("qk_sniffer.callback.finalize", _fail)
+        with pytest.raises(RuntimeError, match="cut off"):
+            predict("second", data=subset(texts, path, 0), sniffer=anew)
+    assert predict("third", data=subset(texts, path, 1, 2), sniffer=anew) == 0
+    capsys.readouterr()
+    assert predict("second", data=subset(texts, path, 0, 1, 2, 3), sniffer=output() | capture) == 0
+    assert "second: going on after 3 texts" in capsys.readouterr().out
+    published(hub, tmp_path / "second")
+
+
 def test_a_branch_with_someones_files_is_refused(
     hub: LoopbackHub, predict: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
