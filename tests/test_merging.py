@@ -1,5 +1,6 @@
 """A run that was pulled is merged, killed at any moment of it and begun again."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -100,3 +101,14 @@ def test_merging_goes_on_after_a_kill(
     assert main(["verify", str(root)]) == 0
     assert not (root / ".pulled").exists()
     assert not (root / ".journal").exists()
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_what_is_joined_is_as_complete_as_its_parts(
+    start: Callable[[str], Path], complete: bool
+) -> None:
+    root = start("finished")
+    pulled = root / ".pulled" / "manifest.json"
+    pulled.write_text(json.dumps(json.loads(pulled.read_text()) | {"complete": complete}))
+    assert main(["finalize", str(root)]) == 0
+    assert json.loads((root / "manifest.json").read_text())["complete"] is complete
