@@ -45,8 +45,7 @@ class Moved(Exception):
 class Branch:
     """A branch that may not be there yet, nor its repository.
 
-    All methods but ``upload`` and ``commit`` try again while the Hub fails for a moment, and raise what
-    the client raises.
+    All methods try again while the Hub fails for a moment, and raise what the client raises.
 
     Args:
         repo_id: The dataset.
@@ -151,10 +150,7 @@ class Branch:
                 pool.shutdown(cancel_futures=True)
 
     def upload(self, operations: Sequence[Operation]) -> None:
-        """Send the contents of large files, which a commit then names; what the Hub has is not sent.
-
-        The client tries again by itself.
-        """
+        """Send the contents of large files, which a commit then names; what the Hub has is not sent."""
         files = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
         total = sum(file.upload_info.size for file in files)
         with (
@@ -162,13 +158,15 @@ class Branch:
             tqdm(desc="Uploading", total=total, unit="B", unit_scale=True) as bar,
         ):
             for some in _portions(files):
-                self._api.preupload_lfs_files(
+                send = partial(
+                    self._api.preupload_lfs_files,
                     self.repo_id,
                     additions=some,
                     repo_type="dataset",
                     revision=self.name,
                     free_memory=False,
                 )
+                retried(send)
                 bar.update(sum(file.upload_info.size for file in some))
 
     def commit(self, operations: Sequence[Operation], message: str, text: str, parent: str) -> None:
