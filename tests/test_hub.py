@@ -317,8 +317,12 @@ def test_other_weights_are_refused(
     manifest["fingerprint"]["model.weights"] = "other"
     hub.commit(REPO, BRANCH, {"manifest.json": json.dumps(manifest).encode()})
     capsys.readouterr()
-    assert predict("second", sniffer=output()) == 2
-    assert 'model.weights is "other" there' in error_line(capsys)
+    for data_root in ("first", "second"):
+        assert predict(data_root, sniffer=output()) == 2
+        line = error_line(capsys)
+        assert 'model.weights is "other" there' in line
+        assert "qk-sniffer push" not in line, "it was told at the end only"
+    assert (tmp_path / "second" / ".pulled").exists()
 
 
 def test_overwrite_replaces_the_branch_in_one_commit(

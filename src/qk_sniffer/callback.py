@@ -286,7 +286,8 @@ class SnifferCallback(pl.Callback):
             self.data_root, run_settings, output.hf_repo_id, output.hf_branch, output.private
         )
         check_access(publication, "set it to null and publish later with `qk-sniffer push`")
-        pull(self.data_root, publication, fingerprint(run_settings), overwrite=output.overwrite)
+        known = fingerprint(run_settings) | dict(earlier.fingerprint if earlier else {})
+        pull(self.data_root, publication, known, overwrite=output.overwrite)
         publication.write(self.data_root)
         return self.earlier_run(module, data)
 
