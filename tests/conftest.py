@@ -26,7 +26,7 @@ from loopback import LoopbackHub, client_of
 from qk_sniffer.cli import main
 
 Run = Callable[..., int]
-Command = Callable[..., list[str]]
+WriteRun = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -94,7 +94,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 @pytest.fixture
-def command(model_dir: Callable[[str], Path], text_file: Path, tmp_path: Path) -> Command:
+def write_run(model_dir: Callable[[str], Path], text_file: Path, tmp_path: Path) -> WriteRun:
     """Write a config with some sections changed; gives the arguments of its run."""
 
     def write(root: str = "root", *, family: str = "llama", **sections: dict[str, Any]) -> list[str]:
@@ -117,9 +117,9 @@ def command(model_dir: Callable[[str], Path], text_file: Path, tmp_path: Path) -
 
 
 @pytest.fixture
-def predict(command: Command) -> Run:
+def predict(write_run: WriteRun) -> Run:
     """Run ``qk-sniffer predict --config FILE`` with some sections changed; gives the exit status."""
-    return lambda *args, **sections: main(command(*args, **sections))
+    return lambda *args, **sections: main(write_run(*args, **sections))
 
 
 HUB_TOKEN = "hf_MarkedToken0123456789"

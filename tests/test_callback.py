@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,9 @@ def test_a_signal_leaves_whole_batches(
     command += ["--data.streaming", "true", "--sniffer.output.data_root", str(root)]
     command += ["--sniffer.capture.sampler.type", "all", "--trainer.accelerator", "cpu"]
     commits = root / ".journal" / "rank-00000" / "commits.jsonl"
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # Whoever runs the tests in the background of a shell has SIGINT ignored, and so would they.
+    heeded = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeded) as process:
         try:
             deadline = time.monotonic() + 120
             while not (commits.exists() and commits.read_text().count("\n") >= 20):

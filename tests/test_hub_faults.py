@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import HUB_TOKEN, REPO, Command, Run
+from conftest import HUB_TOKEN, REPO, Run, WriteRun
 from killing import Processes
 from loopback import Fault, LoopbackHub, environment_of
 from qk_sniffer.cli import main
@@ -244,7 +244,7 @@ def test_a_process_that_is_killed(
     hub: LoopbackHub,
     old_and_new: tuple[dict[str, bytes], Path],
     processes: Processes,
-    command: Command,
+    write_run: WriteRun,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     stage: tuple[str, str],
@@ -252,7 +252,7 @@ def test_a_process_that_is_killed(
 ) -> None:
     """Killed when one of its requests arrives, as it pulls or pushes; the same command goes on."""
     old, new = old_and_new
-    run = command(sniffer={"output": {"hf_repo_id": REPO, "hf_branch": BRANCH}})
+    run = write_run(sniffer={"output": {"hf_repo_id": REPO, "hf_branch": BRANCH}})
     passed: list[str] = []
 
     def before(method: str, path: str) -> None:
@@ -275,7 +275,7 @@ def test_a_process_that_is_killed(
 
 
 def test_sigterm_ends_a_push(
-    hub: LoopbackHub, processes: Processes, command: Command, tmp_path: Path
+    hub: LoopbackHub, processes: Processes, write_run: WriteRun, tmp_path: Path
 ) -> None:
     run, root = (
         command(sniffer={"output": {"hf_repo_id": REPO, "hf_branch": BRANCH}}),

@@ -597,7 +597,7 @@ def test_the_first_process_pulls_and_pushes_for_all(
     more = new_run(output=output | {"hf_branch": "other"})
     first, second = more.run(2, variables)
     assert (first.exitcode, second.exitcode) == (2, 0)
-    assert f"`qk-sniffer push {more.root}`" in first.printed.splitlines()[-1]
+    assert f"`qk-sniffer push {more.root}`" in first.printed
 
 
 def test_all_processes_end_where_the_hub_refuses(
