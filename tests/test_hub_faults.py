@@ -277,10 +277,8 @@ def test_a_process_that_is_killed(
 def test_sigterm_ends_a_push(
     hub: LoopbackHub, processes: Processes, write_run: WriteRun, tmp_path: Path
 ) -> None:
-    run, root = (
-        command(sniffer={"output": {"hf_repo_id": REPO, "hf_branch": BRANCH}}),
-        tmp_path / "root",
-    )
+    run = write_run(sniffer={"output": {"hf_repo_id": REPO, "hf_branch": BRANCH}})
+    root = tmp_path / "root"
     hub.fail(Fault(*PUT, delay=2.0))
     signals = [SIGTERM]
 
