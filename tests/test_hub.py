@@ -210,6 +210,52 @@ def test_a_push_restores_what_was_changed_by_hand(
     published(hub, tmp_path / "root")
 
 
+def test_damaged_files_are_not_published(
+    hub: LoopbackHub, predict: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict() == 0
+    file = tmp_path / "root" / "l00h00q" / "data.parquet"
+    capsys.readouterr()
+    for damage in (lambda: file.write_bytes(file.read_bytes()[:-1]), file.unlink):
+        damage()
+        assert main(["push", str(tmp_path / "root"), "--hf_repo_id", REPO]) == 2
+        assert error_line(capsys).startswith(f"{file}: damaged, it is not what the manifest describes")
+    assert not [request for request in hub.requests if request.method == "PUT"]
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "message"),
+    [
+        (
+            "examples/data.parquet",
+            b"garbage",
+            "examples/data.parquet is not what its manifest describes",
+        ),
+        ("l00h00q/data.parquet", b"", "l00h00q/data.parquet is not what its manifest describes"),
+        ("l00h00q/data.parquet", None, "l00h00q/data.parquet is missing, which its manifest names"),
+        ("manifest.json", b'{"fingerprint": {}, "heads": {}}', "holds files that are no capture"),
+        ("manifest.json", b"{", "holds files that are no capture"),
+    ],
+)
+def test_a_branch_that_was_damaged_by_hand_is_named(
+    hub: LoopbackHub,
+    predict: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    path: str,
+    content: bytes | None,
+    message: str,
+) -> None:
+    assert predict("first", sniffer=output()) == 0
+    hub.commit(REPO, BRANCH, {path: content})
+    capsys.readouterr()
+    assert predict("second", sniffer=output()) == 2
+    line = error_line(capsys)
+    assert line.startswith(f"sniffer.output.hf_branch: {REPO}, branch {BRANCH}")
+    assert message in line
+    assert predict("third", sniffer=output("another")) == 0
+
+
 def subset(texts: list[dict[str, Any]], path: Path, *numbers: int) -> dict[str, Any]:
     return {"path": str(write_jsonl(path, [texts[number] for number in numbers])), "batch_size": 1}
 
@@ -321,8 +367,9 @@ def test_other_weights_are_refused(
         assert predict(data_root, sniffer=output()) == 2
         line = error_line(capsys)
         assert 'model.weights is "other" there' in line
+        assert line.startswith("sniffer.output.hf_branch: ")
         assert "qk-sniffer push" not in line, "it was told at the end only"
-    assert (tmp_path / "second" / ".pulled").exists()
+    assert predict("second", sniffer=output("another")) == 0
 
 
 def test_overwrite_replaces_the_branch_in_one_commit(
@@ -336,6 +383,20 @@ def test_overwrite_replaces_the_branch_in_one_commit(
     assert queries_of(hub) == {f"l0{layer}h01q" for layer in range(4)}
     assert hub.files(REPO, BRANCH)["figure.png"] == b"a person's"
     assert len(hub.commits(REPO, BRANCH)) == n_commits + 1
+
+
+def test_an_overwriting_run_that_never_began_gives_nothing_up(
+    hub: LoopbackHub, predict: Run, tmp_path: Path, texts: list[dict[str, Any]]
+) -> None:
+    path = tmp_path / "some.jsonl"
+    assert predict("whole", data=subset(texts, path, 0, 1, 2)) == 0
+    assert predict("ours", data=subset(texts, path, 0), sniffer=output()) == 0
+    assert predict("theirs", data=subset(texts, path, 0, 1, 2), sniffer=output()) == 0
+    wrong = output(overwrite=True) | {"capture": {"heads": [99]}}
+    assert predict("ours", data=subset(texts, path, 0), sniffer=wrong) == 2
+    assert main(["push", str(tmp_path / "ours")]) == 0
+    assert local_rows(tmp_path / "ours") == local_rows(tmp_path / "whole")
+    published(hub, tmp_path / "ours")
 
 
 def test_an_overwriting_run_that_was_cut_off_goes_on(
@@ -379,10 +440,16 @@ def test_a_branch_with_someones_files_is_refused(
 ) -> None:
     hub.add_repo(REPO)
     hub.add_branch(REPO, BRANCH)
-    hub.commit(REPO, BRANCH, {"thesis.tex": b"hers"})
+    hers = {"thesis.tex": b"hers", "README.md": b"About it."}
+    hub.commit(REPO, BRANCH, hers)
     assert predict(sniffer=output()) == 2
     assert "holds files that are no capture; name another branch" in error_line(capsys)
-    assert "thesis.tex" in hub.files(REPO, BRANCH)
+    assert hub.files(REPO, BRANCH).items() >= hers.items()
+    assert predict(sniffer=output(overwrite=True)) == 0
+    there = hub.files(REPO, BRANCH)
+    assert there["thesis.tex"] == b"hers"
+    assert "About it." in there["README.md"].decode()
+    assert "l00h00q/data.parquet" in there
 
 
 def test_a_new_branch_begins_empty(hub: LoopbackHub, predict: Run, tmp_path: Path) -> None:
@@ -507,6 +574,12 @@ def test_a_card_is_edited_here_on_the_hub_or_at_both(
     hub.commit(REPO, BRANCH, {"README.md": card.replace(b"Second, here.", b"Third, there.")})
     assert main(["push", str(root)]) == 0
     assert local.read_text().endswith("Third, there.\n")
+    hub.commit(REPO, BRANCH, {"README.md": card.replace(b"Second, here.", b"")})
+    assert main(["push", str(root)]) == 0
+    assert "here." not in local.read_text()
+    assert "there." not in local.read_text()
+    hub.commit(REPO, BRANCH, {"README.md": card.replace(b"Second, here.", b"Third, there.")})
+    assert main(["push", str(root)]) == 0
     assert not (root / "README.local.md").exists()
     card = hub.files(REPO, BRANCH)["README.md"]
     hub.commit(REPO, BRANCH, {"README.md": card.replace(b"Third, there.", b"Fourth, there.")})
@@ -535,6 +608,11 @@ def test_a_card_with_broken_yaml_is_named(
     assert line.startswith("README.md: the YAML between its --- lines is broken")
     (root / "README.md").unlink()
     assert main(["finalize", str(root)]) == 0
+    (root / "README.md").unlink()
+    hub.commit(REPO, BRANCH, {"README.md": None})
+    hub.commit(REPO, "main", {"README.md": broken})
+    assert main(["push", str(root)]) == 2
+    assert error_line(capsys).startswith(f"{REPO}, branch main: README.md: the YAML between its ---")
 
 
 def test_the_card_tells_what_was_captured(hub: LoopbackHub, predict: Run, tmp_path: Path) -> None:
@@ -578,7 +656,7 @@ def _table(text: str, head: str) -> list[list[str]]:
 
 
 def test_private_stays_private(
-    hub: LoopbackHub, predict: Run, capsys: pytest.CaptureFixture[str]
+    hub: LoopbackHub, predict: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert predict(data={"max_samples": 2}, sniffer=output(private=True)) == 0
     assert hub.is_private(REPO)
@@ -588,6 +666,9 @@ def test_private_stays_private(
     capsys.readouterr()
     assert predict("second", sniffer={"output": {"hf_repo_id": "lab/open", "private": True}}) == 2
     assert error_line(capsys).startswith("sniffer.output.private: true, but lab/open is public")
+    assert main(["push", str(tmp_path / "root"), "--hf_repo_id", "lab/open"]) == 0
+    assert main(["push", str(tmp_path / "root"), "--private"]) == 2
+    assert main(["push", str(tmp_path / "root"), "--no-private"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -673,7 +754,9 @@ def test_the_token_is_nowhere(
     hub.add_user("someone", token)
     with client_of(hub, token, tmp_path / "its-cache"):
         assert predict(data={"revision": token}, sniffer=output(private=True)) == 0
-        hub.fail(Fault("POST", "/commit/", status=403, message=f"the token {token} is bad"))
+        said = f"the token {token} is bad"
+        hub.fail(Fault("POST", "/commit/", status=503, message=said, times=1))
+        hub.fail(Fault("POST", "/commit/", status=403, message=said))
         assert predict("second", sniffer=output("other")) == 2
     printed = "".join(capfd.readouterr())
     assert "the token may not write there (403 the token <token> is bad)" in printed

@@ -3,9 +3,10 @@
 import os
 import re
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
-from signal import SIGTERM
+from signal import SIGINT, SIGTERM
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,8 @@ from conftest import HUB_TOKEN, REPO, Run, WriteRun
 from killing import Processes
 from loopback import Fault, LoopbackHub, environment_of
 from qk_sniffer.cli import main
+from qk_sniffer.errors import UserError
+from qk_sniffer.hub.requests import explained
 from readers import error_line
 
 BRANCH = "branch"
@@ -188,6 +191,43 @@ def test_a_run_that_cannot_be_pushed_keeps_its_rows(
     assert main(["push", str(tmp_path / "root")]) == 0
     assert holds(hub, whole(tmp_path / "root"))
     assert not [request for request in hub.requests if request.method == "PUT"]
+
+
+def test_the_hubs_own_limit_is_waited_for(
+    hub: LoopbackHub, old_and_new: tuple[dict[str, bytes], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("qk_sniffer.hub.requests.time", SimpleNamespace(sleep=waits.append))
+    limit = {"RateLimit": '"api";r=0;t=200', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
+    hub.fail(Fault(*COMMIT, status=429, headers=limit, times=1))
+    assert main(["push", str(old_and_new[1]), *TARGET]) == 0
+    assert waits == [201.0]
+
+
+def test_a_lost_uploader_is_told() -> None:
+    """What the client's own uploader raises has no answer of the Hub in it."""
+    with (
+        pytest.raises(UserError, match=r"no connection to the Hub \(gone away\); see .* then push"),
+        explained("sniffer.output.hf_repo_id: a/b", "push"),
+    ):
+        raise ConnectionError("gone away")
+
+
+def test_ctrl_c_ends_a_pull_that_waits(
+    hub: LoopbackHub,
+    old_and_new: tuple[dict[str, bytes], Path],
+    processes: Processes,
+    write_run: WriteRun,
+    tmp_path: Path,
+) -> None:
+    run = write_run(sniffer={"output": {"hf_repo_id": REPO, "hf_branch": BRANCH}})
+    hub.fail(Fault("GET", "/cdn/", status=429, headers={"Retry-After": "200"}))
+    process = processes.start(run, environment=environment_of(hub, HUB_TOKEN, tmp_path / "its-cache"))
+    deadline = time.monotonic() + 30
+    while "Waiting 201.0s before retry" not in process.printed and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.process.pid, SIGINT)
+    assert process.wait(20).exitcode not in (0, None)
 
 
 @pytest.mark.parametrize("status", [401, 404, 500, 503])

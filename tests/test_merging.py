@@ -6,11 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from conftest import Run, write_jsonl
 from killing import AFTER, BEFORE, HALFWAY, Death, Processes
 from qk_sniffer.cli import main
+from qk_sniffer.storage import StoredRows, checksum
 from readers import files_of
 
 DEATHS = [
@@ -112,3 +117,56 @@ def test_what_is_joined_is_as_complete_as_its_parts(
     pulled.write_text(json.dumps(json.loads(pulled.read_text()) | {"complete": complete}))
     assert main(["finalize", str(root)]) == 0
     assert json.loads((root / "manifest.json").read_text())["complete"] is complete
+
+
+@pytest.mark.parametrize("name", ["finished", "journal"])
+@pytest.mark.parametrize("superset", [True, False])
+def test_what_was_captured_here_stays(
+    start: Callable[[str], Path], made: Path, name: str, superset: bool
+) -> None:
+    """The vectors of the pulled run are others, and it has all examples or some of them."""
+    root = start(name)
+    pulled = root / ".pulled"
+    if superset:
+        shutil.rmtree(pulled)
+        shutil.copytree(made / "finished's whole", pulled)
+    manifest = json.loads((pulled / "manifest.json").read_text())
+    for head, facts in manifest["heads"].items():
+        facts["xxh3_128"] = _negate(pulled / head / "data.parquet")
+    (pulled / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["finalize", str(root)]) == 0
+    assert main(["verify", str(root)]) == 0
+    ours = pq.read_table(made / "finished" / "examples" / "data.parquet")["example_id"].to_pylist()
+    for path in root.glob("l*/data.parquet"):
+        found = pq.read_table(path)
+        plain = pq.read_table(made / f"{name}'s whole" / path.relative_to(root))
+        is_ours = np.isin(found["example_id"].to_numpy(), ours)
+        vectors = [np.stack(table["vector"].to_numpy()) for table in (found, plain)]
+        np.testing.assert_array_equal(vectors[0], np.where(is_ours[:, None], vectors[1], -vectors[1]))
+
+
+def _negate(path: Path) -> str:
+    """Change the sign of a file's vectors; gives its new checksum."""
+    table = pq.read_table(path)
+    vectors = table["vector"].combine_chunks()
+    column = pa.FixedSizeListArray.from_arrays(pc.negate(vectors.flatten()), type=vectors.type)
+    number = table.schema.get_field_index("vector")
+    # The metadata has the digest of the examples, by which a whole file is known.
+    pq.write_table(table.set_column(number, table.schema.field(number), column), path)
+    return checksum(path)
+
+
+def test_merging_does_not_hold_whole_files(tmp_path: Path) -> None:
+    path = tmp_path / "many.parquet"
+    numbers = np.random.default_rng(0).random(2**23, np.float32)
+    columns = {
+        "example_id": np.arange(2**17, dtype=np.int32),
+        "vector": pa.FixedSizeListArray.from_arrays(numbers, 64),
+    }
+    pq.write_table(pa.table(columns), path, row_group_size=2**12, use_dictionary=False)
+    del columns, numbers
+    rows = StoredRows(path, ["vector"])
+    before = pa.total_allocated_bytes()
+    for _ in range(2**17 // 2**12):
+        rows.take(2**12)
+        assert pa.total_allocated_bytes() - before < path.stat().st_size / 3

@@ -30,6 +30,7 @@ from qk_sniffer.storage import (
     EarlierRun,
     check_space,
     clear_data_root,
+    discard_pulled,
     earlier_run,
     finalize,
     prepare_data_root,
@@ -288,7 +289,8 @@ class SnifferCallback(pl.Callback):
         check_access(publication, "set it to null and publish later with `qk-sniffer push`")
         known = fingerprint(run_settings) | dict(earlier.fingerprint if earlier else {})
         pull(self.data_root, publication, known, overwrite=output.overwrite)
-        publication.write(self.data_root)
+        if not output.overwrite:
+            publication.write(self.data_root)
         return self.earlier_run(module, data)
 
     def _leave(self, reason: str | None) -> None:
@@ -317,8 +319,16 @@ class SnifferCallback(pl.Callback):
         """Clear the data root or see that it can be continued, in the first process."""
         if self._earlier is None:
             clear_data_root(self.data_root)
+            if self._publication is not None:
+                # Not before: what the branch holds is given up together with what was here.
+                self._publication.write(self.data_root)
         else:
-            self._earlier.require(self.data_root, header["fingerprint"])
+            try:
+                self._earlier.require(self.data_root, header["fingerprint"])
+            except UserError:
+                if self._earlier.is_pulled:
+                    discard_pulled(self.data_root)
+                raise
         if self.config_yaml is not None:
             write_text(self.data_root / CONFIG_FILE, self.config_yaml)
 

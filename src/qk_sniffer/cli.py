@@ -5,10 +5,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.secrets import redact
+
+if TYPE_CHECKING:
+    from qk_sniffer.hub import Publication
 
 _USAGE = """\
 usage: qk-sniffer COMMAND ...
@@ -79,7 +82,11 @@ def _push(args: list[str]) -> int:
     parser.add_argument("data_root", type=Path, help="directory of the run")
     parser.add_argument("--hf_repo_id", help="Hub dataset, OWNER/NAME; default: the run's")
     parser.add_argument("--hf_branch", help="its branch; default: from the names of model and dataset")
-    parser.add_argument("--private", action="store_true", help="make the dataset private if it is new")
+    parser.add_argument(
+        "--private",
+        action=argparse.BooleanOptionalAction,
+        help="whether the dataset is to be private if it is new",
+    )
     options = parser.parse_args(args)
 
     from qk_sniffer.config import require_hub_names
@@ -97,12 +104,19 @@ def _push(args: list[str]) -> int:
         manifest["settings"],
         options.hf_repo_id or (publication.repo_id if publication else ""),
         options.hf_branch or (publication.branch if publication else None),
-        options.private or (publication is not None and publication.private),
+        _is_private(options, publication),
     )
     check_access(publication, "push later")
     push(data_root, publication)
     sys.stdout.write(published_table(publication.place, manifest) + "\n")
     return 0
+
+
+def _is_private(options: argparse.Namespace, publication: "Publication | None") -> bool:
+    """What the command line says, or else the earlier push to the same dataset."""
+    if options.private is not None or publication is None:
+        return bool(options.private)
+    return publication.private and options.hf_repo_id in (None, publication.repo_id)
 
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -26,6 +26,7 @@ Operation = CommitOperationAdd | CommitOperationDelete
 
 MAIN = "main"
 _CONFLICT = (409, 412)
+_OF_A_MANIFEST = {"complete", "fingerprint", "settings", "layers", "examples", "heads"}
 _DOWNLOADS_AT_ONCE = 8
 _FILES_AT_ONCE, _BYTES_AT_ONCE = 256, 2**30
 """What is uploaded between two steps of the progress bar."""
@@ -128,26 +129,38 @@ class Branch:
             manifest = json.loads(self.text(commit, MANIFEST_FILE) or "null")
         except ValueError:
             return None
-        is_ours = isinstance(manifest, dict) and {"fingerprint", "heads"} <= manifest.keys()
+        is_ours = isinstance(manifest, dict) and manifest.keys() >= _OF_A_MANIFEST
         return manifest if is_ours else None
 
     def download(self, commit: str, paths: Sequence[str], directory: Path) -> None:
-        """Bring files of a commit into a directory; those that are there already stay."""
+        """Bring files of a commit into a directory; those that are there already stay.
+
+        Raises:
+            UserError: One is not there.
+        """
 
         def fetch(path: str) -> None:
-            retried(
-                lambda: self._api.hf_hub_download(
-                    self.repo_id, path, repo_type="dataset", revision=commit, local_dir=directory
-                )
+            ask = partial(
+                self._api.hf_hub_download,
+                self.repo_id,
+                path,
+                repo_type="dataset",
+                revision=commit,
+                local_dir=directory,
             )
-
-        with _bars_of_the_client_off(), ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
             try:
-                done = pool.map(fetch, paths)
-                for _ in tqdm(done, desc="Downloading", total=len(paths), unit="file"):
-                    pass
-            finally:
-                pool.shutdown(cancel_futures=True)
+                retried(ask)
+            except RemoteEntryNotFoundError as error:
+                raise UserError(
+                    f"sniffer.output.hf_branch: {self.repo_id}, branch {self.name}: {path} is missing, "
+                    "which its manifest names; restore it there, or name another branch"
+                ) from error
+
+        # Its threads, unlike those of an executor, keep no one who interrupts a long wait.
+        with _bars_of_the_client_off(), ThreadPool(_DOWNLOADS_AT_ONCE) as pool:
+            done = pool.imap_unordered(fetch, paths)
+            for _ in tqdm(done, desc="Downloading", total=len(paths), unit="file"):
+                pass
 
     def upload(self, operations: Sequence[Operation]) -> None:
         """Send the contents of large files, which a commit then names; what the Hub has is not sent."""

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qk_sniffer.config import require_hub_names
 from qk_sniffer.errors import UserError
-from qk_sniffer.storage import PUBLICATION_FILE, Place, read_json, write_text
+from qk_sniffer.storage import PUBLICATION_FILE, Place, explained_writing, write_text
 
 _FILE_TYPE = re.compile(r"\.(jsonl?|parquet|csv|txt)$")
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._]+")
@@ -66,7 +67,9 @@ class Publication:
 
     def write(self, data_root: Path) -> None:
         """Keep it in a data root."""
-        write_text(data_root / PUBLICATION_FILE, json.dumps(asdict(self), indent=2) + "\n")
+        path = data_root / PUBLICATION_FILE
+        with explained_writing(path, "make room or mend the disk, then try again"):
+            write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, data_root: Path) -> "Publication | None":
@@ -79,8 +82,8 @@ class Publication:
         if not path.exists():
             return None
         try:
-            return cls(**read_json(path))
-        except TypeError as error:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
             raise UserError(
                 f"{path}: damaged, it does not name a repository; remove it, then give "
                 "`qk-sniffer push` --hf_repo_id and --hf_branch"
@@ -94,7 +97,7 @@ def default_branch(settings: Mapping[str, Any]) -> str:
         settings: Its sections model and data.
 
     Raises:
-        UserError: The model has no name.
+        UserError: The model has no name, or one that no branch can have.
     """
     names = (settings["model"].get("name"), settings["data"].get("path"))
     if names[0] is None:
@@ -103,4 +106,6 @@ def default_branch(settings: Mapping[str, Any]) -> str:
             "none; name a branch"
         )
     parts = [_FILE_TYPE.sub("", Path(name).name) for name in names if name is not None]
-    return "-".join(_NOT_IN_A_NAME.sub("-", part).strip("-.") for part in parts)
+    branch = "-".join(_NOT_IN_A_NAME.sub("-", part).strip("-.") for part in parts)
+    require_hub_names(None, branch)
+    return branch

@@ -18,16 +18,22 @@ from qk_sniffer.storage import (
     MANIFEST_FILE,
     PULLED_DIRECTORY,
     PULLING_DIRECTORY,
+    FileFacts,
     checksum,
     differing_settings,
     earlier_run,
     merge_pulled,
     stored_example_ids,
+    sync_directory,
+    sync_file,
     write_text,
 )
 from qk_sniffer.summary import file_progress
 
 _FIELD = "sniffer.output.hf_branch"
+_REMEDY = (
+    "Name another branch, use those settings, or set sniffer.output.overwrite to true to replace it"
+)
 
 
 def pull(
@@ -54,13 +60,21 @@ def pull(
             # A run that begins to replace it may go on without overwrite.
             publication.replaces = head if overwrite else None
         if head is not None and publication.replaces is None:
-            manifest = require_ours(branch, head, fingerprint)
+            manifest = require_ours(branch, head, fingerprint, _REMEDY)
             if manifest is not None:
                 bring(data_root, branch, head, manifest)
 
 
-def require_ours(branch: Branch, head: str, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
+def require_ours(
+    branch: Branch, head: str, fingerprint: Mapping[str, Any], remedy: str
+) -> dict[str, Any] | None:
     """The manifest at the end of a branch; None where nothing was ever pushed there.
+
+    Args:
+        branch: The branch.
+        head: Its end.
+        fingerprint: The settings that it must have; fields that are not known yet are left out.
+        remedy: What to do where it has others.
 
     Raises:
         UserError: It holds a run with other settings, or files of someone.
@@ -74,8 +88,7 @@ def require_ours(branch: Branch, head: str, fingerprint: Mapping[str, Any]) -> d
         return None
     if differing := differing_settings(manifest["fingerprint"], fingerprint):
         raise UserError(
-            f"{_FIELD}: {_name(branch)} holds a run with other settings: {differing}. Name another "
-            "branch, use those settings, or set sniffer.output.overwrite to true to replace it"
+            f"{_FIELD}: {_name(branch)} holds a run with other settings: {differing}. {remedy}"
         )
     return manifest
 
@@ -98,7 +111,7 @@ def bring(data_root: Path, branch: Branch, head: str, manifest: dict[str, Any]) 
     earlier = earlier_run(data_root)
     adds_nothing = there.exists() and checksum(there) == manifest["examples"]["xxh3_128"]
     if not adds_nothing:
-        branch.download(head, [examples], pulling)
+        _download(branch, head, {EXAMPLES_DIRECTORY: manifest["examples"]}, pulling)
         ours = np.empty(0, np.int32) if earlier is None else earlier.example_ids
         adds_nothing = np.isin(stored_example_ids(pulling), ours).all()
     if adds_nothing:
@@ -107,16 +120,35 @@ def bring(data_root: Path, branch: Branch, head: str, manifest: dict[str, Any]) 
     if (earlier is not None and earlier.finalizing) or (data_root / PULLED_DIRECTORY).exists():
         # What is being merged must stay as it is until that is done.
         merge_pulled(data_root, file_progress)
-    branch.download(head, [f"{name}/{DATA_FILE}" for name in manifest["heads"]], pulling)
-    for name, facts in {EXAMPLES_DIRECTORY: manifest["examples"], **manifest["heads"]}.items():
-        if checksum(pulling / name / DATA_FILE) != facts["xxh3_128"]:
-            raise UserError(
-                f"{_FIELD}: {_name(branch)}: {name}/{DATA_FILE} is not what its manifest describes; "
-                "restore it there, or name another branch"
-            )
+    _download(branch, head, manifest["heads"], pulling)
     write_text(pulling / MANIFEST_FILE, json.dumps(manifest))
     pulling.replace(data_root / PULLED_DIRECTORY)
+    sync_directory(data_root)
     return True
+
+
+def _download(branch: Branch, head: str, files: Mapping[str, FileFacts], directory: Path) -> None:
+    """Bring Parquet files, compare them with what a manifest says of them, and sync them.
+
+    Raises:
+        UserError: One is missing or something else.
+    """
+    paths = {f"{name}/{DATA_FILE}": facts["xxh3_128"] for name, facts in files.items()}
+    branch.download(head, [*paths], directory)
+    # One that an earlier attempt left may be that of another commit, when the Hub was not asked.
+    wrong = [path for path, digest in paths.items() if checksum(directory / path) != digest]
+    for path in wrong:
+        (directory / path).unlink()
+    if wrong:
+        branch.download(head, wrong, directory)
+    for path, digest in paths.items():
+        if checksum(directory / path) != digest:
+            raise UserError(
+                f"{_FIELD}: {_name(branch)}: {path} is not what its manifest describes; restore it "
+                "there, or name another branch"
+            )
+        sync_file(directory / path)
+        sync_directory((directory / path).parent)
 
 
 def _name(branch: Branch) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from qk_sniffer.storage import (
     MANIFEST_FILE,
     PULLED_DIRECTORY,
     FileFacts,
+    Place,
+    checksum,
     describe_run,
     merge_pulled,
     own_part,
@@ -38,6 +40,7 @@ from qk_sniffer.summary import file_progress
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 6
+_REMEDY = "Name another branch with --hf_branch"
 _FIRST_FILE = ".gitattributes"
 """What a repository begins with."""
 
@@ -58,11 +61,11 @@ def push(data_root: Path, publication: Publication) -> None:
     """
     require_manifest(data_root)
     _require_merged(data_root)
-    publication.write(data_root)
     again = f"`qk-sniffer push {shlex.quote(str(data_root))}`"
     what = f"sniffer.output.hf_repo_id: {publication.repo_id}"
     try:
         with explained(what, f"publish {data_root} with {again}", data_root):
+            publication.write(data_root)
             _until_unmoved(lambda: _push_branch(data_root, publication), what, again)
             _until_unmoved(lambda: _push_index(publication), what, again)
     except UserError as error:
@@ -102,11 +105,20 @@ def _push_branch(data_root: Path, publication: Publication) -> None:
     head = branch.create(private=publication.private)
     manifest, theirs = require_manifest(data_root), branch.manifest(head)
     if head != publication.replaces:
-        theirs = require_ours(branch, head, manifest["fingerprint"])
+        theirs = require_ours(branch, head, manifest["fingerprint"], _REMEDY)
         if theirs is not None and bring(data_root, branch, head, theirs):
             manifest = merge_pulled(data_root, file_progress)
-    _join_cards(data_root, publication, manifest, branch.text(head, CARD_FILE) if theirs else None)
-    operations = _operations(data_root, manifest, branch.files(head), theirs)
+    is_new = theirs is None and not branch.has_commits(head)
+    card = None if is_new else branch.text(head, CARD_FILE)
+    _join_cards(data_root, publication, manifest, card)
+    there = branch.files(head)
+    operations: list[Operation] = [
+        *(CommitOperationDelete(path, False) for path in _gone(data_root, manifest, there, is_new)),
+        *(
+            CommitOperationAdd(path, data_root / path)
+            for path in _changed(data_root, manifest, there, theirs)
+        ),
+    ]
     if operations:
         branch.upload(operations)
         branch.commit(operations, _title(manifest), describe_run(manifest), head)
@@ -120,60 +132,80 @@ def _join_cards(
 ) -> None:
     """Write the data root's card as it will be on the branch, with what a person added there."""
     path = data_root / CARD_FILE
-    ours = path.read_text(encoding="utf-8")
-    existing: str | None = ours
-    their_part = "" if theirs is None else _own_part_of_branch(theirs, publication)
-    if their_part not in ("", publication.card):
+    ours = path.read_text(encoding="utf-8") if path.exists() else None
+    existing = ours
+    their_part = "" if theirs is None else _own_part_of_branch(theirs, publication.place)
+    if theirs is not None and their_part != publication.card:
         existing = theirs
-        if own_part(ours) not in ("", publication.card, their_part):
+        if ours is not None and own_part(ours) not in ("", publication.card, their_part):
             aside = path.with_suffix(".local.md")
             write_text(aside, ours)
             log.warning("%s: edited here and on the Hub; the Hub's text is kept, see %s", path, aside)
     write_text(path, render_card(manifest, existing, publication.place))
 
 
-def _own_part_of_branch(card: str, publication: Publication) -> str:
+def _own_part_of_branch(card: str, place: Place) -> str:
+    """What a person has added to the card of a branch."""
     try:
         return own_part(card)
     except UserError as error:
-        raise UserError(f"{publication.repo_id}, branch {publication.branch}: {error}") from error
+        raise UserError(f"{place.repo_id}, branch {place.branch}: {error}") from error
 
 
-def _operations(
+def _gone(
+    data_root: Path, manifest: Mapping[str, Any], there: Iterable[str], is_new: bool
+) -> list[str]:
+    """The files of a branch that the data root does not have.
+
+    Other people's files stay, but on a new branch, which has only what its first commit had.
+    """
+    ours = {*_parquet_files(manifest), *_texts(data_root)}
+    return [
+        path
+        for path in there
+        if path not in ours
+        and path != _FIRST_FILE
+        and (is_new or path == CONFIG_FILE or HEAD_DIRECTORY.fullmatch(path.partition("/")[0]))
+    ]
+
+
+def _changed(
     data_root: Path,
     manifest: Mapping[str, Any],
     there: Mapping[str, StoredFile],
     theirs: Mapping[str, Any] | None,
-) -> list[Operation]:
-    """What makes a branch hold the data root.
-
-    Of a branch that is ours other people's files stay; one that was only begun is emptied.
+) -> list[str]:
+    """The files of a data root that a branch does not have as they are.
 
     Args:
         data_root: The data root.
         manifest: Its manifest.
         there: The files of the branch.
         theirs: The manifest of the branch, if it holds a run.
+
+    Raises:
+        UserError: One of them is damaged.
     """
-    facts = _parquet_files(manifest)
-    texts = [path for path in (CARD_FILE, MANIFEST_FILE, CONFIG_FILE) if (data_root / path).exists()]
-    gone = [
-        path
-        for path in there
-        if path not in facts
-        and path not in (*texts, _FIRST_FILE)
-        and (theirs is None or HEAD_DIRECTORY.fullmatch(path.partition("/")[0]))
-    ]
     held = {} if theirs is None else _parquet_files(theirs)
-    same = {path for path in facts if held.get(path) == facts[path] and path in there}
-    same = {path for path in same if there[path].size == facts[path]["bytes"]}
-    same |= {
-        path for path in texts if path in there and there[path].git_id == _git_id(data_root / path)
-    }
-    return [
-        *(CommitOperationDelete(path, is_folder=False) for path in gone),
-        *(CommitOperationAdd(path, data_root / path) for path in (*texts, *facts) if path not in same),
+    changed = [
+        path
+        for path in _texts(data_root)
+        if path not in there or there[path].git_id != _git_id(data_root / path)
     ]
+    for path, facts in _parquet_files(manifest).items():
+        if path not in there or held.get(path) != facts or there[path].size != facts["bytes"]:
+            file = data_root / path
+            if not file.exists() or checksum(file) != facts["xxh3_128"]:
+                raise UserError(
+                    f"{file}: damaged, it is not what the manifest describes; `qk-sniffer verify "
+                    f"{data_root}` tells what else is; restore it from a copy"
+                )
+            changed.append(path)
+    return changed
+
+
+def _texts(data_root: Path) -> list[str]:
+    return [path for path in (CARD_FILE, MANIFEST_FILE, CONFIG_FILE) if (data_root / path).exists()]
 
 
 def _parquet_files(manifest: Mapping[str, Any]) -> dict[str, FileFacts]:
@@ -207,6 +239,7 @@ def _push_index(publication: Publication) -> None:
         if name != MAIN
     ]
     existing = main.text(heads[MAIN], CARD_FILE)
+    _own_part_of_branch(existing or "", Place(publication.repo_id, MAIN))
     card = render_index([(branch, m) for branch, m in manifests if m is not None], existing)
     if card != existing:
         file = CommitOperationAdd(CARD_FILE, card.encode())

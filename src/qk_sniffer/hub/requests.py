@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import errors
+from huggingface_hub.utils import parse_ratelimit_headers
 
 from qk_sniffer.errors import UserError, first_line
+from qk_sniffer.secrets import redact
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,8 @@ def retried(task: Callable[[], T]) -> T:
             if not _may_pass(error):
                 raise
             seconds = min(max(wait, _retry_after(error)), _LONGEST_WAIT)
-            log.warning("%s; trying again in %.0f s", _meaning(_source(error) or error)[0], seconds)
+            reason, _ = _meaning(_source(error) or error)
+            log.warning("%s; trying again in %.0f s", redact(reason), seconds)
             time.sleep(seconds)
     return task()
 
@@ -79,6 +82,8 @@ def explained(what: str, remedy: str, directory: Path | None = None) -> Iterator
         raise
     except Exception as error:
         source = _source(error)
+        if source is None and _is_lost_connection(error):
+            source = error
         if source is None and isinstance(error, OSError) and error.errno:
             raise UserError(
                 f"{directory or what}: {error.strerror}; make room or mend the disk, then {remedy}"
@@ -87,6 +92,13 @@ def explained(what: str, remedy: str, directory: Path | None = None) -> Iterator
             raise
         reason, cure = _meaning(source)
         raise UserError(f"{what}: {reason}; {cure}, then {remedy}") from error
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether the client's uploader, which has tried again by itself, has given up."""
+    if type(error).__module__.partition(".")[0] == "hf_xet":
+        return True
+    return isinstance(error, ConnectionError | TimeoutError) and not error.errno
 
 
 def _source(error: BaseException) -> BaseException | None:
@@ -117,5 +129,10 @@ def _meaning(error: BaseException) -> tuple[str, str]:
 def _retry_after(error: BaseException) -> float:
     """Seconds that the Hub asks to wait."""
     response: Any = getattr(_source(error), "response", None)
-    value = "" if response is None else response.headers.get("Retry-After", "")
+    if response is None:
+        return 0.0
+    limit = parse_ratelimit_headers(response.headers)
+    if response.status_code == 429 and limit is not None and limit.remaining == 0:
+        return limit.reset_in_seconds + 1.0
+    value = response.headers.get("Retry-After", "")
     return float(value) + 1.0 if value.isdigit() else 0.0

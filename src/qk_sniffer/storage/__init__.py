@@ -7,12 +7,13 @@ from qk_sniffer.storage.data_root import (
     check_space,
     clear_data_root,
     differing_settings,
+    discard_pulled,
     earlier_run,
     prepare_data_root,
     require_captured,
     require_shared,
 )
-from qk_sniffer.storage.files import read_json, write_text
+from qk_sniffer.storage.files import explained_writing, sync_directory, sync_file, write_text
 from qk_sniffer.storage.finalizing import finalize, merge_pulled
 from qk_sniffer.storage.finished import stored_example_ids
 from qk_sniffer.storage.journal import Block, Example, JournalWriter
@@ -63,14 +64,15 @@ __all__ = [
     "compose_card",
     "describe_run",
     "differing_settings",
+    "discard_pulled",
     "earlier_run",
+    "explained_writing",
     "finalize",
     "head_name",
     "head_schema",
     "merge_pulled",
     "own_part",
     "prepare_data_root",
-    "read_json",
     "read_manifest",
     "render_card",
     "require_captured",
@@ -78,5 +80,7 @@ __all__ = [
     "require_shared",
     "shown_names",
     "stored_example_ids",
+    "sync_directory",
+    "sync_file",
     "write_text",
 ]

@@ -40,7 +40,8 @@ def compose_card(existing: str | None, fields: Mapping[str, Any], generated: str
     data, text = _split(existing or "")
     if "license" not in data:
         data |= _LICENSE
-    data["tags"] = [*dict.fromkeys([*(data.get("tags") or ()), *_TAGS])]
+    tags = data.get("tags") or []
+    data["tags"] = [*dict.fromkeys([*([tags] if isinstance(tags, str) else tags), *_TAGS])]
     data |= fields
     before, after = _own_text(text)
     parts = (before, f"{_BEGIN}\n\n{generated.strip()}\n\n{_END}", after)

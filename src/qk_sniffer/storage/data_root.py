@@ -70,11 +70,13 @@ class EarlierRun:
         fingerprint: The settings that decide its rows, by field.
         example_ids: (E,) int32, ascending: the examples that are captured.
         finalizing: Whether writing its files has begun and was cut off.
+        is_pulled: Whether all of it was pulled, and nothing captured here.
     """
 
     fingerprint: Mapping[str, Any]
     example_ids: npt.NDArray[np.int32]
     finalizing: bool
+    is_pulled: bool
 
     def require(self, data_root: Path, fingerprint: Mapping[str, Any]) -> None:
         """See that a run with other settings does not add to this one.
@@ -87,9 +89,12 @@ class EarlierRun:
             UserError: A field differs.
         """
         if differing := differing_settings(self.fingerprint, fingerprint):
+            place, other = f"{_FIELD}: {data_root}", "directory"
+            if self.is_pulled:
+                place, other = "sniffer.output.hf_branch: it", "branch"
             raise UserError(
-                f"{_FIELD}: {data_root} holds a run with other settings: {differing}. Name another "
-                "directory, use those settings, or set sniffer.output.overwrite to true to replace it"
+                f"{place} holds a run with other settings: {differing}. Name another {other}, use "
+                "those settings, or set sniffer.output.overwrite to true to replace it"
             )
 
 
@@ -126,6 +131,7 @@ def earlier_run(data_root: Path) -> EarlierRun | None:
         fingerprint=found[0].get("fingerprint", {}),
         example_ids=np.unique(np.concatenate([log.example_ids(), *stored])),
         finalizing=log.finalizing is not None,
+        is_pulled=len(found) == len(runs) and all(run.directory != data_root for run in runs),
     )
 
 
@@ -227,11 +233,16 @@ def require_captured(data_root: Path, example_ids: npt.NDArray[np.int32]) -> Non
 def clear_data_root(data_root: Path) -> None:
     """Remove what a run writes; files of any other name stay."""
     # The manifest and the journal go first: half a run must not look like one.
-    for name in (MANIFEST_FILE, JOURNAL_DIRECTORY):
+    for name in (MANIFEST_FILE, JOURNAL_DIRECTORY, PULLED_DIRECTORY):
         _remove(data_root / name)
     for entry in data_root.iterdir():
         if entry.name in _OWN_NAMES or HEAD_DIRECTORY.fullmatch(entry.name):
             _remove(entry)
+
+
+def discard_pulled(data_root: Path) -> None:
+    """Remove a pulled run that is not to be merged."""
+    _remove(data_root / PULLED_DIRECTORY)
 
 
 def check_space(data_root: Path, expected_bytes: int) -> None:

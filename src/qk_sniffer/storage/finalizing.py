@@ -30,6 +30,7 @@ from qk_sniffer.storage.commits import (
     part_directories,
     part_directory,
     read_commits,
+    read_journal,
     write_commits,
 )
 from qk_sniffer.storage.files import explained_writing, sync_directory, write_text
@@ -45,6 +46,7 @@ from qk_sniffer.storage.schema import (
     EXAMPLES_SCHEMA,
     FINISHED_JOURNAL_DIRECTORY,
     JOURNAL_DIRECTORY,
+    MANIFEST_FILE,
     PULLED_DIRECTORY,
     head_name,
 )
@@ -95,7 +97,8 @@ def finalize(
 
         @explained
         def read() -> tuple[JournalReader, list[FinishedRun]]:
-            return JournalReader(directory), finished_runs(data_root)
+            reader = JournalReader(directory)
+            return reader, finished_runs(data_root, reader.log.example_ids())
 
         @explained
         def begin(damaged: Iterable[Sequence[Commit]], complete: bool) -> None:
@@ -143,13 +146,13 @@ def merge_pulled(data_root: Path, progress: Progress) -> dict[str, Any]:
     Raises:
         UserError: As in ``finalize``.
     """
-    journal = data_root / JOURNAL_DIRECTORY
-    complete = False
+    journal, runs = data_root / JOURNAL_DIRECTORY, finished_runs(data_root)
+    if not runs:
+        raise UserError(f"{data_root / PULLED_DIRECTORY}: damaged, it has no manifest; remove it")
     if not (journal / HEADER_FILE).exists():
-        runs = finished_runs(data_root)
-        complete = all(run.manifest["complete"] for run in runs)
         JournalWriter(journal, header_of(runs[0].manifest)).close()
-    return finalize(data_root, progress, complete=complete)
+    is_whole = not read_journal(journal).commits and all(run.manifest["complete"] for run in runs)
+    return finalize(data_root, progress, complete=is_whole)
 
 
 def _end_removal(data_root: Path) -> dict[str, Any]:
@@ -256,6 +259,12 @@ def _head_names(stream: Mapping[str, Any]) -> list[str]:
 
 
 def _earlier_files(name: str, earlier: Sequence[FinishedRun]) -> tuple[EarlierFile, ...]:
+    for run in earlier:
+        if name not in run.manifest["heads"]:
+            raise UserError(
+                f"{run.directory / MANIFEST_FILE}: damaged, it does not name the head {name}; restore "
+                "it from a copy, or set sniffer.output.overwrite to true to start anew"
+            )
     return tuple(
         EarlierFile(run.directory / name / DATA_FILE, run.manifest["heads"][name], run.selects)
         for run in earlier

@@ -12,6 +12,8 @@ from qk_sniffer.ids import ExampleFilter
 from qk_sniffer.storage.manifest import read_manifest
 from qk_sniffer.storage.schema import DATA_FILE, EXAMPLES_DIRECTORY, PULLED_DIRECTORY
 
+_NONE = np.empty(0, np.int32)
+
 
 @dataclass(frozen=True)
 class FinishedRun:
@@ -20,7 +22,7 @@ class FinishedRun:
     Attributes:
         directory: Where its files are.
         manifest: Its manifest.
-        selects: Its examples, but for those that an earlier one of the list has too.
+        selects: Its examples, but for those that were captured here or in an earlier one of the list.
     """
 
     directory: Path
@@ -32,25 +34,31 @@ def stored_example_ids(directory: Path) -> npt.NDArray[np.int32]:
     """The examples of a finished run, (E,) int32; none where its table is missing."""
     path = directory / EXAMPLES_DIRECTORY / DATA_FILE
     if not path.exists():
-        return np.empty(0, np.int32)
+        return _NONE
     ids: npt.NDArray[np.int32] = pq.read_table(path, columns=["example_id"])["example_id"].to_numpy()
     return ids
 
 
-def finished_runs(data_root: Path) -> list[FinishedRun]:
+def finished_runs(data_root: Path, captured: npt.NDArray[np.int32] = _NONE) -> list[FinishedRun]:
     """The runs in a data root that have examples of their own; the data root's own comes first.
+
+    Args:
+        data_root: The data root.
+        captured: Examples in its journal, which are not taken from a pulled run.
 
     Raises:
         UserError: A manifest is damaged.
     """
     runs: list[FinishedRun] = []
-    seen = np.empty(0, np.int32)
+    seen = _NONE
     for directory in (data_root, data_root / PULLED_DIRECTORY):
         manifest = read_manifest(directory)
         if manifest is None:
             continue
         ids = stored_example_ids(directory)
-        if directory == data_root or not runs or np.setdiff1d(ids, seen).size:
+        if directory != data_root:
+            seen = np.union1d(seen, captured)
+        if directory == data_root or np.setdiff1d(ids, seen).size:
             selects = ExampleFilter(np.intersect1d(ids, seen), listed=False)
             runs.append(FinishedRun(directory, manifest, selects))
         seen = np.union1d(seen, ids)

@@ -17,7 +17,7 @@ from qk_sniffer.errors import UserError
 from qk_sniffer.ids import EVERY_EXAMPLE, ExampleFilter
 from qk_sniffer.storage.files import replacing, sync_directory
 from qk_sniffer.storage.reader import Runs, StreamReader
-from qk_sniffer.storage.schema import head_schema
+from qk_sniffer.storage.schema import PULLED_DIRECTORY, head_schema
 
 ROW_GROUP_BYTES = 32 * 2**20
 """Size of the vectors in a row group: enough for a column chunk to compress and read well."""
@@ -27,6 +27,7 @@ EXAMPLES_KEY = b"qk_sniffer.examples"
 
 _ROWS_ENCODED_AT_ONCE = 2**16
 _STORED_ROWS_AT_ONCE = 2**14
+_READ_AT_ONCE = 2**20
 
 FileFacts = dict[str, Any]
 TokensOf = Callable[[int], pa.Array]
@@ -53,10 +54,10 @@ class EarlierFile:
             UserError: It is not.
         """
         if not self.path.exists() or checksum(self.path) != self.facts["xxh3_128"]:
-            raise UserError(
-                f"{self.path}: damaged, it is not what the manifest describes; restore it from a copy, "
-                "or set sniffer.output.overwrite to true to start anew"
-            )
+            remedy = "restore it from a copy, or set sniffer.output.overwrite to true to start anew"
+            if PULLED_DIRECTORY in self.path.parts:
+                remedy = f"remove {self.path.parents[1]}, which the next run pulls again"
+            raise UserError(f"{self.path}: damaged, it is not what the manifest describes; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ def describe_file(path: Path) -> FileFacts:
 
 def checksum(path: Path) -> str:
     """The 128-bit XXH3 digest of a file, in hexadecimal, as `xxhsum -H2` prints it."""
+    if path.stat().st_size == 0:
+        return xxhash.xxh3_128_hexdigest(b"")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
         return xxhash.xxh3_128_hexdigest(content)
 
@@ -161,7 +164,8 @@ def _holds(path: Path, digest: str) -> bool:
 def _is_moved(file: HeadFile, digest: str) -> bool:
     """Let an earlier file take the place of one whose rows it has, if there is one."""
     for earlier in file.earlier:
-        if _holds(earlier.path, digest):
+        # Where it is whole, no example of it was captured here.
+        if not earlier.selects.ids.size and _holds(earlier.path, digest):
             earlier.require_intact()
             file.path.parent.mkdir(exist_ok=True)
             earlier.path.replace(file.path)
@@ -345,7 +349,8 @@ class StoredRows:
 
 def _batches(path: Path, columns: list[str], selects: ExampleFilter) -> Iterator[pa.RecordBatch]:
     asked = [*dict.fromkeys([*columns, "example_id"])] if selects.ids.size else columns
-    with pq.ParquetFile(path) as file:
+    # Buffered whole columns would stay in memory as long as the file is open.
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_AT_ONCE) as file:
         for batch in file.iter_batches(_STORED_ROWS_AT_ONCE, columns=asked, use_threads=False):
             if selects.ids.size:
                 batch = batch.filter(pa.array(selects(batch["example_id"].to_numpy())))
