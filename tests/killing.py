@@ -209,6 +209,8 @@ def _process(
     with report.with_suffix(".txt").open("wb") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
+    # A shell has the processes of its background ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # The workers of a data loader begin as they do under the command itself, not by a fork server.
     multiprocessing.set_start_method(None, force=True)
     with_hub = ExitStack()

@@ -112,12 +112,11 @@ def _push_branch(data_root: Path, publication: Publication) -> None:
     card = None if is_new else branch.text(head, CARD_FILE)
     _join_cards(data_root, publication, manifest, card)
     there = branch.files(head)
+    gone = _gone(data_root, manifest, there, theirs, is_new)
+    changed = _changed(data_root, manifest, there, theirs)
     operations: list[Operation] = [
-        *(CommitOperationDelete(path, False) for path in _gone(data_root, manifest, there, is_new)),
-        *(
-            CommitOperationAdd(path, data_root / path)
-            for path in _changed(data_root, manifest, there, theirs)
-        ),
+        *(CommitOperationDelete(path, is_folder=False) for path in gone),
+        *(CommitOperationAdd(path, data_root / path) for path in changed),
     ]
     if operations:
         branch.upload(operations)
@@ -153,19 +152,31 @@ def _own_part_of_branch(card: str, place: Place) -> str:
 
 
 def _gone(
-    data_root: Path, manifest: Mapping[str, Any], there: Iterable[str], is_new: bool
+    data_root: Path,
+    manifest: Mapping[str, Any],
+    there: Iterable[str],
+    theirs: Mapping[str, Any] | None,
+    is_new: bool,
 ) -> list[str]:
-    """The files of a branch that the data root does not have.
+    """The files of a branch that are not to be there any more.
 
     Other people's files stay, but on a new branch, which has only what its first commit had.
+
+    Args:
+        data_root: The data root.
+        manifest: Its manifest.
+        there: The files of the branch.
+        theirs: The manifest of the branch, if it holds a run.
+        is_new: Whether nobody has committed to the branch.
     """
     ours = {*_parquet_files(manifest), *_texts(data_root)}
+    replaced = () if theirs is None else (CONFIG_FILE,)
     return [
         path
         for path in there
         if path not in ours
         and path != _FIRST_FILE
-        and (is_new or path == CONFIG_FILE or HEAD_DIRECTORY.fullmatch(path.partition("/")[0]))
+        and (is_new or path in replaced or HEAD_DIRECTORY.fullmatch(path.partition("/")[0]))
     ]
 
 
