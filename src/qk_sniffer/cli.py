@@ -52,7 +52,7 @@ def _verify(args: list[str]) -> int:
     data_roots = [arg for arg in args if arg != "--against-model"]
     if len(data_roots) != 1:
         raise UserError("verify: give one data root, and perhaps --against-model")
-    from qk_sniffer.storage import require_manifest
+    from qk_sniffer.storage import count_rows, require_manifest
     from qk_sniffer.verify import verify
 
     data_root = Path(data_roots[0])
@@ -66,9 +66,9 @@ def _verify(args: list[str]) -> int:
     if faults:
         sys.stdout.write("".join(f"{fault}\n" for fault in faults))
         return 1
-    heads = require_manifest(data_root)["heads"]
-    rows = sum(facts["rows"] for facts in heads.values())
-    sys.stdout.write(f"{data_root}: all is well, {len(heads):,} heads, {rows:,} rows\n")
+    manifest = require_manifest(data_root)
+    heads, rows = len(manifest["heads"]), count_rows(manifest)
+    sys.stdout.write(f"{data_root}: all is well, {heads:,} heads, {rows:,} rows\n")
     return 0
 
 

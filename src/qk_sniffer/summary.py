@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from qk_sniffer.storage import Place
+from qk_sniffer.storage import Place, count_rows
 
 
 def file_progress(files: Iterable[Any], total: int, label: str = "Writing") -> Iterable[Any]:
@@ -23,7 +23,7 @@ def summary_table(data_root: Path, manifest: dict[str, Any], *, seconds: float) 
         seconds: Wall time from the first batch to the last file.
     """
     heads = manifest["heads"]
-    rows = sum(head["rows"] for head in heads.values())
+    rows = count_rows(manifest)
     size = sum(head["bytes"] for head in heads.values())
     first = next(iter(heads))
     lines = {

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qk_sniffer.hub.branch import Branch
-from qk_sniffer.storage import Place, compose_card, shown_names
+from qk_sniffer.storage import Place, compose_card, count_rows, shown_names
 
 
 def render_index(runs: Sequence[tuple[Branch, Mapping[str, Any]]], existing: str | None) -> str:
@@ -19,9 +19,8 @@ def render_index(runs: Sequence[tuple[Branch, Mapping[str, Any]]], existing: str
     """
     lines = ["| branch | model | text | examples | heads | rows |", "|---|---|---|---|---|---|"]
     for branch, manifest in runs:
-        heads = manifest["heads"]
-        rows = sum(head["rows"] for head in heads.values())
-        counts = f"{manifest['examples']['rows']:,} | {len(heads):,} | {rows:,}"
+        numbers = (manifest["examples"]["rows"], len(manifest["heads"]), count_rows(manifest))
+        counts = " | ".join(f"{number:,}" for number in numbers)
         names = " | ".join(f"`{name}`" for name in shown_names(manifest["settings"]))
         lines.append(f"| [{branch.name}]({branch.url}) | {names} | {counts} |")
     first, manifest = runs[0]

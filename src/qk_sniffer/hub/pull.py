@@ -19,9 +19,9 @@ from qk_sniffer.storage import (
     PULLED_DIRECTORY,
     PULLING_DIRECTORY,
     FileFacts,
-    checksum,
     differing_settings,
     earlier_run,
+    is_described,
     merge_pulled,
     stored_example_ids,
     sync_directory,
@@ -107,13 +107,12 @@ def bring(data_root: Path, branch: Branch, head: str, manifest: dict[str, Any]) 
     """
     pulling = data_root / PULLING_DIRECTORY
     examples = f"{EXAMPLES_DIRECTORY}/{DATA_FILE}"
-    there = data_root / examples
     earlier = earlier_run(data_root)
-    adds_nothing = there.exists() and checksum(there) == manifest["examples"]["xxh3_128"]
+    adds_nothing = is_described(data_root / examples, manifest["examples"])
     if not adds_nothing:
         _download(branch, head, {EXAMPLES_DIRECTORY: manifest["examples"]}, pulling)
         ours = np.empty(0, np.int32) if earlier is None else earlier.example_ids
-        adds_nothing = np.isin(stored_example_ids(pulling), ours).all()
+        adds_nothing = bool(np.isin(stored_example_ids(pulling), ours).all())
     if adds_nothing:
         shutil.rmtree(pulling, ignore_errors=True)
         return False
@@ -133,20 +132,21 @@ def _download(branch: Branch, head: str, files: Mapping[str, FileFacts], directo
     Raises:
         UserError: One is missing or something else.
     """
-    paths = {f"{name}/{DATA_FILE}": facts["xxh3_128"] for name, facts in files.items()}
+    paths = {f"{name}/{DATA_FILE}": facts for name, facts in files.items()}
     branch.download(head, [*paths], directory)
     # One that an earlier attempt left may be that of another commit, when the Hub was not asked.
-    wrong = [path for path, digest in paths.items() if checksum(directory / path) != digest]
+    wrong = [path for path, facts in paths.items() if not is_described(directory / path, facts)]
     for path in wrong:
         (directory / path).unlink()
     if wrong:
         branch.download(head, wrong, directory)
-    for path, digest in paths.items():
-        if checksum(directory / path) != digest:
+    for path in wrong:
+        if not is_described(directory / path, paths[path]):
             raise UserError(
                 f"{_FIELD}: {_name(branch)}: {path} is not what its manifest describes; restore it "
                 "there, or name another branch"
             )
+    for path in paths:
         sync_file(directory / path)
         sync_directory((directory / path).parent)
 

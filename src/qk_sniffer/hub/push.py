@@ -26,8 +26,8 @@ from qk_sniffer.storage import (
     PULLED_DIRECTORY,
     FileFacts,
     Place,
-    checksum,
     describe_run,
+    is_described,
     merge_pulled,
     own_part,
     render_card,
@@ -205,11 +205,10 @@ def _changed(
     ]
     for path, facts in _parquet_files(manifest).items():
         if path not in there or held.get(path) != facts or there[path].size != facts["bytes"]:
-            file = data_root / path
-            if not file.exists() or checksum(file) != facts["xxh3_128"]:
+            if not is_described(data_root / path, facts):
                 raise UserError(
-                    f"{file}: damaged, it is not what the manifest describes; `qk-sniffer verify "
-                    f"{data_root}` tells what else is; restore it from a copy"
+                    f"{data_root / path}: damaged, it is not what the manifest describes; "
+                    f"`qk-sniffer verify {data_root}` tells what else is; restore it from a copy"
                 )
             changed.append(path)
     return changed

@@ -17,8 +17,8 @@ from qk_sniffer.storage.files import explained_writing, sync_directory, sync_fil
 from qk_sniffer.storage.finalizing import finalize, merge_pulled
 from qk_sniffer.storage.finished import stored_example_ids
 from qk_sniffer.storage.journal import Block, Example, JournalWriter
-from qk_sniffer.storage.manifest import read_manifest, require_manifest
-from qk_sniffer.storage.parquet import FileFacts, StoredRows, checksum
+from qk_sniffer.storage.manifest import count_rows, read_manifest, require_manifest
+from qk_sniffer.storage.parquet import FileFacts, StoredRows, checksum, is_described
 from qk_sniffer.storage.schema import (
     CARD_FILE,
     CONFIG_FILE,
@@ -62,6 +62,7 @@ __all__ = [
     "checksum",
     "clear_data_root",
     "compose_card",
+    "count_rows",
     "describe_run",
     "differing_settings",
     "discard_pulled",
@@ -70,6 +71,7 @@ __all__ = [
     "finalize",
     "head_name",
     "head_schema",
+    "is_described",
     "merge_pulled",
     "own_part",
     "prepare_data_root",

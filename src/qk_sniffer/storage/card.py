@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qk_sniffer.storage.card_parts import compose_card
+from qk_sniffer.storage.manifest import count_rows
 from qk_sniffer.storage.schema import DATA_FILE, EXAMPLES_DIRECTORY
 
 _SIZES = ("n<1K", *(f"{i}<n<{j}" for i, j in itertools.pairwise(
@@ -60,12 +61,8 @@ def render_card(
         }
         for name, file in files.items()
     ]
-    fields = {"size_categories": [_size_category(_rows(manifest))], "configs": configs}
+    fields = {"size_categories": [_size_category(count_rows(manifest))], "configs": configs}
     return compose_card(existing, fields, _body(manifest, place))
-
-
-def _rows(manifest: Mapping[str, Any]) -> int:
-    return sum(head["rows"] for head in manifest["heads"].values())
 
 
 def _size_category(rows: int) -> str:
@@ -99,7 +96,7 @@ attention `{model.get("attn_implementation")}`
 - text: `{data.get("path")}`, split `{data.get("split")}`, {manifest["examples"]["rows"]:,} examples
 - tokens: {_limit(data.get("tokenizer", {}).get("max_length"))} of each text
 - positions: {kept}, buckets from {capture["min_bucket_size"]:,}
-- {len(manifest["heads"]):,} heads, {_rows(manifest):,} rows"""
+- {len(manifest["heads"]):,} heads, {count_rows(manifest):,} rows"""
 
 
 def _limit(max_length: int | None) -> str:

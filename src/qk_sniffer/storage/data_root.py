@@ -25,7 +25,7 @@ from qk_sniffer.storage.commits import (
     repair,
 )
 from qk_sniffer.storage.files import explained_writing, read_json
-from qk_sniffer.storage.finished import finished_runs, stored_example_ids
+from qk_sniffer.storage.finished import finished_runs
 from qk_sniffer.storage.schema import (
     CARD_FILE,
     CONFIG_FILE,
@@ -126,7 +126,7 @@ def earlier_run(data_root: Path) -> EarlierRun | None:
     if not found:
         return None
     log = read_journal(journal)
-    stored = [stored_example_ids(run.directory) for run in runs]
+    stored = [run.example_ids for run in runs]
     return EarlierRun(
         fingerprint=found[0].get("fingerprint", {}),
         example_ids=np.unique(np.concatenate([log.example_ids(), *stored])),

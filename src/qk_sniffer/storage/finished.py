@@ -22,11 +22,13 @@ class FinishedRun:
     Attributes:
         directory: Where its files are.
         manifest: Its manifest.
+        example_ids: (E,) int32: its examples.
         selects: Its examples, but for those that were captured here or in an earlier one of the list.
     """
 
     directory: Path
     manifest: dict[str, Any]
+    example_ids: npt.NDArray[np.int32]
     selects: ExampleFilter
 
 
@@ -60,6 +62,6 @@ def finished_runs(data_root: Path, captured: npt.NDArray[np.int32] = _NONE) -> l
             seen = np.union1d(seen, captured)
         if directory == data_root or np.setdiff1d(ids, seen).size:
             selects = ExampleFilter(np.intersect1d(ids, seen), listed=False)
-            runs.append(FinishedRun(directory, manifest, selects))
+            runs.append(FinishedRun(directory, manifest, ids, selects))
         seen = np.union1d(seen, ids)
     return runs

@@ -40,6 +40,11 @@ def build_manifest(
     }
 
 
+def count_rows(manifest: Mapping[str, Any]) -> int:
+    """Rows of all heads."""
+    return sum(head["rows"] for head in manifest["heads"].values())
+
+
 def header_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The header of a journal whose rows go into the files of a manifest."""
     head_dims = {layer["layer_idx"]: layer["head_dim"] for layer in manifest["layers"]}

@@ -53,7 +53,7 @@ class EarlierFile:
         Raises:
             UserError: It is not.
         """
-        if not self.path.exists() or checksum(self.path) != self.facts["xxh3_128"]:
+        if not is_described(self.path, self.facts):
             remedy = "restore it from a copy, or set sniffer.output.overwrite to true to start anew"
             if PULLED_DIRECTORY in self.path.parts:
                 remedy = f"remove {self.path.parents[1]}, which the next run pulls again"
@@ -130,6 +130,11 @@ def checksum(path: Path) -> str:
         return xxhash.xxh3_128_hexdigest(b"")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
         return xxhash.xxh3_128_hexdigest(content)
+
+
+def is_described(path: Path, facts: FileFacts) -> bool:
+    """Whether a file is there, and is what a manifest says of it."""
+    return path.exists() and checksum(path) == str(facts["xxh3_128"])
 
 
 def open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
