@@ -42,6 +42,7 @@ from qk_sniffer.models.calls import AttentionCall, modeling_globals
 from qk_sniffer.models.check import attention_probabilities
 from qk_sniffer.models.refusals import REFUSED, refuse_unsupported
 from qk_sniffer.module import SnifferModule
+from qk_sniffer.reading import attention_of
 from tiny import ARCHITECTURES, VOCABULARY, causal_overrides, tiny_causal_lm, tiny_config
 
 TABLE = Path(__file__).parents[1] / "docs" / "architectures.md"
@@ -49,6 +50,8 @@ TOLERANCE = 1e-5
 LENGTH = 21
 SHORTER = 13
 ROPE_DIM = 8
+_UNEXPLAINED = ("indexer", "keep_window_size", "relative-position")
+"""What a note says where queries and keys alone don't explain the attention."""
 
 States = dict[tuple[int, str], Tensor]
 """(B, heads, S, head_dim) by layer and kind."""
@@ -217,12 +220,32 @@ def _explanation(
     """Probabilities from what is stored alone; a note must stand where more is needed."""
     if call.adapter is not None and not call.adapter.complete:
         return _with_the_noted_term(call, query, key)
-    sparse = any("indexer" in note or "keep_window_size" in note for note in attention.notes)
-    actual = attention_probabilities(layer, call, query, key, passed_mask=sparse)
+    if layer.scores is None:
+        assert any(word in note for note in attention.notes for word in _UNEXPLAINED)
+        actual = attention_probabilities(layer, call, query, key, passed_mask=True)
+    else:
+        actual = _from_the_manifest(layer, query, key)
     if torch.allclose(expected.sum(-1), torch.ones(()), atol=1e-4):
         # Where a sink scales the output afterwards, the returned probabilities are without it.
         actual = actual / actual.sum(-1, keepdim=True)
     return actual
+
+
+def _from_the_manifest(layer: AttentionLayer, query: Tensor, key: Tensor) -> Tensor:
+    """What the reading API computes, head by head and sequence by sequence."""
+    positions = torch.arange(query.shape[2])
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    attention_of(layer, head, q, k, positions, positions).probabilities
+                    for q, k in zip(query[:, head], key[:, layer.key_head(head)], strict=True)
+                ]
+            )
+            for head in range(query.shape[1])
+        ],
+        dim=1,
+    )
 
 
 def _with_the_noted_term(call: AttentionCall, query: Tensor, key: Tensor) -> Tensor:

@@ -93,7 +93,8 @@ def describe(
         for kind, field in kinds
     ]
     layers = [asdict(layer) for layer in attention.layers]
-    geometry = json.dumps([streams, layers], sort_keys=True)
+    shapes = [{name: layer[name] for name in layer if name != "scores"} for layer in layers]
+    geometry = json.dumps([streams, shapes], sort_keys=True)
     return {
         "fingerprint": fingerprint(settings)
         | {

@@ -99,7 +99,7 @@ def captured_heads(manifest: Mapping[str, Any]) -> dict[int, CapturedHeads]:
     capture = manifest["settings"]["capture"]
     sampling = capture["head_sampling"]
     return select_heads(
-        [AttentionLayer(**layer) for layer in manifest["layers"]],
+        [AttentionLayer.of(layer) for layer in manifest["layers"]],
         layers=capture["layers"],
         heads=capture["heads"],
         sample_count=sampling["count"] if sampling else None,

@@ -1,5 +1,12 @@
 """Capture: sampling, head selection and the sniffer, on torch alone."""
 
+from qk_sniffer.capture.attention import (
+    ScoreFunction,
+    attended_from,
+    attends,
+    capped,
+    softmax_with_sinks,
+)
 from qk_sniffer.capture.heads import AttentionLayer, CapturedHeads, select_heads
 from qk_sniffer.capture.positions import compute_positions, first_new_key
 from qk_sniffer.capture.sampling import (
@@ -23,14 +30,19 @@ __all__ = [
     "CapturesAttention",
     "Chunk",
     "Sampler",
+    "ScoreFunction",
     "Segment",
     "Sniffer",
     "active_sniffer",
+    "attended_from",
+    "attends",
     "build_sampler",
+    "capped",
     "compute_positions",
     "draw_positions",
     "expected_rows",
     "first_new_key",
     "get_active_sniffer",
     "select_heads",
+    "softmax_with_sinks",
 ]

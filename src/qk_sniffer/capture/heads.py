@@ -1,18 +1,21 @@
 """Which heads of which layers are captured: filters, grouped-query attention and random draws."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from qk_sniffer.capture.attention import ScoreFunction
 from qk_sniffer.capture.random import philox4x32
 from qk_sniffer.errors import UserError
 
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """The geometry of one self-attention layer, as its attention call shows it.
+    """One self-attention layer, as its attention call shows it.
 
     With ``chunked`` the window is a block: position p attends from ``p - p % sliding_window`` on.
-    Otherwise it slides: from ``p - sliding_window + 1`` on.
+    Otherwise it slides: from ``p - sliding_window + 1`` on. ``scores`` is None where queries and keys
+    alone don't explain the layer's attention.
     """
 
     layer_idx: int
@@ -21,6 +24,17 @@ class AttentionLayer:
     head_dim: int
     sliding_window: int | None = None
     chunked: bool = False
+    scores: ScoreFunction | None = None
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "AttentionLayer":
+        """The layer that ``dataclasses.asdict`` has made a mapping of."""
+        scores = fields.get("scores")
+        return cls(**{**fields, "scores": None if scores is None else ScoreFunction(**scores)})
+
+    def key_head(self, head: int) -> int:
+        """The key head that serves a query head, by grouped-query attention."""
+        return head // (self.num_attention_heads // self.num_key_value_heads)
 
 
 @dataclass(frozen=True)
@@ -92,8 +106,7 @@ def select_heads(
 
 
 def _key_heads(layer: AttentionLayer, query_heads: Sequence[int]) -> tuple[int, ...]:
-    group_size = layer.num_attention_heads // layer.num_key_value_heads
-    return tuple(sorted({head // group_size for head in query_heads}))
+    return tuple(sorted({layer.key_head(head) for head in query_heads}))
 
 
 def _draw(candidates: list[tuple[int, int]], count: int, seed: int) -> list[tuple[int, int]]:

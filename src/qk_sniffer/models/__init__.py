@@ -1,15 +1,12 @@
 """How a model is loaded and its attention reached; the one room that knows transformers' insides."""
 
-from qk_sniffer.models.attention import (
-    AttentionMap,
-    capture_attention,
-    decoder_backbone,
-    probe_attention,
-)
+from qk_sniffer.models.attention import decoder_backbone
+from qk_sniffer.models.capturing import capture_attention
 from qk_sniffer.models.check import check_capture
 from qk_sniffer.models.loading import ModelSource, load_config, load_model, weights_digest
 from qk_sniffer.models.overlay import model_overlays
 from qk_sniffer.models.passages import check_passages, read_in_passages
+from qk_sniffer.models.probe import AttentionMap, probe_attention
 
 __all__ = [
     "AttentionMap",

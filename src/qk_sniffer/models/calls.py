@@ -48,6 +48,22 @@ class AttentionCall:
         return self.query.shape[-1] ** -0.5 if scaling is None else float(scaling)
 
     @property
+    def bias(self) -> Tensor | None:
+        """What is added to the scaled and capped scores, (B or 1, H, Q or 1, K)."""
+        if self.adapter is not None:
+            return self.adapter.bias(self.module, self.arguments)
+        bias: Tensor | None = self.arguments.get("position_bias")
+        return bias
+
+    @property
+    def sinks(self) -> Tensor | None:
+        """Scores of a key without a value, (H,) or broadcast against (B, H, Q, 1)."""
+        sinks: Tensor | None = self.arguments.get("sinks", self.arguments.get("s_aux"))
+        if sinks is None and self.adapter is None:
+            sinks = getattr(self.module, "sinks", None)
+        return sinks
+
+    @property
     def window(self) -> tuple[int | None, bool]:
         """The sliding window or chunk that the layer uses, and whether it is a chunk."""
         if self.adapter is not None:

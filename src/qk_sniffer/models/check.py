@@ -7,11 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qk_sniffer.capture import AttentionLayer, active_sniffer
+from qk_sniffer.capture import (
+    AttentionLayer,
+    active_sniffer,
+    attends,
+    capped,
+    softmax_with_sinks,
+)
 from qk_sniffer.errors import UserError
 from qk_sniffer.models.adapters import OnResult
-from qk_sniffer.models.attention import capture_attention, probe_attention, watch_attention
+from qk_sniffer.models.attention import watch_attention
 from qk_sniffer.models.calls import AttentionCall
+from qk_sniffer.models.capturing import capture_attention
+from qk_sniffer.models.probe import probe_attention
 from qk_sniffer.models.rotary import RotaryTrace
 
 _CHECKED_TOKENS = 512
@@ -45,10 +53,8 @@ def attention_probabilities(
     arguments = call.arguments
     key = key.to(dtype).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = query.to(dtype) @ key.transpose(-1, -2) * call.scaling
-    if softcap := arguments.get("softcap"):
-        scores = softcap * torch.tanh(scores / softcap)
-    bias = call.adapter.bias(call.module, arguments) if call.adapter else arguments.get("position_bias")
-    if bias is not None:
+    scores = capped(scores, arguments.get("softcap"))
+    if (bias := call.bias) is not None:
         scores = scores + bias[..., : scores.shape[-1]]
     scores = scores.float()
     mask = arguments.get("attention_mask")
@@ -56,27 +62,13 @@ def attention_probabilities(
         mask = mask[..., : scores.shape[-1]]
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     else:
-        scores = scores.masked_fill(~_allowed(layer, scores), -torch.inf)
-    sinks = arguments.get("sinks", arguments.get("s_aux"))
-    if sinks is None and call.adapter is None:
-        sinks = getattr(call.module, "sinks", None)
-    if sinks is None:
-        return scores.softmax(dim=-1)
-    if sinks.dim() == 1:
+        positions = torch.arange(scores.shape[-1], device=scores.device)
+        allowed = attends(positions, positions, layer.sliding_window, chunked=layer.chunked)
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    sinks = call.sinks
+    if sinks is not None and sinks.dim() == 1:
         sinks = sinks[:, None, None]
-    sinks = sinks.float().expand(*scores.shape[:-1], 1)
-    return torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]
-
-
-def _allowed(layer: AttentionLayer, scores: Tensor) -> Tensor:
-    positions = torch.arange(scores.shape[-1], device=scores.device)
-    distance = positions[:, None] - positions
-    if layer.sliding_window is None:
-        return distance >= 0
-    if layer.chunked:
-        chunks = positions // layer.sliding_window
-        return (distance >= 0) & (chunks[:, None] == chunks)
-    return (distance >= 0) & (distance < layer.sliding_window)
+    return softmax_with_sinks(scores, sinks)
 
 
 @dataclass

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 from qk_sniffer.models.calls import AttentionCall
 
 _EXTRA_ARGUMENTS = {
-    "s_aux": "a learned sink takes part in each head's softmax; it is not stored",
-    "sinks": "a learned sink takes part in each head's softmax; it is not stored",
+    "s_aux": "a learned sink takes part in each head's softmax",
+    "sinks": "a learned sink takes part in each head's softmax",
     "position_bias": "a relative-position bias is added to the scaled scores",
 }
 
@@ -19,6 +19,13 @@ _BY_CLASS = {
 def in_layers(text: str, layers: Iterable[int]) -> str:
     """A note that holds in some layers only."""
     return f"{text} (layers {', '.join(map(str, sorted(set(layers))))})"
+
+
+def picks_keys(call: AttentionCall) -> bool:
+    """Whether something beside q and k decides which keys a query attends to, and how much."""
+    module = call.module
+    picks = hasattr(module, "indexer") or call.arguments.get("block_indices") is not None
+    return picks or type(module).__name__ in _BY_CLASS
 
 
 def call_notes(call: AttentionCall) -> Iterator[str]:
@@ -38,7 +45,7 @@ def call_notes(call: AttentionCall) -> Iterator[str]:
     if hasattr(module, "qk_rope_head_dim"):
         yield "MLA: q and k are the full vectors, the qk_nope part first, then the qk_rope part"
     if call.adapter is not None:
-        if call.adapter.bias(module, arguments) is not None:
+        if call.bias is not None:
             yield "ALiBi: a bias linear in the distance is added to the scaled scores"
         if call.adapter.note:
             yield call.adapter.note

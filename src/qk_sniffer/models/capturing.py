@@ -1,0 +1,52 @@
+"""Hands the attention calls of a forward to the active sniffer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from qk_sniffer.capture import compute_positions, first_new_key, get_active_sniffer
+from qk_sniffer.models.attention import watch_attention
+from qk_sniffer.models.calls import AttentionCall
+from qk_sniffer.models.probe import probe_attention
+from qk_sniffer.models.rotary import RotaryTrace
+
+
+@contextmanager
+def capture_attention(backbone: nn.Module) -> Iterator[None]:
+    """Report every self-attention call of ``backbone`` to the active sniffer, within a block.
+
+    The backbone may read its tokens in one forward or, with a cache, in several, and ``generate`` may
+    run it. Calls of modules outside its text decoder pass through. Without an active sniffer nothing
+    is wrapped.
+
+    Raises:
+        UserError: As ``probe_attention`` does; or, in a forward, the batch is padded on the left.
+    """
+    sniffer = get_active_sniffer()
+    if sniffer is None:
+        yield
+        return
+    attention = probe_attention(backbone, pre_rope=sniffer.pre_rope)
+    windows = {layer.layer_idx: layer.sliding_window for layer in attention.layers}
+
+    def report(
+        layer_idx: int, call: AttentionCall, past_length: int, trace: RotaryTrace | None
+    ) -> None:
+        if layer_idx in attention.captures_itself:
+            return
+        query, key = call.query, call.key
+        length = query.shape[2]
+        token_positions = torch.arange(past_length, past_length + length)
+        positions, _ = compute_positions(length, key.shape[2], cache_position=token_positions)
+        if trace is not None:
+            first = first_new_key(past_length, length, key.shape[2])
+            key = key[:, :, first : first + length]
+            query, key = trace.unrotated(layer_idx, query, key, attention.rotary)
+        sniffer.capture(layer_idx, query, key, positions, windows[layer_idx])
+
+    with watch_attention(
+        backbone, report, numbered_by_call=attention.numbered_by_call, rotary=sniffer.pre_rope
+    ):
+        yield

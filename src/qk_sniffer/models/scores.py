@@ -1,0 +1,39 @@
+"""What a reader of stored vectors needs to compute the layer's attention from them."""
+
+import torch
+from torch import Tensor
+
+from qk_sniffer.capture import ScoreFunction
+from qk_sniffer.models.calls import AttentionCall
+from qk_sniffer.models.notes import picks_keys
+
+
+def score_function(call: AttentionCall) -> ScoreFunction | None:
+    """How an attention call turns q·kᵀ into scores; None where q and k alone don't explain it.
+
+    Args:
+        call: A call whose keys are those of the positions from 0 on.
+    """
+    if picks_keys(call) or (call.adapter is not None and not call.adapter.complete):
+        return None
+    n_heads = call.query.shape[1]
+    slopes, sinks = None, None
+    if (bias := call.bias) is not None:
+        slopes = _slopes(bias, n_heads)
+        if slopes is None:
+            return None
+    if (sink := call.sinks) is not None:
+        if sink.numel() != n_heads:
+            return None
+        sinks = sink.float().reshape(-1).tolist()
+    return ScoreFunction(call.scaling, call.arguments.get("softcap") or None, slopes, sinks)
+
+
+def _slopes(bias: Tensor, n_heads: int) -> list[float] | None:
+    """Slopes of a bias that is linear in the key's position and exact; None for any other."""
+    if bias.dtype != torch.float32 or bias.shape[-3:-1] != (n_heads, 1):
+        return None
+    bias = bias[0, :, 0]
+    slopes = bias[:, 1] - bias[:, 0]
+    linear = bias[:, :1] + slopes[:, None] * torch.arange(bias.shape[-1], device=bias.device)
+    return slopes.tolist() if torch.allclose(bias, linear, atol=1e-5) else None

@@ -1,0 +1,171 @@
+"""``Captures``: what a finished run holds, in a directory or on the Hub."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from qk_sniffer.capture import AttentionLayer
+from qk_sniffer.errors import UserError
+from qk_sniffer.reading.attention import Attention, attention_of
+from qk_sniffer.reading.head import Head, Numbers
+from qk_sniffer.reading.places import place_of
+from qk_sniffer.storage import (
+    DATA_FILE,
+    EXAMPLES_DIRECTORY,
+    HEAD_DIRECTORY,
+    Kind,
+    head_name,
+    shown_names,
+)
+
+
+class Captures:
+    """The queries and keys of one model on one dataset; opens the manifest alone.
+
+    Args:
+        path_or_repo: A data root, or a Hub dataset as OWNER/NAME.
+        revision: Branch, tag or commit of the Hub dataset.
+
+    Raises:
+        UserError: No finished run is there, or the Hub fails.
+    """
+
+    def __init__(self, path_or_repo: str | Path, revision: str | None = None) -> None:
+        self._place = place_of(path_or_repo, revision)
+        self.manifest = self._place.manifest
+        """Settings, versions, layers, notes, rows and checksums."""
+
+    def __repr__(self) -> str:
+        model, text = shown_names(self.settings)
+        return (
+            f"<Captures of {model} on {text}, in {self._place}: {len(self.heads):,} heads in "
+            f"{len(self.layers)} layers, {self.manifest['examples']['rows']:,} examples>"
+        )
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The sections model, data and capture of the run's config."""
+        settings: Mapping[str, Any] = self.manifest["settings"]
+        return settings
+
+    @cached_property
+    def layers(self) -> dict[int, AttentionLayer]:
+        """The layers of which a head was captured, by their number."""
+        captured = {head.layer.layer_idx for head in self.heads}
+        return {idx: layer for idx, layer in self._model_layers.items() if idx in captured}
+
+    @cached_property
+    def heads(self) -> list[Head]:
+        """Every captured head: for each layer its query heads, then its key heads."""
+        found = []
+        for name in self.manifest["heads"]:
+            match = HEAD_DIRECTORY.fullmatch(name)
+            assert match is not None
+            kind: Kind = "q" if match[3] == "q" else "k"
+            found.append(self._head(int(match[1]), int(match[2]), kind))
+        return found
+
+    @cached_property
+    def examples(self) -> pa.Table:
+        """The texts: example_id, source_id, n_tokens and truncated."""
+        return pq.read_table(self._place.file(f"{EXAMPLES_DIRECTORY}/{DATA_FILE}"))
+
+    def head(self, layer: int, head: int, kind: Kind = "q") -> Head:
+        """One head.
+
+        Args:
+            layer: Number of the layer.
+            head: Number of the query head, or with kind k of the key head.
+            kind: q or k.
+
+        Raises:
+            UserError: It was not captured.
+        """
+        if head_name(layer, head, kind) not in self.manifest["heads"]:
+            raise UserError(self._not_captured(layer, head, kind))
+        return self._head(layer, head, kind)
+
+    def key_head(self, layer: int, head: int) -> Head:
+        """The key head that serves a query head, by grouped-query attention.
+
+        Raises:
+            UserError: It was not captured.
+        """
+        if layer not in self._model_layers:
+            raise UserError(self._not_captured(layer, head, "k"))
+        return self.head(layer, self._model_layers[layer].key_head(head), "k")
+
+    def attention(
+        self, layer: int, head: int, example: int | str, queries: Numbers | None = None
+    ) -> Attention:
+        """Scores and probabilities of a query head in one text, from the stored vectors.
+
+        Args:
+            layer: Number of the layer.
+            head: Number of the query head.
+            example: Example id, or source id as a string.
+            queries: Positions of the queries; None takes all that are stored. A text of 100,000
+                tokens has scores of 40 GB.
+
+        Raises:
+            UserError: Query or key head was not captured, the text has no rows, or vectors and
+                manifest don't explain the layer's attention.
+        """
+        query = self.head(layer, head).where(example=example, position=queries)
+        key = self.key_head(layer, head).where(example=example)
+        self._require_explained(query.layer)
+        q, k = query.torch(), key.torch()
+        if not len(q["position"]):
+            raise UserError(f"{query.name}: no row of example {example} is stored there")
+        positions = (q["position"].to(torch.int64), k["position"].to(torch.int64))
+        return attention_of(query.layer, head, q["vector"], k["vector"], *positions)
+
+    @cached_property
+    def _model_layers(self) -> dict[int, AttentionLayer]:
+        layers = [AttentionLayer.of(fields) for fields in self.manifest["layers"]]
+        return {layer.layer_idx: layer for layer in layers}
+
+    def _head(self, layer: int, head: int, kind: Kind) -> Head:
+        name = head_name(layer, head, kind)
+        return Head(
+            self._model_layers[layer],
+            head,
+            kind,
+            self.manifest["heads"][name]["rows"],
+            lambda: self._place.file(f"{name}/{DATA_FILE}"),
+            self._example_id,
+        )
+
+    def _example_id(self, source_id: str) -> int:
+        rows = self.examples.filter(pc.field("source_id") == source_id)
+        if not rows.num_rows:
+            raise UserError(f"{self._place}: no example has the source id {source_id}; see .examples")
+        return int(rows["example_id"][0].as_py())
+
+    def _not_captured(self, layer: int, head: int, kind: Kind) -> str:
+        name = head_name(layer, head, kind)
+        there = [str(h.head) for h in self.heads if h.layer.layer_idx == layer and h.kind == kind]
+        what = "query" if kind == "q" else "key"
+        if there:
+            return f"{name}: not captured; layer {layer} has the {what} heads {', '.join(there)}"
+        layers = ", ".join(str(h.layer.layer_idx) for h in self.heads if h.kind == kind)
+        return f"{name}: not captured; there are {what} heads of the layers {layers or 'none'}"
+
+    def _require_explained(self, layer: AttentionLayer) -> None:
+        if self.settings["capture"]["capture_pre_rope"]:
+            raise UserError(
+                f"{self._place}: the vectors are those before RoPE, and attention uses those after it; "
+                "capture with capture_pre_rope: false"
+            )
+        if layer.scores is None:
+            notes = "; ".join(self.manifest["notes"])
+            raise UserError(
+                f"{self._place}: queries and keys alone don't explain the attention of layer "
+                f"{layer.layer_idx}{': ' if notes else ''}{notes}"
+            )

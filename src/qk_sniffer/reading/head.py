@@ -1,0 +1,153 @@
+"""One head of a capture: its rows, all or some of them, in the array library of your choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import and_
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.dataset as ds
+from torch import Tensor
+
+from qk_sniffer.capture import AttentionLayer
+from qk_sniffer.errors import UserError
+from qk_sniffer.reading.rows import NUMBERS, HeadBatches, arrays, tensors
+from qk_sniffer.storage import Kind, head_name
+
+if TYPE_CHECKING:
+    import pandas
+
+Numbers = int | range | Iterable[int]
+"""One number, a range of them, or any others."""
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The rows of one query or key head; its file is opened when they are asked for.
+
+    Attributes:
+        layer: The head's layer.
+        head: Number of the query head, or of the key head among the layer's key heads.
+        kind: q or k.
+    """
+
+    layer: AttentionLayer
+    head: int
+    kind: Kind
+    _n_rows: int
+    _path: Callable[[], Path]
+    _example_id: Callable[[str], int]
+    _condition: ds.Expression | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name in the data root, which ``load_dataset`` takes as well."""
+        return head_name(self.layer.layer_idx, self.head, self.kind)
+
+    def __repr__(self) -> str:
+        rows = f"{self._n_rows:,} rows" if self._condition is None else f"rows where {self._condition}"
+        return f"<Head {self.name}: {rows}, head_dim {self.layer.head_dim}>"
+
+    def __len__(self) -> int:
+        if self._condition is None:
+            return self._n_rows
+        return int(self._dataset().count_rows(filter=self._condition))
+
+    def where(
+        self,
+        *,
+        example: int | str | Iterable[int | str] | None = None,
+        bucket: Numbers | None = None,
+        position: Numbers | None = None,
+    ) -> Head:
+        """Fewer of its rows; row groups of the file that have none of them are not read.
+
+        Args:
+            example: Example ids, or source ids as strings.
+            bucket: Buckets.
+            position: Token positions; ``range(1024)`` takes the first 1,024.
+
+        Raises:
+            UserError: No example has such a source id.
+        """
+        examples: Numbers | None
+        if example is None or isinstance(example, int | range):
+            examples = example
+        else:
+            sources = [example] if isinstance(example, str) else example
+            examples = [self._example_id(e) if isinstance(e, str) else e for e in sources]
+        chosen = {"example_id": examples, "bucket": bucket, "position": position}
+        conditions = [
+            _is_one_of(name, numbers) for name, numbers in chosen.items() if numbers is not None
+        ]
+        if self._condition is not None:
+            conditions.append(self._condition)
+        return replace(self, _condition=reduce(and_, conditions)) if conditions else self
+
+    def arrow(self, columns: list[str] | None = None) -> pa.Table:
+        """The rows in the types of the file, sorted by example_id and position.
+
+        Args:
+            columns: Some of bucket, example_id, position, vector, sliding_window and token_str; None
+                takes all of them.
+        """
+        return self._dataset().to_table(columns=columns, filter=self._condition)
+
+    def numpy(self) -> dict[str, npt.NDArray[Any]]:
+        """Arrays of N rows by column.
+
+        Returns:
+            ``vector`` (N, head_dim) float32; ``bucket``, ``example_id`` and ``position`` (N,) int32;
+            and ``token_str`` (N,), strings, where they were captured.
+        """
+        table = self.arrow(["vector", *NUMBERS, "token_str"])
+        columns = arrays(table, self.layer.head_dim)
+        if table["token_str"].null_count < table.num_rows:
+            columns["token_str"] = table["token_str"].to_numpy()
+        return columns
+
+    def torch(self) -> dict[str, Tensor]:
+        """What ``numpy`` gives, as tensors, without the strings."""
+        return tensors(self.arrow(["vector", *NUMBERS]), self.layer.head_dim)
+
+    def pandas(self) -> pandas.DataFrame:
+        """The rows as a data frame; each vector is an array of its own."""
+        frame: pandas.DataFrame = self.arrow().to_pandas()
+        return frame
+
+    def batches(self, batch_size: int, *, shuffle: bool = False) -> HeadBatches:
+        """Batches for a training loop, read while it runs: a torch ``IterableDataset``.
+
+        Each is a dictionary as ``torch`` gives it, so a ``DataLoader`` takes it with
+        ``batch_size=None``; its workers share the row groups out. Memory holds one row group, of some
+        32 MiB of vectors, for each worker.
+
+        Args:
+            batch_size: Rows in a batch; the last of a row group may have fewer.
+            shuffle: Take row groups, and the rows of each, in random order, of torch's generator.
+
+        Raises:
+            UserError: The batch size is below 1.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size: must be at least 1, got {batch_size}")
+        return HeadBatches(
+            self._path(), self._condition, self.layer.head_dim, batch_size, shuffle=shuffle
+        )
+
+    def _dataset(self) -> ds.Dataset:
+        return ds.dataset(self._path(), format="parquet")
+
+
+def _is_one_of(column: str, numbers: Numbers) -> ds.Expression:
+    field = ds.field(column)
+    if isinstance(numbers, range) and numbers.step == 1:
+        return (field >= numbers.start) & (field < numbers.stop)
+    if isinstance(numbers, Iterable):
+        return field.isin(pa.array([int(number) for number in numbers], pa.int32()))
+    return field == int(numbers)

@@ -1,0 +1,124 @@
+"""Where a capture is: a directory, or a branch of a Hub dataset whose files come as they are read."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+
+from qk_sniffer.errors import UserError
+from qk_sniffer.hub.branch import MAIN, Branch
+from qk_sniffer.hub.requests import explained, retried
+from qk_sniffer.storage import MANIFEST_FILE, read_manifest, require_manifest
+
+
+class CapturePlace(Protocol):
+    """Gives the files of one capture."""
+
+    manifest: dict[str, Any]
+
+    def file(self, path: str) -> Path:
+        """Where a file is on this machine; it may have to come here first."""
+        ...
+
+
+class LocalPlace:
+    """A data root on this machine.
+
+    Raises:
+        UserError: No run has finished there.
+    """
+
+    def __init__(self, data_root: Path) -> None:
+        self._data_root = data_root
+        self.manifest = require_manifest(data_root)
+
+    def __str__(self) -> str:
+        return str(self._data_root)
+
+    def file(self, path: str) -> Path:
+        """The file, where it is."""
+        return self._data_root / path
+
+
+class HubPlace:
+    """One commit of a branch of a Hub dataset; files stay in the client's cache.
+
+    Args:
+        repo_id: The dataset.
+        revision: Its branch, tag or commit.
+
+    Raises:
+        UserError: It holds no capture, or the Hub fails.
+    """
+
+    def __init__(self, repo_id: str, revision: str) -> None:
+        self._repo_id = repo_id
+        self._revision = revision
+        self._name = f"{repo_id}, revision {revision}"
+        try:
+            path = self._download(MANIFEST_FILE, revision)
+        except (EntryNotFoundError, RevisionNotFoundError) as error:
+            raise self._no_capture() from error
+        # Cached files are in a directory with the name of their commit: all come from the same one.
+        self._commit = path.parent.name
+        manifest = read_manifest(path.parent)
+        assert manifest is not None
+        self.manifest = manifest
+
+    def __str__(self) -> str:
+        return self._name
+
+    def file(self, path: str) -> Path:
+        """The file in the cache, downloaded if it is not there.
+
+        Raises:
+            UserError: It can't be had.
+        """
+        try:
+            return self._download(path, self._commit)
+        except EntryNotFoundError as error:
+            raise UserError(
+                f"{self._name}: {path} is missing, though the manifest has it; publish the run anew "
+                "with `qk-sniffer push`"
+            ) from error
+
+    def _download(self, path: str, revision: str) -> Path:
+        # What says that a file is not there passes through.
+        missing: Exception | None = None
+        with explained(f"{self._name}: {path}", "read it again"):
+            try:
+                return Path(
+                    retried(
+                        lambda: hf_hub_download(
+                            self._repo_id, path, repo_type="dataset", revision=revision
+                        )
+                    )
+                )
+            except (EntryNotFoundError, RevisionNotFoundError) as error:
+                missing = error
+        assert missing is not None
+        raise missing
+
+    def _no_capture(self) -> UserError:
+        with explained(self._name, "read it again"):
+            heads = Branch(self._repo_id, MAIN).heads()
+        others = ", ".join(name for name in sorted(heads) if name not in (MAIN, self._revision))
+        remedy = f"name one of its branches as revision: {others}" if others else "name another dataset"
+        return UserError(f"{self._name}: no capture is there; {remedy}")
+
+
+def place_of(path_or_repo: str | Path, revision: str | None) -> CapturePlace:
+    """The directory of this name, or else the Hub dataset.
+
+    Raises:
+        UserError: There is no capture.
+    """
+    path = Path(path_or_repo)
+    name = str(path_or_repo)
+    is_repo = not isinstance(path_or_repo, Path) and name.count("/") == 1 and name[0] not in "./~"
+    if path.exists() or not is_repo:
+        if revision is not None:
+            raise UserError(f"{path}: a directory has no revision {revision}; leave it out")
+        return LocalPlace(path)
+    return HubPlace(name, revision or MAIN)

@@ -1,0 +1,72 @@
+"""Rows of a head's file as NumPy arrays and torch tensors, at once or a row group at a time."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.dataset as ds
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+NUMBERS = ("bucket", "example_id", "position")
+"""The columns of numbers that every row has."""
+
+
+def arrays(table: pa.Table, head_dim: int) -> dict[str, npt.NDArray[Any]]:
+    """The vectors of N rows, (N, head_dim) float32, and their numbers, (N,) int32, in own memory."""
+    vectors = np.empty((table.num_rows, head_dim), np.float32)
+    first = 0
+    for chunk in table["vector"].chunks:
+        vectors[first : first + len(chunk)] = chunk.flatten().to_numpy().reshape(-1, head_dim)
+        first += len(chunk)
+    return {"vector": vectors} | {name: table[name].to_numpy().copy() for name in NUMBERS}
+
+
+def tensors(table: pa.Table, head_dim: int) -> dict[str, Tensor]:
+    """What ``arrays`` gives, as tensors."""
+    return {name: torch.from_numpy(values) for name, values in arrays(table, head_dim).items()}
+
+
+class HeadBatches(IterableDataset[dict[str, Tensor]]):
+    """Batches of a head's rows; see ``Head.batches``.
+
+    Args:
+        path: The head's file.
+        condition: Which rows are read; None reads all.
+        head_dim: Length of a vector.
+        batch_size: Rows in a batch.
+        shuffle: Whether the order is random.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        condition: ds.Expression | None,
+        head_dim: int,
+        batch_size: int,
+        shuffle: bool,
+    ) -> None:
+        self._path = path
+        self._condition = condition
+        self._head_dim = head_dim
+        self._batch_size = batch_size
+        self._shuffle = shuffle
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        worker = get_worker_info()
+        number, n_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        file = next(ds.dataset(self._path, format="parquet").get_fragments())
+        groups = file.split_by_row_group(self._condition)[number::n_workers]
+        for index in self._order(len(groups)):
+            table = groups[index].to_table(columns=["vector", *NUMBERS], filter=self._condition)
+            rows = tensors(table, self._head_dim)
+            for batch in torch.split(self._order(table.num_rows), self._batch_size):
+                yield {name: values[batch] for name, values in rows.items()}
+
+    def _order(self, count: int) -> Tensor:
+        # A worker's generator is seeded by the loader: its own, and another one in each epoch.
+        return torch.randperm(count) if self._shuffle else torch.arange(count)

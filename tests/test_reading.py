@@ -1,0 +1,324 @@
+"""``Captures``: what a person reads back, against independent readers and the model's attention."""
+
+import ctypes
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import LENGTHS, REPO, Run, byte_tokenizer, write_jsonl
+from families import FAMILIES, MANY_HEADS, tiny_model
+from loopback import LoopbackHub
+from qk_sniffer import Captures
+from qk_sniffer.errors import UserError
+from qk_sniffer.ids import example_id
+from tiny import tiny_causal_lm
+
+TOLERANCE = 1e-5
+WINDOWED = {"sampler": {"type": "uniform", "base_rate": 4}, "min_bucket_size": 8}
+
+
+@pytest.fixture
+def captures(predict: Run, tmp_path: Path) -> Captures:
+    """Everything of a tiny Llama with two key heads for four query heads."""
+    assert predict() == 0
+    return Captures(tmp_path / "root")
+
+
+@contextmanager
+def opened_files(root: Path) -> Iterator[list[str]]:
+    """The files in a data root that anybody opens within a block, as the kernel reports them."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    opened, is_directory = 0x20, 0x40000000
+    descriptor = libc.inotify_init1(os.O_NONBLOCK)
+    directories = [root, *(path for path in root.iterdir() if path.is_dir())]
+    watched = {
+        libc.inotify_add_watch(descriptor, os.fsencode(path), opened): path for path in directories
+    }
+    assert len(watched) == len(directories)
+    files: list[str] = []
+    yield files
+    try:
+        while events := os.read(descriptor, 2**16):
+            while events:
+                watch, mask, _, length = struct.unpack_from("iIII", events)
+                name = events[16 : 16 + length].rstrip(b"\0").decode()
+                if not mask & is_directory:
+                    files.append(str((watched[watch] / name).relative_to(root)))
+                events = events[16 + length :]
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma2", "gpt_oss", "bloom", "llama4"])
+def test_attention_is_the_models_own(
+    family: str, predict: Run, model_dir: Callable[[str], Path], texts: list[Any], tmp_path: Path
+) -> None:
+    """Plain, windowed and chunked masks, caps, sinks and ALiBi, through files and manifest."""
+    if family in FAMILIES:
+        directory = model_dir(family)
+    else:
+        directory = tmp_path / family
+        tiny_causal_lm(family).save_pretrained(directory)
+        byte_tokenizer().save_pretrained(directory)
+    assert predict(model={"name": str(directory)}) == 0
+    captures = Captures(tmp_path / "root")
+    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    for row in texts[:3]:
+        inputs = tokenizer(row["text"], return_tensors="pt")
+        with torch.inference_mode():
+            expected = model(input_ids=inputs["input_ids"], output_attentions=True).attentions
+        assert len(captures.layers) == len(expected)
+        for (layer, geometry), probabilities in zip(captures.layers.items(), expected, strict=True):
+            for head in range(geometry.num_attention_heads):
+                attention = captures.attention(layer, head, row["id"])
+                torch.testing.assert_close(
+                    attention.probabilities, probabilities[0, head], atol=TOLERANCE, rtol=0
+                )
+
+
+def test_attention_of_sampled_rows(predict: Run, tmp_path: Path) -> None:
+    """Their scores are those of the whole; probabilities are given where all keys are there."""
+    assert predict("whole") == 0
+    assert predict("sampled", sniffer={"capture": WINDOWED}) == 0
+    whole = Captures(tmp_path / "whole").attention(2, 3, "topic-2")
+    sampled = Captures(tmp_path / "sampled").attention(2, 3, "topic-2")
+    assert 10 < len(sampled.query_positions) < len(whole.query_positions)
+    part = whole.scores[sampled.query_positions][:, sampled.key_positions]
+    torch.testing.assert_close(sampled.scores, part, atol=1e-5, rtol=1e-5)
+    assert not sampled.is_complete.all()
+    with pytest.raises(UserError, match=r"attention: \d+ of \d+ queries attend to keys"):
+        _ = sampled.probabilities
+    shares = sampled.among_kept.sum(dim=1)
+    has_keys = (sampled.scores > -torch.inf).any(dim=1)
+    torch.testing.assert_close(shares, has_keys.float())
+
+
+@pytest.mark.parametrize(("family", "window"), [("mistral", 8), ("llama", None)])
+def test_completeness_counts_the_window(
+    family: str, window: int | None, predict: Run, tmp_path: Path
+) -> None:
+    assert predict(family=family, sniffer={"capture": WINDOWED}) == 0
+    attention = Captures(tmp_path / "root").attention(0, 0, "topic-2")
+    kept = set(attention.key_positions.tolist())
+    expected = [
+        set(range(0 if window is None else max(0, p - window + 1), p + 1)) <= kept
+        for p in attention.query_positions.tolist()
+    ]
+    assert attention.is_complete.tolist() == expected
+    queries = [p for p, complete in zip(attention.query_positions.tolist(), expected, strict=True)]
+    first = Captures(tmp_path / "root").attention(0, 0, "topic-2", queries=queries[:2])
+    assert first.query_positions.tolist() == queries[:2]
+
+
+def test_a_head_in_every_form(captures: Captures, tmp_path: Path) -> None:
+    stored = pq.read_table(tmp_path / "root" / "l01h02q" / "data.parquet")
+    head = captures.head(1, 2)
+    assert (head.name, len(head)) == ("l01h02q", sum(LENGTHS))
+    assert head.arrow().equals(stored)
+    expected = np.stack(stored["vector"].to_numpy())
+    arrays, tensors, frame = head.numpy(), head.torch(), head.pandas()
+    np.testing.assert_array_equal(arrays["vector"], expected)
+    np.testing.assert_array_equal(tensors["vector"].numpy(), expected)
+    assert (arrays["vector"].dtype, tensors["vector"].dtype) == (np.float32, torch.float32)
+    assert isinstance(frame, pd.DataFrame)
+    np.testing.assert_array_equal(np.stack(frame["vector"]), expected)
+    for column in ("bucket", "example_id", "position"):
+        for rows in (arrays, tensors, frame):
+            assert list(rows[column]) == stored[column].to_pylist()
+    assert head.arrow(["position"]).column_names == ["position"]
+    tensors["vector"].add_(1)
+
+
+def test_token_strings_come_where_they_were_captured(
+    predict: Run, captures: Captures, tmp_path: Path, texts: list[Any]
+) -> None:
+    assert "token_str" not in captures.head(0, 0).numpy()
+    assert predict("tokens", sniffer={"capture": {"capture_token_strings": True}}) == 0
+    head = Captures(tmp_path / "tokens").head(0, 0).where(example="topic-1")
+    assert "".join(head.numpy()["token_str"]).replace("Ġ", " ") == texts[1]["text"]
+
+
+def test_filters(predict: Run, tmp_path: Path) -> None:
+    assert predict(sniffer={"capture": {"min_bucket_size": 8}}) == 0
+    captures = Captures(tmp_path / "root")
+    head = captures.head(3, 0, "q")
+    rows = head.pandas()
+    first, second = example_id("topic-0"), example_id("topic-2")
+    for chosen, kept in (
+        (dict(example=first), rows.example_id == first),
+        (dict(example="topic-0"), rows.example_id == first),
+        (dict(example=["topic-0", second]), rows.example_id.isin([first, second])),
+        (dict(bucket=2), rows.bucket == 2),
+        (dict(bucket=[0, 3]), rows.bucket.isin([0, 3])),
+        (dict(position=range(3, 9)), rows.position.between(3, 8)),
+        (dict(position=range(1, 30, 7)), rows.position.isin([1, 8, 15, 22, 29])),
+        (dict(position=np.array([5, 11])), rows.position.isin([5, 11])),
+        (dict(position=np.int64(4)), rows.position == 4),
+        (dict(example=first, bucket=1), (rows.example_id == first) & (rows.bucket == 1)),
+    ):
+        some = head.where(**chosen)  # type: ignore[arg-type]
+        expected = rows[kept]
+        assert 0 < len(some) == len(expected) < len(rows)
+        assert some.arrow(["example_id", "position"]).to_pylist() == (
+            expected[["example_id", "position"]].to_dict("records")
+        )
+    narrower = head.where(example=first).where(position=range(4))
+    assert narrower.torch()["position"].tolist() == [0, 1, 2, 3]
+    assert head.where() is head
+    none = head.where(position=10**6)
+    assert len(none) == 0
+    assert none.torch()["vector"].shape == (0, 16)
+
+
+def rewrite_in_row_groups(path: Path, rows: int) -> None:
+    pq.write_table(pq.read_table(path), path, row_group_size=rows)
+
+
+def test_row_groups_without_a_wanted_row_are_not_read(captures: Captures, tmp_path: Path) -> None:
+    path = tmp_path / "root" / "l00h00q" / "data.parquet"
+    rewrite_in_row_groups(path, 16)
+    head = captures.head(0, 0)
+    last = head.arrow(["example_id"])["example_id"][-1].as_py()
+    expected = head.where(example=last).torch()["vector"]
+    metadata = pq.read_metadata(path)
+    column = metadata.schema.to_arrow_schema().get_field_index("vector")
+    with path.open("r+b") as file:
+        chunk = metadata.row_group(0).column(column)
+        file.seek(chunk.dictionary_page_offset or chunk.data_page_offset)
+        file.write(bytes(chunk.total_compressed_size))
+    assert torch.equal(head.where(example=last).torch()["vector"], expected)
+    with pytest.raises(OSError):
+        head.torch()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_batches_hold_every_row_once(
+    num_workers: int, shuffle: bool, captures: Captures, tmp_path: Path
+) -> None:
+    rewrite_in_row_groups(tmp_path / "root" / "l00h00q" / "data.parquet", 50)
+    head = captures.head(0, 0)
+    rows = head.torch()
+    torch.manual_seed(1)
+    loader = DataLoader(head.batches(16, shuffle=shuffle), batch_size=None, num_workers=num_workers)
+    epochs = []
+    for _ in range(2):
+        batches = list(loader)
+        assert {len(batch["vector"]) for batch in batches} == {16, 2, sum(LENGTHS) % 50 % 16}
+        read = {name: torch.cat([batch[name] for batch in batches]) for name in rows}
+        keys = [read[name].long() for name in ("example_id", "position")]
+        order = torch.tensor(np.lexsort((keys[1], keys[0])))
+        for name, values in rows.items():
+            assert torch.equal(read[name][order], values)
+        epochs.append(read["vector"])
+    assert torch.equal(*epochs) is not shuffle
+    assert torch.equal(epochs[0], rows["vector"]) is not (shuffle or num_workers > 0)
+
+
+def test_batches_of_some_rows(captures: Captures) -> None:
+    some = captures.head(0, 0).where(position=range(5))
+    (batch,) = some.batches(100)
+    assert torch.equal(batch["vector"], some.torch()["vector"])
+    with pytest.raises(UserError, match="batch_size: must be at least 1"):
+        some.batches(0)
+
+
+def test_what_is_in_it(captures: Captures, texts: list[Any], tmp_path: Path) -> None:
+    assert [head.name for head in captures.heads] == [
+        path.parent.name
+        for layer in range(4)
+        for kind in "qk"
+        for path in sorted((tmp_path / "root").glob(f"l0{layer}h*{kind}/data.parquet"))
+    ]
+    assert list(captures.layers) == [0, 1, 2, 3]
+    assert captures.settings["capture"]["sampler"]["type"] == "all"
+    assert set(captures.examples["source_id"].to_pylist()) == {row["id"] for row in texts}
+    assert repr(captures).startswith("<Captures of llama")
+    assert repr(captures).endswith("24 heads in 4 layers, 7 examples>")
+    assert repr(captures.head(0, 1, "k")) == f"<Head l00h01k: {sum(LENGTHS)} rows, head_dim 16>"
+    assert captures.key_head(0, 1).name == "l00h00k"
+    assert captures.key_head(0, 2).name == "l00h01k"
+
+
+def test_mistakes_are_named(captures: Captures, predict: Run, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"l00h07q: not captured; layer 0 has the query heads 0, 1, 2, 3"
+    ):
+        captures.head(0, 7)
+    with pytest.raises(UserError, match="l09h00k: not captured"):
+        captures.key_head(9, 0)
+    with pytest.raises(UserError, match="no example has the source id nobody"):
+        captures.head(0, 0).where(example="nobody")
+    with pytest.raises(UserError, match="l00h00q: no row of example 12345"):
+        captures.attention(0, 0, 12345)
+    with pytest.raises(UserError, match=r"no manifest\.json is here"):
+        Captures(tmp_path / "nothing")
+    with pytest.raises(UserError, match="a directory has no revision main"):
+        Captures(tmp_path / "root", revision="main")
+    assert predict("pre", sniffer={"capture": {"capture_pre_rope": True, "layers": [1]}}) == 0
+    with pytest.raises(UserError, match="the vectors are those before RoPE"):
+        Captures(tmp_path / "pre").attention(1, 0, "topic-0")
+    with pytest.raises(
+        UserError, match=r"l00h00q: not captured; there are query heads of the layers 1"
+    ):
+        Captures(tmp_path / "pre").head(0, 0)
+
+
+def test_attention_that_q_and_k_dont_explain_is_refused(predict: Run, tmp_path: Path) -> None:
+    tiny_causal_lm("doge").save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    assert predict(model={"name": str(tmp_path / "model")}) == 0
+    with pytest.raises(UserError, match=r"queries and keys alone don't explain .* layer 0: .*bias"):
+        Captures(tmp_path / "root").attention(0, 0, "topic-0")
+
+
+def test_one_of_1280_heads_opens_one_file_and_the_manifest(
+    hub: LoopbackHub, predict: Run, tmp_path: Path
+) -> None:
+    tiny_model(MANY_HEADS).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    published = {"hf_repo_id": REPO, "hf_branch": "many"}
+    data = {"path": str(write_jsonl(tmp_path / "text.jsonl", [{"id": "a", "text": "some text"}]))}
+    assert (
+        predict(model={"name": str(tmp_path / "model")}, data=data, sniffer={"output": published}) == 0
+    )
+    with opened_files(tmp_path / "root") as files:
+        local = Captures(tmp_path / "root").head(19, 31, "k").torch()
+    assert set(files) == {"manifest.json", "l19h31k/data.parquet"}
+
+    hub.forget()
+    remote = Captures(REPO, revision="many").head(19, 31, "k").torch()
+    assert torch.equal(remote["vector"], local["vector"])
+    fetched = {
+        r.path.partition("/resolve/")[2].partition("/")[2]
+        for r in hub.requests
+        if "/resolve/" in r.path
+    }
+    assert fetched == {"manifest.json", "l19h31k/data.parquet"}
+    hub.forget()
+    assert torch.equal(
+        Captures(REPO, revision="many").head(19, 31, "k").torch()["vector"], local["vector"]
+    )
+    assert not any("/cdn/" in request.path for request in hub.requests), "it is in the cache"
+    with pytest.raises(UserError, match=rf"{REPO}, revision main: no capture is there; .*: many$"):
+        Captures(REPO)
+    with pytest.raises(UserError, match=r"revision other: no capture is there; .*: many$"):
+        Captures(REPO, revision="other")
+    with pytest.raises(
+        UserError, match=r"someone/nothing, revision main: manifest\.json: it is not there"
+    ):
+        Captures("someone/nothing")
