@@ -217,7 +217,7 @@ class Repo:
 
 def upload_mode(path: str, size: int) -> str:
     """How a file has to be sent: as an LFS object, or within the commit."""
-    return "lfs" if path.endswith(".parquet") or size > LARGEST_REGULAR else "regular"
+    return "lfs" if path.endswith((".parquet", ".png")) or size > LARGEST_REGULAR else "regular"
 
 
 def _git_id(kind: str, content: bytes) -> str:

@@ -9,9 +9,11 @@ from tqdm.auto import tqdm
 from qk_sniffer.storage import Place, count_rows
 
 
-def file_progress(files: Iterable[Any], total: int, label: str = "Writing") -> Iterable[Any]:
-    """A bar over the files of a data root while they are written."""
-    return tqdm(files, total=total, desc=label, unit="file")  # type: ignore[no-any-return]
+def file_progress(
+    files: Iterable[Any], total: int, label: str = "Writing", unit: str = "file"
+) -> Iterable[Any]:
+    """A bar over the files of a data root while they are written or measured."""
+    return tqdm(files, total=total, desc=label, unit=unit)  # type: ignore[no-any-return]
 
 
 def summary_table(data_root: Path, manifest: dict[str, Any], *, seconds: float) -> str:

@@ -24,6 +24,7 @@ from qk_sniffer.storage import (
     JOURNAL_DIRECTORY,
     MANIFEST_FILE,
     PULLED_DIRECTORY,
+    REPORT_DIRECTORY,
     FileFacts,
     Place,
     describe_run,
@@ -140,7 +141,7 @@ def _join_cards(
             aside = path.with_suffix(".local.md")
             write_text(aside, ours)
             log.warning("%s: edited here and on the Hub; the Hub's text is kept, see %s", path, aside)
-    write_text(path, render_card(manifest, existing, publication.place))
+    write_text(path, render_card(data_root, manifest, existing, publication.place))
 
 
 def _own_part_of_branch(card: str, place: Place) -> str:
@@ -169,15 +170,22 @@ def _gone(
         theirs: The manifest of the branch, if it holds a run.
         is_new: Whether nobody has committed to the branch.
     """
-    ours = {*_parquet_files(manifest), *_texts(data_root)}
-    replaced = () if theirs is None else (CONFIG_FILE,)
+    ours = {*_parquet_files(manifest), *_other_files(data_root)}
     return [
         path
         for path in there
         if path not in ours
         and path != _FIRST_FILE
-        and (is_new or path in replaced or HEAD_DIRECTORY.fullmatch(path.partition("/")[0]))
+        and (is_new or (theirs is not None and _is_replaced(path)) or _is_of_a_head(path))
     ]
+
+
+def _is_replaced(path: str) -> bool:
+    return path == CONFIG_FILE or path.startswith(f"{REPORT_DIRECTORY}/")
+
+
+def _is_of_a_head(path: str) -> bool:
+    return HEAD_DIRECTORY.fullmatch(path.partition("/")[0]) is not None
 
 
 def _changed(
@@ -200,8 +208,8 @@ def _changed(
     held = {} if theirs is None else _parquet_files(theirs)
     changed = [
         path
-        for path in _texts(data_root)
-        if path not in there or there[path].git_id != _git_id(data_root / path)
+        for path in _other_files(data_root)
+        if path not in there or there[path].git_id not in _git_ids(data_root / path)
     ]
     for path, facts in _parquet_files(manifest).items():
         if path not in there or held.get(path) != facts or there[path].size != facts["bytes"]:
@@ -214,8 +222,11 @@ def _changed(
     return changed
 
 
-def _texts(data_root: Path) -> list[str]:
-    return [path for path in (CARD_FILE, MANIFEST_FILE, CONFIG_FILE) if (data_root / path).exists()]
+def _other_files(data_root: Path) -> list[str]:
+    """What is published beside the Parquet files."""
+    texts = [path for path in (CARD_FILE, MANIFEST_FILE, CONFIG_FILE) if (data_root / path).exists()]
+    report = sorted((data_root / REPORT_DIRECTORY).glob("*"))
+    return texts + [f"{REPORT_DIRECTORY}/{path.name}" for path in report]
 
 
 def _parquet_files(manifest: Mapping[str, Any]) -> dict[str, FileFacts]:
@@ -223,9 +234,19 @@ def _parquet_files(manifest: Mapping[str, Any]) -> dict[str, FileFacts]:
     return {f"{name}/{DATA_FILE}": facts for name, facts in files.items()}
 
 
-def _git_id(path: Path) -> str:
-    """The id of a file's content in git, <https://git-scm.com/book/en/v2/Git-Internals-Git-Objects>."""
+def _git_ids(path: Path) -> tuple[str, str]:
+    """The id of a file's content in git, and the id that it has where the Hub keeps it in LFS.
+
+    Sources: <https://git-scm.com/book/en/v2/Git-Internals-Git-Objects>,
+    <https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md>.
+    """
     content = path.read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(content)}\n"
+    return _git_id(content), _git_id(pointer.encode())
+
+
+def _git_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 

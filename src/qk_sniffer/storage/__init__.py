@@ -1,6 +1,6 @@
 """Bytes on disk: the journal of a running capture, Parquet files, manifest and dataset card."""
 
-from qk_sniffer.storage.card import Place, describe_run, render_card, shown_names
+from qk_sniffer.storage.card import Place, describe_run, render_card, shown_names, write_card
 from qk_sniffer.storage.card_parts import compose_card, own_part
 from qk_sniffer.storage.data_root import (
     EarlierRun,
@@ -31,6 +31,7 @@ from qk_sniffer.storage.schema import (
     PUBLICATION_FILE,
     PULLED_DIRECTORY,
     PULLING_DIRECTORY,
+    REPORT_DIRECTORY,
     SCHEMA_VERSION,
     Kind,
     head_name,
@@ -49,6 +50,7 @@ __all__ = [
     "PUBLICATION_FILE",
     "PULLED_DIRECTORY",
     "PULLING_DIRECTORY",
+    "REPORT_DIRECTORY",
     "SCHEMA_VERSION",
     "Block",
     "EarlierRun",
@@ -84,5 +86,6 @@ __all__ = [
     "stored_example_ids",
     "sync_directory",
     "sync_file",
+    "write_card",
     "write_text",
 ]

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from qk_sniffer.storage.card_parts import compose_card
+from qk_sniffer.storage.files import write_text
 from qk_sniffer.storage.manifest import count_rows
-from qk_sniffer.storage.schema import DATA_FILE, EXAMPLES_DIRECTORY
+from qk_sniffer.storage.schema import CARD_FILE, DATA_FILE, EXAMPLES_DIRECTORY, REPORT_DIRECTORY
 
 _SIZES = ("n<1K", *(f"{i}<n<{j}" for i, j in itertools.pairwise(
     ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"))), "n>1T")  # fmt: skip
@@ -25,6 +26,15 @@ _SCHEMA_TABLE = """\
 | token_str | string | the token at the position, where captured |"""
 
 
+_PICTURES = {
+    "positional-r2-queries": "How well the queries of each head tell position",
+    "positional-r2-keys": "How well the keys of each head tell position",
+    "components-1q": "Principal components of the queries of one head, by position",
+    "components-1k": "Principal components of its keys, by position",
+}
+"""Files of a report that the card shows, and what is on them."""
+
+
 @dataclass(frozen=True)
 class Place:
     """A branch of a Hub dataset."""
@@ -37,12 +47,27 @@ class Place:
         return f'load_dataset("{self.repo_id}", "{config}", revision="{self.branch}", split="train")'
 
 
+def write_card(data_root: Path, manifest: Mapping[str, Any], place: Place | None = None) -> None:
+    """Write the card of a data root anew; a person's own text and fields stay.
+
+    Raises:
+        UserError: The YAML of the card that is there is broken.
+    """
+    path = data_root / CARD_FILE
+    existing = path.read_text(encoding="utf-8") if path.exists() else None
+    write_text(path, render_card(data_root, manifest, existing, place))
+
+
 def render_card(
-    manifest: Mapping[str, Any], existing: str | None = None, place: Place | None = None
+    data_root: Path,
+    manifest: Mapping[str, Any],
+    existing: str | None = None,
+    place: Place | None = None,
 ) -> str:
     """The card of a data root.
 
     Args:
+        data_root: Whose report it shows, if there is one.
         manifest: Its manifest.
         existing: The card that is there, whose own text and fields stay.
         place: Where on the Hub it is, for the line that loads it.
@@ -62,7 +87,7 @@ def render_card(
         for name, file in files.items()
     ]
     fields = {"size_categories": [_size_category(count_rows(manifest))], "configs": configs}
-    return compose_card(existing, fields, _body(manifest, place))
+    return compose_card(existing, fields, _body(manifest, place, _pictures(data_root)))
 
 
 def _size_category(rows: int) -> str:
@@ -103,7 +128,18 @@ def _limit(max_length: int | None) -> str:
     return "all" if max_length is None else f"the first {max_length:,}"
 
 
-def _body(manifest: Mapping[str, Any], place: Place | None) -> str:
+def _pictures(data_root: Path) -> str:
+    """The main pictures of the report, empty where there is none."""
+    shown = [
+        f"![{caption}]({REPORT_DIRECTORY}/{name}.png)"
+        for name, caption in _PICTURES.items()
+        if (data_root / REPORT_DIRECTORY / f"{name}.png").exists()
+    ]
+    more = f"More pictures are on the page `{REPORT_DIRECTORY}/index.html`, which needs no network."
+    return "\n\n".join(["\n## Pictures", *shown, more, ""]) if shown else ""
+
+
+def _body(manifest: Mapping[str, Any], place: Place | None, pictures: str) -> str:
     name, text = shown_names(manifest["settings"])
     partial = "" if manifest["complete"] else "The run was interrupted: this is part of its texts.\n\n"
     first_head = next(iter(manifest["heads"]))
@@ -131,7 +167,7 @@ are counted by themselves. `examples` maps `example_id` to the ids of the datase
 ## What was captured
 
 {_captured(manifest)}
-
+{pictures}
 ## Columns
 
 {_SCHEMA_TABLE}

@@ -37,6 +37,7 @@ from qk_sniffer.storage.schema import (
     PUBLICATION_FILE,
     PULLED_DIRECTORY,
     PULLING_DIRECTORY,
+    REPORT_DIRECTORY,
 )
 
 _FIELD = "sniffer.output.data_root"
@@ -52,7 +53,11 @@ _BEFORE_A_JOURNAL = {
     f".{CONFIG_FILE}.tmp",
 }
 # A person may have written in the card, and the publication is this run's already.
-_OWN_NAMES = (_BEFORE_A_JOURNAL - {PUBLICATION_FILE, CARD_FILE}) | {EXAMPLES_DIRECTORY, MANIFEST_FILE}
+_OWN_NAMES = (_BEFORE_A_JOURNAL - {PUBLICATION_FILE, CARD_FILE}) | {
+    EXAMPLES_DIRECTORY,
+    MANIFEST_FILE,
+    REPORT_DIRECTORY,
+}
 
 
 _TOKEN_FILE = re.compile(r"\.shared-[0-9a-f]+")

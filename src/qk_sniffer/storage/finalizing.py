@@ -18,7 +18,7 @@ import xxhash
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.ranks import ALONE, Dealer, Ranks
-from qk_sniffer.storage.card import render_card
+from qk_sniffer.storage.card import write_card
 from qk_sniffer.storage.commits import (
     COMMITS_FILE,
     HEADER_FILE,
@@ -33,14 +33,13 @@ from qk_sniffer.storage.commits import (
     read_journal,
     write_commits,
 )
-from qk_sniffer.storage.files import explained_writing, sync_directory, write_text
+from qk_sniffer.storage.files import explained_writing, sync_directory
 from qk_sniffer.storage.finished import FinishedRun, finished_runs
 from qk_sniffer.storage.journal import JournalWriter
 from qk_sniffer.storage.manifest import build_manifest, header_of, read_manifest, write_manifest
 from qk_sniffer.storage.parquet import EarlierFile, FileFacts, HeadFile, write_heads, write_table
 from qk_sniffer.storage.reader import JournalReader
 from qk_sniffer.storage.schema import (
-    CARD_FILE,
     DATA_FILE,
     EXAMPLES_DIRECTORY,
     EXAMPLES_SCHEMA,
@@ -48,6 +47,7 @@ from qk_sniffer.storage.schema import (
     JOURNAL_DIRECTORY,
     MANIFEST_FILE,
     PULLED_DIRECTORY,
+    REPORT_DIRECTORY,
     head_name,
 )
 
@@ -168,7 +168,7 @@ def _discard(data_root: Path, manifest: dict[str, Any], complete: bool) -> dict[
     """Remove a journal that adds nothing, and give the manifest, which may be complete now."""
     if complete and not manifest["complete"]:
         manifest = manifest | {"complete": True}
-        _write_card(data_root, manifest)
+        write_card(data_root, manifest)
         write_manifest(data_root, manifest)
     shutil.rmtree(data_root / PULLED_DIRECTORY, ignore_errors=True)
     shutil.rmtree(data_root / JOURNAL_DIRECTORY)
@@ -301,7 +301,9 @@ def _end(
     complete = journal.log.finalizing is True
     buckets = _rows_by_bucket(data_root, streams)
     manifest = build_manifest(journal.header, facts, ordered, buckets, complete=complete)
-    _write_card(data_root, manifest)
+    # Its pictures are of fewer texts.
+    shutil.rmtree(data_root / REPORT_DIRECTORY, ignore_errors=True)
+    write_card(data_root, manifest)
     write_manifest(data_root, manifest)
     shutil.rmtree(data_root / PULLED_DIRECTORY, ignore_errors=True)
     journal.directory.rename(data_root / FINISHED_JOURNAL_DIRECTORY)
@@ -323,9 +325,3 @@ def _rows_by_bucket(data_root: Path, streams: Sequence[Mapping[str, Any]]) -> di
 
     with ThreadPoolExecutor(_n_threads()) as pool:
         return dict(sorted(sum(pool.map(count, streams), Counter[int]()).items()))
-
-
-def _write_card(data_root: Path, manifest: Mapping[str, Any]) -> None:
-    path = data_root / CARD_FILE
-    text = path.read_text(encoding="utf-8") if path.exists() else None
-    write_text(path, render_card(manifest, text))

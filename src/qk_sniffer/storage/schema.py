@@ -14,6 +14,7 @@ PULLED_DIRECTORY, PULLING_DIRECTORY = ".pulled", ".pulling"
 PUBLICATION_FILE = ".hub.json"
 MANIFEST_FILE = "manifest.json"
 CARD_FILE = "README.md"
+REPORT_DIRECTORY = "report"
 CONFIG_FILE = "config.yaml"
 
 HEAD_DIRECTORY = re.compile(r"l(\d{2,})h(\d{2,})([qk])")

@@ -1,0 +1,289 @@
+"""``qk-sniffer report``: the page, its pictures, the card that shows them, and what they show."""
+
+import io
+import re
+import shutil
+import subprocess
+from base64 import b64decode
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from conftest import REPO, Run
+from loopback import LoopbackHub
+from qk_sniffer import Captures
+from qk_sniffer.cli import main
+from qk_sniffer.geometry import positional_r2, principal_components
+from qk_sniffer.report.measures import measure, measured_texts
+from readers import error_line
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+TOKENS = {"capture_token_strings": True, "min_bucket_size": 16}
+PICTURES = {
+    "rows-queries", "rows-keys", "positional-r2-queries", "positional-r2-keys", "norms-queries",
+    "norms-keys", *(f"components-{i}{kind}" for i in (1, 2, 3) for kind in "qk"),
+    *(f"attention-{i}" for i in (1, 2, 3)),
+}  # fmt: skip
+
+
+class Page(HTMLParser):
+    """What a browser would fetch for a page, and its pictures."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.text = path.read_text()
+        self.resources: list[str] = []
+        self.pictures: dict[str, list[str]] = {"img": [], "source": []}
+        self.feed(self.text)
+
+    def handle_starttag(self, tag: str, attributes: Any) -> None:
+        values = dict(attributes)
+        if tag == "img":
+            assert values["alt"]
+        if tag in self.pictures:
+            self.pictures[tag].append(values["src" if tag == "img" else "srcset"])
+        self.resources += [values[key] for key in ("src", "href", "srcset") if key in values]
+
+
+def pixels(data: bytes) -> np.ndarray[Any, Any]:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def data_of(uri: str) -> bytes:
+    head, _, content = uri.partition(",")
+    assert head == "data:image/png;base64"
+    return b64decode(content)
+
+
+def test_a_page_with_all_pictures_inside(
+    predict: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(sniffer={"capture": TOKENS}) == 0
+    root = tmp_path / "root"
+    capsys.readouterr()
+    assert main(["report", str(root)]) == 0
+    assert capsys.readouterr().out == f"report   {root}/report/index.html\n"
+    page = Page(root / "report" / "index.html")
+    assert page.resources
+    assert all(uri.startswith("data:") for uri in page.resources)
+    assert "url(" not in page.text and "@import" not in page.text
+    files = {path.stem: path.read_bytes() for path in (root / "report").glob("*.png")}
+    assert set(files) == PICTURES
+    light = [data_of(uri) for uri in page.pictures["img"]]
+    assert sorted(light) == sorted(files.values())
+    for data, dark in zip(light, map(data_of, page.pictures["source"]), strict=True):
+        assert pixels(data)[0, 0].min() > 250
+        assert pixels(dark)[0, 0].max() < 60
+        assert pixels(data).shape == pixels(dark).shape
+        assert len(np.unique(pixels(data).reshape(-1, 3), axis=0)) > 20
+    assert main(["verify", str(root)]) == 0
+
+
+def test_the_card_shows_pictures_until_they_are_old(predict: Run, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    assert predict(data={"max_samples": 5}) == 0
+    report = ["report", str(root), "--heads", "l00h00q"]
+    assert main(report) == 0
+    card = (root / "README.md").read_text()
+    shown = re.findall(r"!\[(.+)\]\((.+)\)", card)
+    assert len(shown) == 4
+    assert all(caption and (root / path).exists() for caption, path in shown)
+    head = datasets.load_dataset(str(root), "l00h00q", split="train")
+    assert head.num_rows == pq.read_metadata(root / "l00h00q" / "data.parquet").num_rows
+    assert main(report) == 0
+    assert (root / "README.md").read_text() == card
+    assert predict() == 0
+    assert not (root / "report").exists()
+    assert "![" not in (root / "README.md").read_text()
+    assert main(report) == 0
+    assert predict(sniffer={"output": {"overwrite": True}}) == 0
+    assert not (root / "report").exists()
+
+
+def test_the_pictures_are_published_and_withdrawn(
+    hub: LoopbackHub, predict: Run, tmp_path: Path
+) -> None:
+    published = {"output": {"hf_repo_id": REPO, "hf_branch": "tiny"}}
+    root = tmp_path / "root"
+    assert predict(data={"max_samples": 5}, sniffer=published) == 0
+    assert main(["report", str(root), "--heads", "l00h00q"]) == 0
+    assert f'load_dataset("{REPO}", "l00h00q", revision="tiny"' in (root / "README.md").read_text()
+    assert main(["push", str(root)]) == 0
+    files = hub.files(REPO, "tiny")
+    expected = {f"report/{path.name}": path.read_bytes() for path in (root / "report").iterdir()}
+    assert {path: data for path, data in files.items() if path.startswith("report/")} == expected
+    assert b"](report/components-1q.png)" in files["README.md"]
+    commits = len(hub.commits(REPO, "tiny"))
+    assert main(["push", str(root)]) == 0
+    assert len(hub.commits(REPO, "tiny")) == commits
+    assert predict(sniffer=published) == 0
+    assert not any(path.startswith("report/") for path in hub.files(REPO, "tiny"))
+
+
+def test_what_is_measured(predict: Run, tmp_path: Path) -> None:
+    assert predict(sniffer={"capture": {"heads": [0, 2], "layers": [1, 3], "min_bucket_size": 16}}) == 0
+    root = tmp_path / "root"
+    captures = Captures(root)
+    texts = measured_texts(captures)
+    assert texts == captures.examples["example_id"].to_pylist()
+    found = measure(captures, texts, lambda heads, total: heads)
+    assert list(found) == ["q", "k"]
+    queries = found["q"]
+    assert (queries.norms.layers, queries.norms.heads) == ([1, 3], [0, 1, 2])
+    assert np.isnan(queries.norms.values[:, 1]).all()
+    for row, layer in enumerate((1, 3)):
+        table = pq.read_table(root / f"l0{layer}h02q" / "data.parquet").to_pandas()
+        vectors = np.stack(table["vector"])
+        norm = np.sqrt((vectors.astype(float) ** 2).sum(axis=1)).mean()
+        assert queries.norms.values[row, 2] == pytest.approx(norm, rel=1e-5)
+        assert queries.r2.values[row, 2] == positional_r2(vectors, table.position, table.example_id)
+        rows = table.groupby("bucket").size()
+        assert dict(zip(queries.buckets, queries.rows[row].tolist(), strict=True)) == rows.to_dict()
+
+
+def test_only_some_texts_of_a_large_capture_are_measured(
+    predict: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert predict() == 0
+    monkeypatch.setattr("qk_sniffer.report.measures.ROWS_MEASURED", 60)
+    captures = Captures(tmp_path / "root")
+    texts = measured_texts(captures)
+    assert len(texts) == 3
+    found = measure(captures, texts, lambda heads, total: heads)
+    assert found["q"].n_texts == 3
+    rows = captures.head(0, 0).where(example=texts).numpy()
+    norm = np.linalg.norm(rows["vector"], axis=1).mean()
+    assert found["q"].norms.values[0, 0] == pytest.approx(norm, rel=1e-6)
+    assert found["q"].rows.sum() == 4 * len(captures.head(0, 0)), "rows are counted in all texts"
+
+
+@pytest.mark.parametrize(
+    ("capture", "reason"),
+    [
+        ({"capture_keys": False}, "one was not captured"),
+        ({"capture_queries": False}, "one was not captured"),
+        ({"capture_pre_rope": True}, "the vectors are those before RoPE"),
+        (
+            {"layers": [2], "heads": [1], "min_bucket_size": 64, "sampler": {"type": "uniform"}},
+            "no key of this text was kept",
+        ),
+    ],
+    ids=["queries", "keys", "pre-rope", "few-rows"],
+)
+def test_captures_that_lack_something(
+    capture: dict[str, Any], reason: str, predict: Run, tmp_path: Path
+) -> None:
+    assert predict(sniffer={"capture": capture}) == 0
+    assert main(["report", str(tmp_path / "root")]) == 0
+    text = (tmp_path / "root" / "report" / "index.html").read_text()
+    assert re.search(f"Not shown: .*{reason}", text)
+
+
+def test_heads_and_text_of_ones_choice(predict: Run, tmp_path: Path) -> None:
+    assert predict(sniffer={"capture": TOKENS}) == 0
+    root = str(tmp_path / "root")
+    assert main(["report", root, "--heads", "l02h03q", "l01h00k", "--example", "topic-2"]) == 0
+    text = (tmp_path / "root" / "report" / "index.html").read_text()
+    assert "<code>l02h03q with l02h01k</code>, <code>l01h00k</code>" in text
+    assert "in the text <code>topic-2</code>" in text
+    assert text.count("Attention of l02h03q to l02h01k") == 2
+    assert "Attention of l01h00k" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--heads", "l00h09q"], r"l00h09q: not captured; layer 0 has the query heads 0, 1, 2, 3"),
+        (["--heads", "first"], r"report: first is no name of a head; give one such as l02h05q"),
+        (["--example", "nobody"], r"no example has the source id nobody"),
+        (["--wrong"], r"report: unrecognized arguments: --wrong; `qk-sniffer report --help` lists"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str],
+    message: str,
+    predict: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert predict() == 0
+    assert main(["report", str(tmp_path / "root"), *arguments]) == 2
+    assert re.search(message, error_line(capsys))
+    assert not (tmp_path / "root" / "report").exists()
+
+
+def test_nothing_to_show(predict: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no manifest.json is here" in error_line(capsys)
+    capture = {"min_bucket_size": 2**31, "sampler": {"type": "uniform", "base_rate": 1e-9}}
+    assert predict(sniffer={"capture": capture}) == 0
+    assert main(["report", str(tmp_path / "root")]) == 2
+    assert "no row was kept" in error_line(capsys)
+
+
+def test_positional_r2_tells_position_from_noise() -> None:
+    generator = np.random.default_rng(0)
+    positions = np.tile(np.arange(200), 10)
+    texts = np.repeat(np.arange(10), 200)
+    noise = generator.normal(size=(2000, 8))
+    assert -0.05 < positional_r2(noise, positions, texts) < 0.05
+    # One coordinate is position with noise of a third of its variance: R² is 1 / (1 + 1/3).
+    told = noise.copy()
+    told[:, 3] = positions + np.sqrt(np.var(positions) / 3) * noise[:, 3]
+    assert positional_r2(told, positions, texts) == pytest.approx(0.75, abs=0.02)
+    assert positional_r2(1e4 * told + 7, positions, texts) == pytest.approx(0.75, abs=0.02)
+    # What names the text tells no position of another one.
+    own = np.eye(10)[texts] * positions[:, None]
+    assert positional_r2(own, positions, texts) < 0.05
+    assert np.isnan(positional_r2(noise[:200], positions[:200], texts[:200]))
+    assert np.isnan(positional_r2(noise[:8], positions[:8], texts[::250]))
+
+
+def test_principal_components_are_those_of_the_singular_values() -> None:
+    vectors = np.random.default_rng(1).normal(size=(300, 6)) * [5, 4, 3, 1, 1, 1] + 2
+    points, shares = principal_components(vectors, 3)
+    left, singular, _ = np.linalg.svd(vectors - vectors.mean(axis=0), full_matrices=False)
+    np.testing.assert_allclose(np.abs(points), np.abs(left[:, :3] * singular[:3]), atol=1e-9)
+    np.testing.assert_allclose(shares, singular[:3] ** 2 / (singular**2).sum())
+    np.testing.assert_allclose(principal_components(-vectors, 3)[0], -points, atol=1e-9)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_in_a_browser(predict: Run, tmp_path: Path) -> None:
+    """The page takes the scheme of the screen, and nothing sticks out on a phone."""
+    assert predict(sniffer={"capture": TOKENS | {"layers": [0, 1]}}) == 0
+    assert main(["report", str(tmp_path / "root"), "--heads", "l00h00q"]) == 0
+    page = tmp_path / "root" / "report" / "index.html"
+
+    def browse(*options: str) -> str:
+        command = [
+            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}", "--hide-scrollbars", *options,
+        ]  # fmt: skip
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    for scheme, width in (("light", 1280), ("dark", 390)):
+        shot = tmp_path / f"{scheme}.png"
+        preferred = f"--blink-settings=preferredColorScheme={int(scheme == 'light')}"
+        browse(preferred, f"--window-size={width},2000", f"--screenshot={shot}", str(page))
+        screen = pixels(shot.read_bytes())
+        assert screen.shape[1] == width
+        background = screen[-1, 0].mean()
+        assert background > 250 if scheme == "light" else background < 40
+        # The greens of a map, which nothing else on the page has.
+        assert (screen[..., 1].astype(int) - screen[..., 0] > 60).mean() > 0.01
+
+    # A window has a least width; a frame on a page has none.
+    framed = escape(page.read_text())
+    measure = "document.title = this.contentDocument.documentElement.scrollWidth"
+    frame = f'<iframe width="360" style="border: 0" onload="{measure}" srcdoc="{framed}"></iframe>'
+    (tmp_path / "frame.html").write_text(f"<!doctype html><title></title>{frame}")
+    assert "<title>360</title>" in browse("--dump-dom", str(tmp_path / "frame.html"))
