@@ -1,11 +1,12 @@
 """The command ``qk-sniffer``; heavy imports wait until a command needs them."""
 
 import argparse
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.secrets import redact
@@ -22,7 +23,9 @@ commands:
   predict --config FILE   run a model over texts and write one Parquet file per head
   finalize DATA_ROOT      write Parquet files from what an interrupted run captured
   verify DATA_ROOT        check the files of a finished run; --against-model reads texts again
+  report DATA_ROOT        draw a finished run: a page and pictures, which its card shows
   push DATA_ROOT          publish a finished run on the Hub, or go on with a push that failed
+  convert-config FILE     print a config of the original scripts as one for predict
 
 `qk-sniffer predict --help` explains every field; `--print_config` prints a commented config.
 """
@@ -35,13 +38,20 @@ def _predict(args: list[str]) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog.split()[-1]}: {message}; `{self.prog} --help` lists the options")
+
+
 def _finalize(args: list[str]) -> int:
-    if len(args) != 1:
-        raise UserError("finalize: give the data root of the interrupted run, and nothing else")
+    parser = _Parser("qk-sniffer finalize", description="Write what an interrupted run captured.")
+    parser.add_argument("data_root", type=Path, help="directory of the run")
+    data_root = parser.parse_args(args).data_root
+
     from qk_sniffer.storage import PULLED_DIRECTORY, finalize, merge_pulled
     from qk_sniffer.summary import file_progress, summary_table
 
-    data_root, started = Path(args[0]), time.monotonic()
+    started = time.monotonic()
     has_pulled = (data_root / PULLED_DIRECTORY).exists()
     manifest = (merge_pulled if has_pulled else finalize)(data_root, file_progress)
     sys.stdout.write(summary_table(data_root, manifest, seconds=time.monotonic() - started) + "\n")
@@ -49,15 +59,21 @@ def _finalize(args: list[str]) -> int:
 
 
 def _verify(args: list[str]) -> int:
-    data_roots = [arg for arg in args if arg != "--against-model"]
-    if len(data_roots) != 1:
-        raise UserError("verify: give one data root, and perhaps --against-model")
+    parser = _Parser("qk-sniffer verify", description="Check the files of a finished run.")
+    parser.add_argument("data_root", type=Path, help="directory of the run")
+    parser.add_argument(
+        "--against-model",
+        action="store_true",
+        help="let the model read four texts again, and compare their vectors",
+    )
+    options = parser.parse_args(args)
+
     from qk_sniffer.storage import count_rows, require_manifest
     from qk_sniffer.verify import verify
 
-    data_root = Path(data_roots[0])
+    data_root = options.data_root
     faults = verify(data_root)
-    if not faults and "--against-model" in args:
+    if not faults and options.against_model:
         from qk_sniffer.against_model import verify_against_model
         from qk_sniffer.predict import quiet_lightning
 
@@ -72,13 +88,35 @@ def _verify(args: list[str]) -> int:
     return 0
 
 
-class _PushParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"push: {message}; `qk-sniffer push --help` lists the options")
+def _report(args: list[str]) -> int:
+    parser = _Parser("qk-sniffer report", description="Draw a finished run.")
+    parser.add_argument("data_root", type=Path, help="directory of the run")
+    parser.add_argument(
+        "--heads",
+        nargs="+",
+        default=(),
+        help="heads to look at closely, such as l02h05q; default: three",
+    )
+    parser.add_argument("--example", help="source id of the text whose attention is drawn")
+    options = parser.parse_args(args)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(
+            "report: the pictures need matplotlib; install it with `pip install 'qk-sniffer[report]'`"
+        )
+
+    from qk_sniffer.report import write_report
+    from qk_sniffer.summary import file_progress
+
+    def progress(heads: Any, total: int) -> Any:
+        return file_progress(heads, total, "Measuring", unit="head")
+
+    page = write_report(options.data_root, progress, heads=options.heads, example=options.example)
+    sys.stdout.write(f"report   {page}\n")
+    return 0
 
 
 def _push(args: list[str]) -> int:
-    parser = _PushParser("qk-sniffer push", description="Publish a finished run on the Hub.")
+    parser = _Parser("qk-sniffer push", description="Publish a finished run on the Hub.")
     parser.add_argument("data_root", type=Path, help="directory of the run")
     parser.add_argument("--hf_repo_id", help="Hub dataset, OWNER/NAME; default: the run's")
     parser.add_argument("--hf_branch", help="its branch; default: from the names of model and dataset")
@@ -119,11 +157,29 @@ def _is_private(options: argparse.Namespace, publication: "Publication | None") 
     return publication.private and options.hf_repo_id in (None, publication.repo_id)
 
 
+def _convert_config(args: list[str]) -> int:
+    parser = _Parser(
+        "qk-sniffer convert-config",
+        description="Print a config of the original scripts as one for predict; what has no equal is "
+        "said on stderr.",
+    )
+    parser.add_argument("file", type=Path, help="YAML with the sections dataset, model, tokenizer ...")
+
+    from qk_sniffer.convert_config import convert_config
+
+    converted, differences = convert_config(parser.parse_args(args).file)
+    sys.stderr.write("".join(f"{line}\n" for line in differences))
+    sys.stdout.write(converted)
+    return 0
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "predict": _predict,
     "finalize": _finalize,
     "verify": _verify,
+    "report": _report,
     "push": _push,
+    "convert-config": _convert_config,
 }
 
 

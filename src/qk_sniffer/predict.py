@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from qk_sniffer.callback import SnifferCallback
+from qk_sniffer.config_files import bases_first
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.module import SnifferModule
@@ -107,7 +108,7 @@ def predict(args: list[str]) -> None:
     # LightningCLI reads sys.argv, and so do the processes that a strategy launches.
     sys.argv[1:] = [
         "predict",
-        *("--print_config=comments" if arg == "--print_config" else arg for arg in args),
+        *("--print_config=comments" if arg == "--print_config" else arg for arg in bases_first(args)),
     ]
     try:
         PredictCLI(

@@ -135,8 +135,8 @@ def _rows_section(measures: dict[Kind, Measures]) -> Section:
 
 _R2_TEXT = """\
 How well a linear map of a head's vectors tells the position of tokens, in texts that it was not \
-fitted on: 1 tells it exactly, 0 or less tells nothing. The vectors are those that attention uses, RoPE \
-included, unless they were captured before it. Of {:,} texts."""
+fitted on: 1 tells it exactly, 0 or less tells nothing. The vectors are those that attention uses, \
+RoPE included, unless they were captured before it. Of {:,} texts."""
 
 _NORMS_TEXT = "Mean Euclidean norm of the vectors of each head, of {:,} texts."
 
