@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test test-architectures test-transformers architectures lint format bench clean
+.PHONY: help install demo pictures test test-architectures test-transformers architectures docs lint format bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-19s %s\n", $$1, $$2}'
@@ -11,11 +11,16 @@ install: $(INSTALLED) ## Install the package and its tools into .venv
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gguf]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gguf,report]'
 	touch $@
 
-demo: $(INSTALLED) ## Capture the demo model on the demo text, without a hub
+demo: $(INSTALLED) ## Capture the demo model on the demo text, without a hub, and draw it
 	HF_HUB_OFFLINE=1 $(BIN)/qk-sniffer predict --config configs/demo.yaml
+	$(BIN)/qk-sniffer report data/demo
+
+pictures: demo ## Draw the README's pictures anew
+	cp data/demo/report/positional-r2-queries.png docs/assets/demo-positional-r2.png
+	cp data/demo/report/components-2q.png docs/assets/demo-components.png
 
 test: lint ## Run lint and tests
 	$(BIN)/pytest
@@ -34,6 +39,10 @@ test-transformers: ## Examine a dozen with another release, as in RELEASE=5.2.0
 architectures: $(INSTALLED) ## Write the table in docs/architectures.md anew
 	$(BIN)/python tests/examine.py
 
+docs: $(INSTALLED) ## Write the reference anew and build the documentation into site/
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -47,4 +56,4 @@ bench: $(INSTALLED) ## Measure speed and memory; saves .cache/bench.md
 	TQDM_DISABLE=1 $(BIN)/python tests/bench.py
 
 clean: ## Remove what the other targets made
-	rm -rf .venv .cache data build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .cache data build dist site .pytest_cache .mypy_cache .ruff_cache

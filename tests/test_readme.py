@@ -15,6 +15,7 @@ from test_configs import composed
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
+READING = (REPOSITORY / "docs" / "reading.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -84,9 +85,7 @@ def previous_token_attention(layer: int, head: int) -> float:
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_the_readmes_python_runs(demo: Path, number: int) -> None:
     names: dict[str, object] = {}
-    needs_data_module = "datamodule=dm" in BLOCKS[number]
-    source = next(block for block in BLOCKS if "dm.setup" in block) if needs_data_module else ""
-    exec(source + BLOCKS[number], names)
+    exec(BLOCKS[number], names)
     if "vectors" in names:
         vectors = names["vectors"]
         assert isinstance(vectors, torch.Tensor)
@@ -98,6 +97,18 @@ def test_the_readmes_python_runs(demo: Path, number: int) -> None:
         assert list(names["batch"]) == documented.group(1).split(", ")  # type: ignore[call-overload]
 
 
+def test_the_page_on_reading_captures_runs_from_top_to_bottom(demo: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", READING, re.DOTALL)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) > 5
+    commands = re.search(r"```sh\n(.*?)```", READING, re.DOTALL)
+    assert commands is not None
+    for line in commands.group(1).splitlines():
+        assert main(line.split()[1:]) == 0
+
+
 def test_the_readmes_config_is_the_shipped_one() -> None:
     block = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
     assert block is not None
@@ -105,9 +116,11 @@ def test_the_readmes_config_is_the_shipped_one() -> None:
     assert shown == composed(REPOSITORY / "configs" / "qwen3-8b.yaml")
 
 
-def test_the_readmes_paths_exist() -> None:
-    tree = README.split("## The code")[1]
-    for name in re.findall(r"^  ((?:[\w/]+(?:\.py)? ?)+)  ", tree, re.MULTILINE):
+def test_the_paths_of_the_tree_exist() -> None:
+    tree = (REPOSITORY / "CONTRIBUTING.md").read_text().split("## Where things are")[1]
+    names = re.findall(r"^  ((?:[\w/]+(?:\.py)? ?)+)  ", tree, re.MULTILINE)
+    assert len(names) > 5
+    for name in names:
         for part in name.split():
             assert (REPOSITORY / "src" / "qk_sniffer" / part).exists(), part
 
