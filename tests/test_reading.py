@@ -322,3 +322,10 @@ def test_one_of_1280_heads_opens_one_file_and_the_manifest(
         UserError, match=r"someone/nothing, revision main: manifest\.json: it is not there"
     ):
         Captures("someone/nothing")
+
+
+def test_offline_and_not_in_the_cache() -> None:
+    with pytest.raises(
+        UserError, match=r"someone/attention, .*HF_HUB_OFFLINE keeps the client from the Hub"
+    ):
+        Captures(REPO, revision="many")

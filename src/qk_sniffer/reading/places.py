@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.hub.branch import MAIN, Branch
@@ -56,10 +56,9 @@ class HubPlace:
         self._repo_id = repo_id
         self._revision = revision
         self._name = f"{repo_id}, revision {revision}"
-        try:
-            path = self._download(MANIFEST_FILE, revision)
-        except (EntryNotFoundError, RevisionNotFoundError) as error:
-            raise self._no_capture() from error
+        path = self._download(MANIFEST_FILE, revision)
+        if path is None:
+            raise self._no_capture()
         # Cached files are in a directory with the name of their commit: all come from the same one.
         self._commit = path.parent.name
         manifest = read_manifest(path.parent)
@@ -75,17 +74,16 @@ class HubPlace:
         Raises:
             UserError: It can't be had.
         """
-        try:
-            return self._download(path, self._commit)
-        except EntryNotFoundError as error:
+        file = self._download(path, self._commit)
+        if file is None:
             raise UserError(
                 f"{self._name}: {path} is missing, though the manifest has it; publish the run anew "
                 "with `qk-sniffer push`"
-            ) from error
+            )
+        return file
 
-    def _download(self, path: str, revision: str) -> Path:
-        # What says that a file is not there passes through.
-        missing: Exception | None = None
+    def _download(self, path: str, revision: str) -> Path | None:
+        """A file of a revision; None where there is none."""
         with explained(f"{self._name}: {path}", "read it again"):
             try:
                 return Path(
@@ -95,10 +93,8 @@ class HubPlace:
                         )
                     )
                 )
-            except (EntryNotFoundError, RevisionNotFoundError) as error:
-                missing = error
-        assert missing is not None
-        raise missing
+            except (RemoteEntryNotFoundError, RevisionNotFoundError):
+                return None
 
     def _no_capture(self) -> UserError:
         with explained(self._name, "read it again"):

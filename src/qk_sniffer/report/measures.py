@@ -16,6 +16,9 @@ from qk_sniffer.storage import Kind
 ROWS_MEASURED = 16_384
 """Rows of each head that are read, at least where there are as many, of whole texts."""
 
+_MOST_THREADS = 8
+"""Each holds the rows of a head."""
+
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
@@ -72,7 +75,7 @@ def measure(captures: Captures, texts: list[int], progress: Progress) -> dict[Ki
     """
     heads = captures.heads
     every = len(texts) == captures.examples.num_rows
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
         numbers = pool.map(lambda h: _measure_head(h if every else h.where(example=texts)), heads)
         measured = list(zip(heads, progress(numbers, len(heads)), strict=True))
     kinds: dict[Kind, Measures] = {}
@@ -88,8 +91,11 @@ def _measure_head(head: Head) -> tuple[float, float]:
     rows = head.numpy()
     if not len(rows["vector"]):
         return float("nan"), float("nan")
-    norm = float(np.linalg.norm(rows["vector"], axis=1).mean())
-    return norm, positional_r2(rows["vector"], rows["position"], rows["example_id"])
+    # A text that was kept whole may have ten times as many.
+    some = slice(None, None, max(1, len(rows["vector"]) // (2 * ROWS_MEASURED)))
+    vectors = rows["vector"][some]
+    norm = float(np.linalg.norm(vectors, axis=1).mean())
+    return norm, positional_r2(vectors, rows["position"][some], rows["example_id"][some])
 
 
 def _rows_by_bucket(heads: list[Head]) -> tuple[list[int], npt.NDArray[np.int64]]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -186,10 +187,10 @@ def _label_cells(axes: Any, values: npt.NDArray[np.float64], form: str, image: A
 
 
 def _png(figure: Figure) -> bytes:
-    drawn, file = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png")
+    canvas: Any = FigureCanvasAgg(figure)  # type: ignore[no-untyped-call]
+    file = io.BytesIO()
+    canvas.draw()
+    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     # A palette makes the page a third as large.
-    Image.open(drawn).convert("RGB").quantize(_MOST_COLOURS, dither=Image.Dither.NONE).save(
-        file, format="png", optimize=True
-    )
+    drawn.quantize(_MOST_COLOURS, dither=Image.Dither.NONE).save(file, format="png")
     return file.getvalue()
