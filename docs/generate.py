@@ -1,0 +1,176 @@
+"""Writes the pages of the documentation that the code itself gives: ``python docs/generate.py``."""
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import json
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import docstring_parser
+import lightning.pytorch as pl
+
+from qk_sniffer.callback import SnifferCallback
+from qk_sniffer.cli import main as command
+from qk_sniffer.config import CaptureConfig
+from qk_sniffer.data import TextDataModule
+from qk_sniffer.module import SnifferModule
+from qk_sniffer.provenance import fingerprint, settings
+
+DOCS = Path(__file__).parent
+SECTIONS = {"model": SnifferModule, "data": TextDataModule, "sniffer": SnifferCallback}
+TRAINER = {
+    "accelerator": "cpu, gpu, or auto for what there is.",
+    "devices": "Devices of each node, one process for each; 1 with `model.device_map`.",
+    "num_nodes": "Nodes of the run, all started with the same command.",
+    "strategy": "auto is ddp for several devices; in a notebook ddp_notebook.",
+    "precision": "Leave it: `model.dtype` sets the number format, and another value is refused.",
+    "limit_predict_batches": "Batches, or a share of them, after which each process stops; the card "
+    "then says that it is a part.",
+    "enable_progress_bar": "Whether to show batches, tokens a second and rows.",
+    "callbacks": "Callbacks of your own, beside the one of the section sniffer.",
+}
+"""The fields of Lightning's Trainer that a prediction needs."""
+
+CONFIG_TOP = """\
+# Config reference
+
+Every field of a config file, from the same docstrings as `qk-sniffer predict --help`. On the command line a
+field is an option, `--data.max_samples 10`, which wins over the file; of several `--config` files a later
+one wins, and a file may build on another, `config: base/qwen3.yaml`, named from its own directory.
+`qk-sniffer predict --config FILE --print_config` prints the result with comments.
+
+**Fixed** fields decide which rows there are and what is in them: runs that add to one data root must have
+the same. The others may change whenever a run [goes on](data-root.md#when-it-stops).
+
+`make docs` writes this page.
+"""
+
+TRAINER_TOP = """\
+The arguments of [Lightning's Trainer](https://lightning.ai/docs/pytorch/stable/common/trainer.html), of which
+a prediction needs these:
+"""
+
+COMMANDS_TOP = """\
+# Commands
+
+The exit status is 0 when all went well, 1 where `verify` finds a fault, and 2 for a mistake of which one line
+on standard error names the field or file and [the remedy](troubleshooting.md). `make docs` writes this page.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One line of the reference."""
+
+    name: str
+    type: Any
+    default: Any
+    meaning: str
+
+
+def fields(cls: type, prefix: str) -> dict[str, list[Field]]:
+    """The fields of a class and of the dataclasses in it, by the name of their section."""
+    hints = typing.get_type_hints(cls.__init__)
+    meanings = {p.arg_name: p.description for p in docstring_parser.parse_from_object(cls).params}
+    own: list[Field] = []
+    sections = {prefix: own}
+    for name, parameter in list(inspect.signature(cls).parameters.items()):
+        inner = _dataclass_in(hints[name])
+        if inner is None or parameter.default is None:
+            meaning = " ".join(str(meanings[name]).split())
+            own.append(Field(f"{prefix}.{name}", hints[name], parameter.default, meaning))
+        if inner is not None:
+            sections |= fields(inner, f"{prefix}.{name}")
+    return sections
+
+
+def all_fields() -> dict[str, list[Field]]:
+    """The sections of a config file, without that of the trainer."""
+    return {k: v for section, cls in SECTIONS.items() for k, v in fields(cls, section).items()}
+
+
+def pages() -> dict[str, str]:
+    """Text of the generated pages by their names."""
+    return {"config.md": _config_page(), "commands.md": _commands_page()}
+
+
+def _config_page() -> str:
+    fixed = set(fingerprint(settings(SnifferModule(""), TextDataModule(""), CaptureConfig())))
+    lines = [CONFIG_TOP]
+    for section, members in all_fields().items():
+        lines += [f"## {section}", "", *_table(members, fixed), ""]
+    defaults = inspect.signature(pl.Trainer).parameters
+    lines += ["## trainer", "", TRAINER_TOP, "| field | default | meaning |", "|---|---|---|"]
+    lines += [
+        f"| `trainer.{name}` | `{_yaml(defaults[name].default)}` | {meaning} |"
+        for name, meaning in TRAINER.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(members: list[Field], fixed: set[str]) -> Iterator[str]:
+    yield "| field | type | default | fixed | meaning |"
+    yield "|---|---|---|:-:|---|"
+    for field in members:
+        required = field.default is inspect.Parameter.empty
+        default = "*required*" if required else f"`{_yaml(field.default)}`"
+        # head_sampling is fixed as a whole, and its fields with it.
+        is_fixed = any(f"{field.name}.".startswith(f"{name}.") for name in fixed)
+        meaning = field.meaning.replace("``", "`").replace("<", "&lt;").replace("|", "\\|")
+        cells = f"`{field.name}`", _type(field.type), default, "✓" if is_fixed else "", meaning
+        yield f"| {' | '.join(cells)} |"
+
+
+def _type(annotation: Any) -> str:
+    """An annotation in the words of YAML."""
+    arguments = typing.get_args(annotation)
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return " or ".join(_type(argument) for argument in arguments)
+    if typing.get_origin(annotation) is Literal:
+        return ", ".join(map(str, arguments[:-1])) + f" or {arguments[-1]}"
+    if typing.get_origin(annotation) is list:
+        return f"list of {_type(arguments[0])}"
+    if typing.get_origin(annotation) is dict or dataclasses.is_dataclass(annotation):
+        return "mapping"
+    return {types.NoneType: "null"}.get(annotation, annotation.__name__)
+
+
+def _yaml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _dataclass_in(annotation: Any) -> type | None:
+    candidates = (annotation, *typing.get_args(annotation))
+    return next((c for c in candidates if dataclasses.is_dataclass(c)), None)  # type: ignore[return-value]
+
+
+def _commands_page() -> str:
+    usage = _help()
+    names = [name for name in re.findall(r"^  ([a-z-]+) ", usage, re.MULTILINE) if name != "predict"]
+    lines = [COMMANDS_TOP, "```text", usage, "```", ""]
+    lines += ["## predict", "", "Its options are the fields of the [config](config.md).", ""]
+    for name in names:
+        lines += [f"## {name}", "", "```text", _help(name), "```", ""]
+    return "\n".join(lines)
+
+
+def _help(*words: str) -> str:
+    """What a command prints for ``--help``."""
+    width = mock.patch.dict(os.environ, COLUMNS="100")
+    with width, contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        if status := command([*words, "--help"]):
+            raise RuntimeError(f"{' '.join(words)} --help ended with status {status}")
+    return out.getvalue().strip()
+
+
+if __name__ == "__main__":
+    for name, text in pages().items():
+        (DOCS / name).write_text(text)
