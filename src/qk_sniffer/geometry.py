@@ -35,7 +35,8 @@ def positional_r2(
 
     Ridge regression is fitted on four fifths of the texts and predicts the positions in the last, for
     each fifth in turn; R² = 1 - Σ(p - p̂)² / Σ(p - p̄)², with p̄ the mean position of the texts that the
-    prediction was fitted on. The penalty is a thousandth of the mean variance of a coordinate.
+    prediction was fitted on. The penalty of a squared weight is a thousandth of the mean over the
+    coordinates of their squared deviations' sum.
 
     Args:
         vectors: (N, D) queries or keys of one head.
