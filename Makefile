@@ -27,6 +27,7 @@ test: lint ## Run lint and tests
 
 test-architectures: $(INSTALLED) ## Examine every causal language model of transformers
 	$(BIN)/pytest -m '' tests/test_architectures.py
+	$(BIN)/pytest -m every_architecture tests/test_estimate.py
 
 test-transformers: ## Examine a dozen with another release, as in RELEASE=5.2.0
 	mkdir -p .cache

@@ -59,7 +59,7 @@ from qk_sniffer.storage import (
     merge_pulled,
     require_manifest,
 )
-from qk_sniffer.storage.finalizing import _n_threads
+from qk_sniffer.storage.finalizing import n_threads
 from qk_sniffer.storage.parquet import open_writer
 from qk_sniffer.storage.schema import DATA_FILE
 from qk_sniffer.summary import file_progress
@@ -493,7 +493,7 @@ def write_bare(tables: dict[str, pa.Table], directory: Path) -> float:
     clear(directory)
     back_page_cache()
     paths = [directory / f"{name}.parquet" for name in tables]
-    with ThreadPoolExecutor(_n_threads()) as pool:
+    with ThreadPoolExecutor(n_threads()) as pool:
         return timed(lambda: list(pool.map(write_own, tables.values(), paths)))
 
 
@@ -553,7 +553,7 @@ def finalizing_section(
     rows, size = sum(map(len, tables.values())), plain_bytes(tables)
     names = (
         "finalize",
-        f"bare: write_table from memory, {_n_threads()} threads",
+        f"bare: write_table from memory, {n_threads()} threads",
         f"naive: {n_naive} heads from lists, 1 thread, scaled to {len(tables)}",
     )
     to_bare = median(own / bare for own, bare, _ in seconds)
@@ -601,7 +601,7 @@ def sizes_section(tables: dict[str, pa.Table], own_bytes: int) -> str:
         own, default = written_bytes(rounded, write_own), written_bytes(rounded, pq.write_table)
         return written_bytes(table, pq.write_table), own, default
 
-    with ThreadPoolExecutor(_n_threads()) as pool:
+    with ThreadPoolExecutor(n_threads()) as pool:
         snappy, own_bfloat16, snappy_bfloat16 = map(
             sum, zip(*pool.map(sizes, tables.values()), strict=True)
         )
@@ -913,7 +913,7 @@ def title() -> str:
     text = (
         f"SmolLM2-135M, float32. Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, pyarrow {pa.__version__}; {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads of torch, {_n_threads()} of finalizing. Seconds and ratios "
+        f"{torch.get_num_threads()} threads of torch, {n_threads()} of finalizing. Seconds and ratios "
         "are medians, and every ratio is taken within a repetition."
     )
     return f"# Benchmark of qk-sniffer\n\n{fill(text, 100)}"

@@ -15,13 +15,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from tqdm.auto import tqdm
 
-from qk_sniffer.capture import CapturedHeads, build_sampler, expected_rows, select_heads
+from qk_sniffer.capture import CapturedHeads, build_sampler, expected_rows_by_bucket
 from qk_sniffer.config import CaptureConfig, OutputConfig
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.hub import Publication, check_access, pull, push
 from qk_sniffer.ids import ExampleFilter
 from qk_sniffer.models import check_capture, check_passages, probe_attention
-from qk_sniffer.provenance import describe, fingerprint, settings
+from qk_sniffer.provenance import describe, fingerprint, heads_to_capture, settings
 from qk_sniffer.ranks import ALONE, Ranks
 from qk_sniffer.recorder import Recorder
 from qk_sniffer.storage import (
@@ -33,6 +33,8 @@ from qk_sniffer.storage import (
     discard_pulled,
     earlier_run,
     finalize,
+    head_files_bytes,
+    journal_bytes,
     prepare_data_root,
     require_captured,
     require_shared,
@@ -303,15 +305,7 @@ class SnifferCallback(pl.Callback):
         """The header of the journal, the same in all processes, and the captured heads by layer."""
         config = self.capture
         attention = probe_attention(self._backbone, pre_rope=config.capture_pre_rope)
-        sampling = config.head_sampling
-        heads = select_heads(
-            attention.layers,
-            layers=config.layers,
-            heads=config.heads,
-            sample_count=sampling.count if sampling else None,
-            sample_seed=sampling.seed if sampling else 0,
-            full_attention_only=config.full_attention_only,
-        )
+        heads = heads_to_capture(config, attention.layers)
         run_settings = settings(pl_module, _data_module(trainer), config)
         return describe(run_settings, self._backbone, attention, heads), heads
 
@@ -381,10 +375,13 @@ class SnifferCallback(pl.Callback):
         data: Any = _data_module(trainer)
         lengths = data.sequence_lengths() if hasattr(data, "sequence_lengths") else None
         if lengths is not None:
-            rows = expected_rows(self._sampler, lengths)
-            itemsize = next(self._backbone.parameters()).dtype.itemsize
-            widths = sum(len(stream["heads"]) * stream["head_dim"] for stream in streams)
-            check_space(self.data_root, int(rows * (widths * itemsize + 12 * len(streams))))
+            rows = sum(expected_rows_by_bucket(self._sampler, lengths).values())
+            dtype = str(next(self._backbone.parameters()).dtype).removeprefix("torch.")
+            check_space(
+                self.data_root,
+                journal_bytes(streams, dtype, rows),
+                head_files_bytes(streams, dtype, rows),
+            )
 
 
 def _data_module(trainer: pl.Trainer) -> pl.LightningDataModule | None:

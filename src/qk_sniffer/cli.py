@@ -21,6 +21,7 @@ Capture the query and key vectors of every attention head of a causal language m
 
 commands:
   predict --config FILE   run a model over texts and write one Parquet file per head
+  estimate --config FILE  tell rows, bytes and memory of a run beforehand; --time its time too
   finalize DATA_ROOT      write Parquet files from what an interrupted run captured
   verify DATA_ROOT        check the files of a finished run; --against-model reads texts again
   report DATA_ROOT        draw a finished run: a page and pictures, which its card shows
@@ -41,6 +42,27 @@ def _predict(args: list[str]) -> int:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog.split()[-1]}: {message}; `{self.prog} --help` lists the options")
+
+
+def _estimate(args: list[str]) -> int:
+    parser = _Parser(
+        "qk-sniffer estimate",
+        usage="%(prog)s --config FILE [arguments of predict ...] [--time]",
+        description="Tell what a run will take, from the arguments of predict; nothing is captured.",
+        epilog="`qk-sniffer predict --help` explains the arguments of predict.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--time",
+        action="store_true",
+        help="load the model too, and read some tokens of the run for about a minute at most",
+    )
+    options, rest = parser.parse_known_args(args)
+
+    from qk_sniffer.estimate import estimate
+
+    sys.stdout.write(estimate(rest, timed=options.time) + "\n")
+    return 0
 
 
 def _finalize(args: list[str]) -> int:
@@ -175,6 +197,7 @@ def _convert_config(args: list[str]) -> int:
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "predict": _predict,
+    "estimate": _estimate,
     "finalize": _finalize,
     "verify": _verify,
     "report": _report,

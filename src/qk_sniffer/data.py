@@ -200,6 +200,15 @@ class TextDataModule(pl.LightningDataModule):
         """Batches that are left to read, of all processes; None where the dataset streams."""
         return None if self.streaming else len(self._batches)
 
+    def batch_lengths(self) -> list[npt.NDArray[np.int64]] | None:
+        """Tokens in each text of each batch that ``n_batches`` counts."""
+        return None if self.streaming else [self._lengths[batch] for batch in self._batches]
+
+    def batch(self, number: int) -> TokenBatch:
+        """One of the batches that ``n_batches`` counts."""
+        collate = _Collate(_pad_token_id(self.tokenizer))
+        return collate(_EncodedRows(self._dataset)[self._batches[number]])
+
     def predict_dataloader(self) -> DataLoader[Any]:
         """The batches of this process: in the order of the dataset, or longest first in a budget."""
         ranks = Ranks.of(self.trainer)

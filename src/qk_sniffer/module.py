@@ -8,6 +8,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from qk_sniffer.capture import Sniffer, get_active_sniffer
@@ -152,13 +153,7 @@ class SnifferModule(pl.LightningModule):
                 does not fit into the device's memory.
         """
         input_ids: Tensor = batch["input_ids"]
-        config = self.backbone.config
-        limit = getattr(config, "max_position_embeddings", None)
-        if limit and input_ids.shape[1] > limit and not getattr(config, "rope_parameters", None):
-            raise UserError(
-                f"data.tokenizer.max_length: a sequence has {input_ids.shape[1]} tokens and the model "
-                f"has {limit} learned positions; set max_length to {limit} or less"
-            )
+        require_positions(self.backbone.config, input_ids.shape[1])
         self._read_as_fits(batch, 0, *input_ids.shape)
         return input_ids.numel()
 
@@ -210,3 +205,21 @@ class SnifferModule(pl.LightningModule):
             else:
                 for _ in read_in_passages(self.backbone, input_ids, prefill_chunk_size):
                     pass
+
+
+def require_positions(config: PreTrainedConfig, length: int) -> None:
+    """See that a model has positions for so many tokens.
+
+    Args:
+        config: The config of its decoder.
+        length: Tokens in the longest sequence.
+
+    Raises:
+        UserError: It has learned fewer.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and length > limit and not getattr(config, "rope_parameters", None):
+        raise UserError(
+            f"data.tokenizer.max_length: a sequence has {length} tokens and the model "
+            f"has {limit} learned positions; set max_length to {limit} or less"
+        )

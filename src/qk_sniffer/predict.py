@@ -4,7 +4,7 @@ import logging
 import re
 import sys
 import warnings
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 from jsonargparse import ArgumentError, set_parsing_settings
@@ -97,8 +97,20 @@ class PredictCLI(LightningCLI):
         return super()._prepare_subcommand_kwargs(subcommand) | {"return_predictions": False}
 
 
+CLI = TypeVar("CLI", bound=PredictCLI)
+
+
 def predict(args: list[str]) -> None:
     """Run ``qk-sniffer predict`` with the arguments behind it.
+
+    Raises:
+        UserError: The config or the command line is wrong.
+    """
+    start(PredictCLI, args)
+
+
+def start(cli: type[CLI], args: list[str]) -> CLI:
+    """Make the parts that the arguments of ``qk-sniffer predict`` describe, and let ``cli`` run them.
 
     Raises:
         UserError: The config or the command line is wrong.
@@ -111,7 +123,7 @@ def predict(args: list[str]) -> None:
         *("--print_config=comments" if arg == "--print_config" else arg for arg in bases_first(args)),
     ]
     try:
-        PredictCLI(
+        return cli(
             SnifferModule,
             TextDataModule,
             save_config_callback=None,

@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import xxhash
 from torch import nn
 
-from qk_sniffer.capture import CapturedHeads
+from qk_sniffer.capture import AttentionLayer, CapturedHeads, select_heads
 from qk_sniffer.config import CaptureConfig
 from qk_sniffer.models import AttentionMap, weights_digest
 from qk_sniffer.storage import SCHEMA_VERSION
@@ -62,6 +62,47 @@ def fingerprint(settings: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def heads_to_capture(
+    capture: CaptureConfig, layers: Sequence[AttentionLayer]
+) -> dict[int, CapturedHeads]:
+    """The heads that a config captures of a model, by layer.
+
+    Raises:
+        UserError: A layer or head does not exist, or none is left.
+    """
+    sampling = capture.head_sampling
+    return select_heads(
+        layers,
+        layers=capture.layers,
+        heads=capture.heads,
+        sample_count=sampling.count if sampling else None,
+        sample_seed=sampling.seed if sampling else 0,
+        full_attention_only=capture.full_attention_only,
+    )
+
+
+def captured_streams(
+    capture: Mapping[str, Any], heads: Mapping[int, CapturedHeads]
+) -> list[dict[str, Any]]:
+    """The captured heads of each layer and kind, with their head_dim, as JSON takes them.
+
+    Args:
+        capture: The section capture.
+        heads: What is captured, by layer.
+    """
+    kinds = [("q", "query")] * capture["capture_queries"] + [("k", "key")] * capture["capture_keys"]
+    return [
+        {
+            "layer_idx": layer_idx,
+            "kind": kind,
+            "heads": list(getattr(captured, field)),
+            "head_dim": captured.layer.head_dim,
+        }
+        for layer_idx, captured in heads.items()
+        for kind, field in kinds
+    ]
+
+
 def describe(
     settings: Mapping[str, Any],
     backbone: nn.Module,
@@ -81,17 +122,7 @@ def describe(
         of each layer and kind.
     """
     capture = settings["capture"]
-    kinds = [("q", "query")] * capture["capture_queries"] + [("k", "key")] * capture["capture_keys"]
-    streams = [
-        {
-            "layer_idx": layer_idx,
-            "kind": kind,
-            "heads": list(getattr(captured, field)),
-            "head_dim": captured.layer.head_dim,
-        }
-        for layer_idx, captured in heads.items()
-        for kind, field in kinds
-    ]
+    streams = captured_streams(capture, heads)
     layers = [asdict(layer) for layer in attention.layers]
     shapes = [{name: layer[name] for name in layer if name != "scores"} for layer in layers]
     geometry = json.dumps([streams, shapes], sort_keys=True)

@@ -14,7 +14,8 @@ from qk_sniffer.capture.sampling import (
     Segment,
     build_sampler,
     draw_positions,
-    expected_rows,
+    expected_rows_by_bucket,
+    keep_probabilities,
 )
 from qk_sniffer.capture.sniffer import (
     CapturesAttention,
@@ -40,9 +41,10 @@ __all__ = [
     "capped",
     "compute_positions",
     "draw_positions",
-    "expected_rows",
+    "expected_rows_by_bucket",
     "first_new_key",
     "get_active_sniffer",
+    "keep_probabilities",
     "select_heads",
     "softmax_with_sinks",
 ]

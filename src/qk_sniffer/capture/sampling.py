@@ -178,19 +178,33 @@ def draw_positions(
     return rows >> 32, rows & WORD
 
 
-def expected_rows(sampler: Sampler, lengths: Tensor) -> float:
-    """Rows that one layer and kind keeps of some sequences, on average.
+def keep_probabilities(sampler: Sampler, length: int) -> Tensor:
+    """How likely each position is to be kept: (length,) float64.
 
     Args:
         sampler: Gives the segments and their probabilities.
+        length: Number of positions.
+    """
+    kept = torch.zeros(length, dtype=torch.float64)
+    for segment in sampler.segments(length):
+        kept[segment.start : segment.stop] = min(1.0, segment.probability)
+    return kept
+
+
+def expected_rows_by_bucket(sampler: Sampler, lengths: Tensor) -> dict[int, float]:
+    """Rows that one layer and kind keeps of some sequences in each bucket, on average.
+
+    Args:
+        sampler: Gives buckets, segments and their probabilities.
         lengths: (S,) int64, tokens in each sequence.
     """
     longest = int(lengths.max()) if lengths.numel() else 0
-    return sum(
-        segment.probability
-        * int((lengths - segment.start).clamp(0, segment.stop - segment.start).sum())
-        for segment in sampler.segments(longest)
-    )
+    # Sequences that have a token at each position.
+    reaching = lengths.numel() - torch.bincount(lengths, minlength=longest).cumsum(0)[:longest]
+    rows = keep_probabilities(sampler, longest) * reaching
+    buckets, places = torch.unique(sampler.buckets(torch.arange(longest)), return_inverse=True)
+    sums = torch.zeros(buckets.numel(), dtype=torch.float64).index_add(0, places, rows)
+    return dict(zip(buckets.tolist(), sums.tolist(), strict=True))
 
 
 def _every_offset(sizes: Tensor) -> list[Tensor]:

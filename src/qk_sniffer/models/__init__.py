@@ -6,17 +6,21 @@ from qk_sniffer.models.check import check_capture
 from qk_sniffer.models.loading import ModelSource, load_config, load_model, weights_digest
 from qk_sniffer.models.overlay import model_overlays
 from qk_sniffer.models.passages import check_passages, read_in_passages
-from qk_sniffer.models.probe import AttentionMap, probe_attention
+from qk_sniffer.models.probe import AttentionGeometry, AttentionMap, probe_attention
+from qk_sniffer.models.skeleton import attention_geometry, load_skeleton
 
 __all__ = [
+    "AttentionGeometry",
     "AttentionMap",
     "ModelSource",
+    "attention_geometry",
     "capture_attention",
     "check_capture",
     "check_passages",
     "decoder_backbone",
     "load_config",
     "load_model",
+    "load_skeleton",
     "model_overlays",
     "probe_attention",
     "read_in_passages",

@@ -51,7 +51,7 @@ def load_config(
         UserError: It can't be found or read, an override names no field of it, or its architecture
             can't be captured.
     """
-    with _explained(source, "give a local directory with a config.json or a Hub id that you can reach"):
+    with explained(source, "give a local directory with a config.json or a Hub id that you can reach"):
         config = AutoConfig.from_pretrained(**source.kwargs())
     for name, value in (config_overrides or {}).items():
         override_config(config, name, value)
@@ -79,18 +79,22 @@ def load_model(
     # Before it had GgufConfig, transformers always dequantized.
     if source.gguf_file is not None and hasattr(transformers, "GgufConfig"):
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with _explained(source, "see the model section of the config"):
-        model, info = _auto_class(config).from_pretrained(**kwargs, output_loading_info=True)
+    with explained(source, "see the model section of the config"):
+        model, info = auto_class(config).from_pretrained(**kwargs, output_loading_info=True)
     _refuse_missing_weights(source, model, info["missing_keys"])
     return model
 
 
-def _explained(source: ModelSource, remedy: str) -> AbstractContextManager[None]:
+def explained(source: ModelSource, remedy: str) -> AbstractContextManager[None]:
+    """Turn what transformers raises for ``source`` into a ``UserError``."""
     return explained_loading(f"model.name: {source.name} can't be loaded", remedy)
 
 
-def _auto_class(config: PreTrainedConfig) -> Any:
-    """Some multimodal models are no causal language model by name, though their decoder is one."""
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class that loads a config's model.
+
+    Some multimodal models are no causal language model by name, though their decoder is one.
+    """
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:

@@ -38,6 +38,19 @@ class AttentionMap:
     rotary: RotaryMap
 
 
+@dataclass(frozen=True)
+class AttentionGeometry:
+    """What the shapes of one short forward show, whatever the values are.
+
+    Attributes:
+        layers: Every self-attention layer, in order, without its ``scores``.
+        dtype: Number format of the vectors, which is not always that of the weights.
+    """
+
+    layers: list[AttentionLayer]
+    dtype: torch.dtype
+
+
 _maps: WeakKeyDictionary[nn.Module, AttentionMap] = WeakKeyDictionary()
 
 
@@ -65,6 +78,19 @@ def probe_attention(backbone: nn.Module, *, pre_rope: bool = False) -> Attention
     return attention
 
 
+def see_geometry(backbone: nn.Module) -> AttentionGeometry:
+    """The geometry of a backbone's attention, in a forward of a few tokens that compares no values.
+
+    Args:
+        backbone: As ``decoder_backbone`` gives it.
+
+    Raises:
+        UserError: No attention is reached.
+    """
+    geometry = _Geometry(backbone)
+    return AttentionGeometry(geometry.layers(), geometry.dtype)
+
+
 class _Geometry:
     """A short forward, and the shapes of the attention calls that it makes; no value matters."""
 
@@ -77,6 +103,7 @@ class _Geometry:
         self._layers: list[AttentionLayer] = []
         self._own_layers: dict[int, AttentionLayer] = {}
         self._numbered_by_call = False
+        self.dtype = torch.float32
 
     def layers(self) -> list[AttentionLayer]:
         """Every self-attention layer, in order."""
@@ -90,7 +117,8 @@ class _Geometry:
             raise UserError(self._unreached())
         return sorted(layers.values(), key=lambda layer: layer.layer_idx)
 
-    @torch.inference_mode()
+    # In inference mode a value that is asked for goes past a dispatch mode, as a skeleton needs one.
+    @torch.no_grad()
     def _forward(self, later_token: int = 4) -> None:
         self._layers.clear()
         weight = next(self._backbone.parameters())
@@ -111,6 +139,7 @@ class _Geometry:
         self, layer_idx: int, call: AttentionCall, past_length: int, trace: RotaryTrace | None
     ) -> None:
         self._layers.append(_layer(layer_idx, call.query, call.key, *call.window))
+        self.dtype = call.query.dtype
 
     def capture(
         self,
@@ -122,6 +151,7 @@ class _Geometry:
     ) -> None:
         """Note a layer that a modeling file reports itself; the arguments are the sniffer's."""
         self._own_layers[layer_idx] = _layer(layer_idx, query, key, sliding_window)
+        self.dtype = query.dtype
 
     def _unreached(self) -> str:
         implementation = getattr(self._backbone.config, "_attn_implementation", None)

@@ -14,9 +14,9 @@ from qk_sniffer.storage.data_root import (
     require_shared,
 )
 from qk_sniffer.storage.files import explained_writing, sync_directory, sync_file, write_text
-from qk_sniffer.storage.finalizing import finalize, merge_pulled
+from qk_sniffer.storage.finalizing import finalize, merge_pulled, n_threads
 from qk_sniffer.storage.finished import stored_example_ids
-from qk_sniffer.storage.journal import Block, Example, JournalWriter
+from qk_sniffer.storage.journal import QUEUE_BYTES, Block, Example, JournalWriter
 from qk_sniffer.storage.manifest import count_rows, read_manifest, require_manifest
 from qk_sniffer.storage.parquet import FileFacts, StoredRows, checksum, is_described
 from qk_sniffer.storage.schema import (
@@ -37,6 +37,7 @@ from qk_sniffer.storage.schema import (
     head_name,
     head_schema,
 )
+from qk_sniffer.storage.sizes import head_files_bytes, journal_bytes
 
 __all__ = [
     "CARD_FILE",
@@ -50,6 +51,7 @@ __all__ = [
     "PUBLICATION_FILE",
     "PULLED_DIRECTORY",
     "PULLING_DIRECTORY",
+    "QUEUE_BYTES",
     "REPORT_DIRECTORY",
     "SCHEMA_VERSION",
     "Block",
@@ -71,10 +73,13 @@ __all__ = [
     "earlier_run",
     "explained_writing",
     "finalize",
+    "head_files_bytes",
     "head_name",
     "head_schema",
     "is_described",
+    "journal_bytes",
     "merge_pulled",
+    "n_threads",
     "own_part",
     "prepare_data_root",
     "read_manifest",

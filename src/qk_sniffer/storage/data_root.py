@@ -250,23 +250,24 @@ def discard_pulled(data_root: Path) -> None:
     _remove(data_root / PULLED_DIRECTORY)
 
 
-def check_space(data_root: Path, expected_bytes: int) -> None:
+def check_space(data_root: Path, journal: int, files: int) -> None:
     """See that the disk has room for a run.
 
     Args:
         data_root: On the disk in question.
-        expected_bytes: What the journal will take; the Parquet files may take as much again.
+        journal: Bytes that the journal will take.
+        files: Bytes of the Parquet files, which are made of it before it goes.
 
     Raises:
         UserError: It has not.
     """
     free = shutil.disk_usage(data_root).free
-    if free < 2 * expected_bytes:
+    if free < journal + files:
         raise UserError(
             f"{_FIELD}: {data_root} has {free / 1e9:.1f} GB free, and the run needs about "
-            f"{2 * expected_bytes / 1e9:.1f} GB, half of it for the journal and half for the Parquet "
-            "files; make room, name another disk, or lower data.max_samples or "
-            "sniffer.capture.sampler.base_rate"
+            f"{(journal + files) / 1e9:.1f} GB, {journal / 1e9:.1f} for the journal and "
+            f"{files / 1e9:.1f} for the Parquet files; make room, name another disk, or lower "
+            "data.max_samples or sniffer.capture.sampler.base_rate"
         )
 
 

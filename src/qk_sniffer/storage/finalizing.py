@@ -183,7 +183,7 @@ def _drop_broken(journal: Path) -> None:
 
 def _damaged(commits: Sequence[Commit], ranks: Ranks) -> list[Commit]:
     """The batches that are not what was written."""
-    with ThreadPoolExecutor(_n_threads(ranks)) as pool:
+    with ThreadPoolExecutor(n_threads(ranks)) as pool:
         intact = list(pool.map(is_intact, commits))
     return [commit for commit, good in zip(commits, intact, strict=True) if not good]
 
@@ -224,7 +224,8 @@ def _digest(header: Mapping[str, Any], examples: Any) -> str:
     return digest.hexdigest()
 
 
-def _n_threads(ranks: Ranks = ALONE) -> int:
+def n_threads(ranks: Ranks = ALONE) -> int:
+    """Threads of each process that write files."""
     # One more than there are cores, since a thread waits for the disk now and then.
     return min(_MOST_THREADS, (os.cpu_count() or 1) // ranks.local_size + 1)
 
@@ -282,7 +283,7 @@ def _write_heads(
         with journal.stream(number) as stream:
             return write_heads(stream, files, tokens, digest)
 
-    with ThreadPoolExecutor(_n_threads(ranks)) as pool:
+    with ThreadPoolExecutor(n_threads(ranks)) as pool:
         try:
             for (_, files), facts in zip(groups, pool.map(write, groups), strict=True):
                 yield from zip((file.path.parent.name for file in files), facts, strict=True)
@@ -323,5 +324,5 @@ def _rows_by_bucket(data_root: Path, streams: Sequence[Mapping[str, Any]]) -> di
                     counts[bucket["values"]] += bucket["counts"] * len(stream["heads"])
         return counts
 
-    with ThreadPoolExecutor(_n_threads()) as pool:
+    with ThreadPoolExecutor(n_threads()) as pool:
         return dict(sorted(sum(pool.map(count, streams), Counter[int]()).items()))

@@ -1,25 +1,24 @@
 """What rows take on disk, told from their number before there are any.
 
-The constants were measured with the demo model (head_dim 32, its 24 texts) and SmolLM2-135M (head_dim 64,
-six texts of 9,369 tokens), each sampler, with and without token strings: files of 2 to 18,827 rows.
+The constants were measured with the demo model (head_dim 32, its 24 texts) and SmolLM2-135M (head_dim
+64, six texts of 9,369 tokens), each sampler, with and without token strings: files of 2 to 18,827 rows.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_COMPRESSED = {"float32": (0.93, 0.85), "bfloat16": (0.40, 0.355), "float16": (0.52, 0.455)}
+_COMPRESSED = {"float32": (0.93, 0.85), "bfloat16": (0.40, 0.355), "float16": (0.55, 0.46)}
 """What is left of float32 vectors that a model computed in a dtype: in a small file, and in others.
-Measured: 0.92 to 0.93, 0.39 to 0.40, and 0.51 to 0.54 of files with 10 to 64 KiB of vectors; 0.84 to
-0.88, 0.34 to 0.38, and 0.44 to 0.49 of those with 150 KiB to 2.4 MiB."""
+Measured: 0.92 to 0.93, 0.40, and 0.56 in files with 18 to 46 KiB of vectors; 0.84 to 0.88, 0.34 to
+0.38, and 0.44 to 0.50 in those with 150 KiB to 2.4 MiB."""
 
 _SMALL = 2**17
 """Bytes of vectors up to which a file is small: zstd finds less in it."""
 
 _FILE, _ROW, _TOKEN_STRING = 1850, 1.2, 3.0
-"""Bytes of a file without rows (footer, and headers of its pages), of the numbers of a row, of its token
-string; the numbers of `all` take nearly nothing. Measured: 1,790 to 2,400 a file, 0.1 to 2 and 1.6 to 6 a
-row."""
+"""Bytes of a file without rows (footer, and headers of its pages), of the numbers of a row, and of its
+token string. Measured: 1,790 to 2,400 a file; 0.1 (`all`) to 2, and 1.6 to 6 a row."""
 
 _BLOCK, _BATCH = 570, 1000
 """Bytes of a block's two message headers in the journal, and of a batch's examples and index."""
@@ -27,7 +26,7 @@ _BLOCK, _BATCH = 570, 1000
 _JOURNAL_ROW, _JOURNAL_TOKEN = 12, 9
 """Bytes of a row's numbers in the journal, for all heads of a layer and kind; of a token string."""
 
-_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ITEMSIZE: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Stream = Mapping[str, Any]
 """Heads of a layer and kind, and their head_dim, as in a journal's header."""
@@ -50,7 +49,7 @@ def journal_bytes(
         n_batches: Batches that they come from.
         n_token_strings: Tokens of all texts, where their strings are captured.
     """
-    widths = sum(len(stream["heads"]) * stream["head_dim"] for stream in streams)
+    widths: int = sum(len(stream["heads"]) * stream["head_dim"] for stream in streams)
     # A batch of which a layer and kind keeps no row has no block of it.
     n_blocks = len(streams) * min(n_batches, rows)
     return math.ceil(

@@ -1,0 +1,142 @@
+"""What a run keeps: heads, rows, and the memory and disk that they take."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from qk_sniffer.capture import (
+    AttentionLayer,
+    CapturedHeads,
+    Sampler,
+    expected_rows_by_bucket,
+    keep_probabilities,
+)
+from qk_sniffer.config import CaptureConfig
+from qk_sniffer.estimate.texts import Texts
+from qk_sniffer.models import AttentionGeometry
+from qk_sniffer.provenance import captured_streams, heads_to_capture
+from qk_sniffer.storage import QUEUE_BYTES, head_files_bytes, journal_bytes
+
+_PLANNED_ROW = 64
+"""Bytes of a row's numbers in the plan of its batch, for all heads of a layer and kind: eight int64."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The expected rows of a run, and what they take.
+
+    Attributes:
+        config: What is captured.
+        geometry: The attention of the model.
+        texts: What is read.
+        sampler: Which positions are kept.
+    """
+
+    config: CaptureConfig
+    geometry: AttentionGeometry
+    texts: Texts
+    sampler: Sampler
+
+    @cached_property
+    def heads(self) -> Mapping[int, CapturedHeads]:
+        """The captured heads, by layer.
+
+        Raises:
+            UserError: A layer or head does not exist, or none is left.
+        """
+        return heads_to_capture(self.config, self.geometry.layers)
+
+    @cached_property
+    def streams(self) -> list[dict[str, Any]]:
+        """The heads of each layer and kind."""
+        return captured_streams(asdict(self.config), self.heads)
+
+    @property
+    def dtype(self) -> str:
+        """Number format of the vectors, by its name in torch."""
+        return str(self.geometry.dtype).removeprefix("torch.")
+
+    @property
+    def n_heads(self) -> int:
+        """Query and key heads: files that are written."""
+        return sum(len(stream["heads"]) for stream in self.streams)
+
+    @cached_property
+    def rows_by_bucket(self) -> dict[int, float]:
+        """Expected rows of each head in each bucket."""
+        rows = expected_rows_by_bucket(self.sampler, self.texts.lengths)
+        return {bucket: count * self.texts.scale for bucket, count in rows.items()}
+
+    @property
+    def rows(self) -> float:
+        """Expected rows of each head."""
+        return sum(self.rows_by_bucket.values())
+
+    @property
+    def journal_bytes(self) -> int:
+        """What the journal takes when the last batch is read."""
+        return journal_bytes(
+            self.streams,
+            self.dtype,
+            self.rows,
+            n_batches=self.texts.n_batches,
+            n_token_strings=self.texts.n_tokens if self.config.capture_token_strings else 0,
+        )
+
+    @property
+    def files_bytes(self) -> int:
+        """What the Parquet files of all heads take."""
+        return head_files_bytes(
+            self.streams, self.dtype, self.rows, token_strings=self.config.capture_token_strings
+        )
+
+    @cached_property
+    def rows_of_largest_batch(self) -> float:
+        """Expected rows of each head in the batch that keeps the most."""
+        kept = keep_probabilities(self.sampler, int(self.texts.lengths.max())).cumsum(0).numpy()
+        rows = np.concatenate([[0.0], kept])
+        return max(float(rows[lengths].sum()) for lengths in self.texts.batches)
+
+    @property
+    def batch_bytes(self) -> int:
+        """Host memory of the rows of that batch, and of their numbers, until it has been read."""
+        vectors = sum(self._chunk_bytes(stream) for stream in self.streams)
+        return round(self.rows_of_largest_batch * (vectors + _PLANNED_ROW * len(self.streams)))
+
+    @property
+    def queue_bytes(self) -> int:
+        """The most that waits for the disk beside it, of the batch before."""
+        largest = max(self._chunk_bytes(stream) for stream in self.streams)
+        limit = max(QUEUE_BYTES, self.rows_of_largest_batch * largest)
+        return round(min(limit, self.batch_bytes))
+
+    def _chunk_bytes(self, stream: Mapping[str, Any]) -> int:
+        """Vectors of a layer and kind for each kept position."""
+        size: int = len(stream["heads"]) * stream["head_dim"] * self.geometry.dtype.itemsize
+        return size
+
+    def left_out(self) -> list[tuple[str, list[int]]]:
+        """Why layers with attention are not captured, and which."""
+        reasons: dict[str, list[int]] = {}
+        for layer in self.geometry.layers:
+            if layer.layer_idx not in self.heads:
+                reasons.setdefault(self._reason(layer), []).append(layer.layer_idx)
+        return list(reasons.items())
+
+    def _reason(self, layer: AttentionLayer) -> str:
+        if self.config.layers is not None and layer.layer_idx not in self.config.layers:
+            return "not in sniffer.capture.layers"
+        if self.config.full_attention_only and layer.sliding_window is not None:
+            return f"a window of {layer.sliding_window:,} tokens, and full_attention_only is true"
+        if self.config.head_sampling is not None:
+            return "head_sampling has drawn none of their heads"
+        return "they have none of sniffer.capture.heads"
+
+
+def parameter_bytes(parameters: Sequence[torch.Tensor]) -> int:
+    """Memory of weights."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)

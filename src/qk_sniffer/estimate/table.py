@@ -1,0 +1,244 @@
+"""The figures of an estimate as a person reads them."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from textwrap import wrap
+
+from transformers import PreTrainedModel
+
+from qk_sniffer.data import TextDataModule
+from qk_sniffer.estimate.capture import Capture, parameter_bytes
+from qk_sniffer.estimate.texts import Texts
+from qk_sniffer.estimate.timing import FILE_BYTES_PER_SECOND, Samples
+from qk_sniffer.storage import n_threads
+
+_WIDTH = 96
+_LABEL = 11
+_MOST_BUCKETS = 16
+
+Line = tuple[str, str]
+"""A label, empty in the lines below its first, and a text."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What was measured.
+
+    Attributes:
+        load: Seconds that the weights took to load.
+        samples: Batches that were read.
+        n_devices: Devices of the run.
+        device: Where the batches were read.
+    """
+
+    load: float
+    samples: Samples
+    n_devices: int
+    device: str
+
+
+def table(
+    data: TextDataModule,
+    skeleton: PreTrainedModel,
+    capture: Capture,
+    data_root: Path,
+    timing: Timing | None,
+) -> str:
+    """Everything that is expected of a run.
+
+    Args:
+        data: Where the texts are.
+        skeleton: The model; it may be one without weights.
+        capture: What is captured of which texts.
+        data_root: Where it would go.
+        timing: What was measured; None leaves the time out.
+    """
+    lines = [
+        *_heads(skeleton, capture),
+        *_texts(data, capture),
+        *_rows(capture),
+        *_disk(capture, data_root),
+        *_memory(skeleton, capture),
+        *_time(capture, timing),
+    ]
+    return "\n".join(line for label, text in lines for line in _filled(label, text))
+
+
+def _filled(label: str, text: str) -> Iterator[str]:
+    """A line, or several where it is too long."""
+    # Columns are aligned already; only prose is wrapped.
+    parts = wrap(text, _WIDTH - _LABEL) if len(text) > _WIDTH - _LABEL else [text]
+    for part in parts or [""]:
+        yield f"{label:<{_LABEL}}{part}".rstrip()
+        label = ""
+
+
+def _heads(skeleton: PreTrainedModel, capture: Capture) -> Iterator[Line]:
+    layers, chosen = capture.geometry.layers, list(capture.heads.values())
+    yield "model", f"{type(skeleton).__name__}, {len(layers):,} layers with attention"
+    counts = [
+        f"{len(chosen):,} layers",
+        f"{sum(len(heads.query) for heads in chosen):,} of "
+        f"{sum(layer.num_attention_heads for layer in layers):,} query heads",
+        f"{sum(len(heads.key) for heads in chosen):,} of "
+        f"{sum(layer.num_key_value_heads for layer in layers):,} key heads",
+    ]
+    if not capture.config.capture_queries:
+        counts[1] = "no queries"
+    if not capture.config.capture_keys:
+        counts[2] = "no keys"
+    dims = sorted({heads.layer.head_dim for heads in chosen})
+    yield "captured", f"{', '.join(counts)}, head_dim {' and '.join(map(str, dims))}"
+    for reason, numbers in capture.left_out():
+        yield "left out", f"layers {_spans(numbers)}: {reason}"
+
+
+def _texts(data: TextDataModule, capture: Capture) -> Iterator[Line]:
+    texts, limit = capture.texts, data.tokenizer_config.max_length
+    yield "texts", f"{texts.n_texts:,} of {data.path}, split {data.split}"
+    if texts.note is not None:
+        yield "", texts.note
+    cut = "" if limit is None else f", max_length {limit:,}"
+    mean = texts.n_tokens / max(1, texts.n_texts)
+    longest = int(texts.lengths.max())
+    yield "tokens", f"{texts.n_tokens:,}; {mean:,.0f} a text, the longest {longest:,}{cut}"
+    padded = round(int(texts.shapes.prod(axis=1).sum()) * texts.scale)
+    yield "batches", f"{texts.n_batches:,}, with padding {padded:,} tokens"
+
+
+def _rows(capture: Capture) -> Iterator[Line]:
+    cells = [("bucket", "of each head", "of all heads")]
+    cells += [
+        (label, _number(rows), _number(rows * capture.n_heads))
+        for label, rows in _joined(capture.rows_by_bucket)
+    ]
+    cells.append(("all", _number(capture.rows), _number(capture.rows * capture.n_heads)))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for number, row in enumerate(cells):
+        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        yield "rows" if number == 0 else "", "   ".join([first, *others])
+    yield "", "expected of the whole run, also where the data root holds a part of it already"
+
+
+def _joined(rows_by_bucket: dict[int, float]) -> list[tuple[str, float]]:
+    """Rows by bucket, of adjacent buckets together where there are many."""
+    buckets = sorted(rows_by_bucket)
+    size = -(-len(buckets) // _MOST_BUCKETS)
+    groups = [buckets[first : first + size] for first in range(0, len(buckets), max(1, size))]
+    return [
+        (
+            str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}",
+            sum(rows_by_bucket[bucket] for bucket in group),
+        )
+        for group in groups
+    ]
+
+
+def _disk(capture: Capture, data_root: Path) -> Iterator[Line]:
+    journal, files, free = capture.journal_bytes, capture.files_bytes, _free_bytes(data_root)
+    yield "disk", f"{_size(journal)}  journal, in {capture.dtype}, until the files are written"
+    yield "", f"{_size(files)}  {capture.n_heads:,} Parquet files, in float32, compressed"
+    yield "", f"{_size(free)}  free for {data_root}, where both are for a moment"
+    if free < journal + files:
+        remedy = (
+            "IT WILL NOT FIT: make room, name another disk in sniffer.output.data_root, or lower "
+            "data.max_samples or sniffer.capture.sampler.base_rate"
+        )
+        yield "", remedy
+
+
+def _free_bytes(directory: Path) -> int:
+    """Free space where a directory is or will be."""
+    place = directory.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def _memory(skeleton: PreTrainedModel, capture: Capture) -> Iterator[Line]:
+    weights = list(skeleton.parameters())
+    count, dtype = sum(weight.numel() for weight in weights), str(skeleton.dtype)
+    size = _size(parameter_bytes(weights))
+    numbers = f"{count:,} in {dtype.removeprefix('torch.')}"
+    yield "memory", f"{size}  weights of each process, {numbers}, beside activations"
+    yield "", f"{_size(capture.batch_bytes)}  on its host: rows of the batch that keeps the most"
+    yield (
+        "",
+        f"{_size(capture.queue_bytes)}  on its host: rows of the batch before, waiting for the disk",
+    )
+    yield "", "a GPU's rows lie in pinned memory there, which torch rounds up to a power of two"
+
+
+def _time(capture: Capture, timing: Timing | None) -> Iterator[Line]:
+    if timing is None:
+        yield "time", "not measured; --time loads the model and reads some tokens of the run"
+        return
+    texts, samples = capture.texts, timing.samples
+    totals = sorted(samples.totals(texts.shapes, timing.n_devices, texts.scale))
+    spread = "measured once"
+    if len(totals) > 1:
+        ends = (_duration(seconds).strip() for seconds in (totals[0], totals[-1]))
+        spread = f"{' to '.join(ends)} in {len(totals)} rounds"
+    vectors = 4 * sum(capture.rows * len(s["heads"]) * s["head_dim"] for s in capture.streams)
+    files = vectors / FILE_BYTES_PER_SECOND / n_threads()
+    yield "time", f"{_duration(timing.load)}  to load the weights, measured"
+    yield "", f"{_duration(totals[len(totals) // 2])}  to read all batches ({spread})"
+    yield (
+        "",
+        f"{_duration(files)}  to write the files, {n_threads()} threads of 165 MB of vectors a second",
+    )
+    yield "", _how(samples, texts, timing)
+
+
+def _how(samples: Samples, texts: Texts, timing: Timing) -> str:
+    """How the time to read was found."""
+    size, shortest = samples.shapes[0]
+    longest = samples.shapes[-1][1]
+    read = f"{shortest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
+    text = (
+        f"read on {timing.device}, with capture: {size:,} texts of the run at once, cut to {read} "
+        "tokens; each batch then takes a·tokens + b·tokens·length + c"
+    )
+    beyond = int(texts.shapes[:, 1].max()) / longest
+    if beyond > 1:
+        text += f", also those {beyond:,.0f} times as long"
+    if timing.n_devices > 1:
+        text += f"; for {timing.n_devices:,} devices, each assumed to be as fast"
+    return text
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers as 0-3, 5."""
+    spans = []
+    for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        spans.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+    return ", ".join(spans)
+
+
+def _number(rows: float) -> str:
+    """A number of rows; small expectations keep a digit."""
+    return f"{rows:,.0f}" if rows >= 10 else f"{rows:,.1f}"
+
+
+def _size(n_bytes: float) -> str:
+    """Bytes in a unit that a person reads, right-aligned."""
+    units = ["B", "KB", "MB", "GB", "TB"]
+    while n_bytes >= 1000 and len(units) > 1:
+        n_bytes /= 1000
+        del units[0]
+    return f"{n_bytes:,.{0 if units[0] == 'B' else 1}f} {units[0]}".rjust(9)
+
+
+def _duration(seconds: float) -> str:
+    """A time in a unit that a person reads, right-aligned."""
+    if seconds < 100:
+        text = f"{seconds:,.1f} s"
+    elif seconds < 6000:
+        text = f"{seconds / 60:,.1f} min"
+    else:
+        text = f"{seconds / 3600:,.1f} h"
+    return text.rjust(9)

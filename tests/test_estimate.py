@@ -1,0 +1,361 @@
+"""What ``estimate`` says of a run, against the run itself."""
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import WriteRun, byte_tokenizer, write_jsonl
+from families import FAMILIES, tiny_model
+from qk_sniffer.capture import AttentionLayer, Sampler, Segment, expected_rows_by_bucket
+from qk_sniffer.cli import main
+from qk_sniffer.estimate.timing import Samples
+from qk_sniffer.models import (
+    ModelSource,
+    attention_geometry,
+    decoder_backbone,
+    load_skeleton,
+    probe_attention,
+)
+from qk_sniffer.models.refusals import REFUSED
+from readers import error_line
+from tiny import ARCHITECTURES, tiny_causal_lm
+
+Say = Callable[..., str]
+SMOLLM2 = Path(__file__).parents[1] / ".cache" / "smollm2-135m"
+UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+SAMPLERS = {
+    "log_uniform": {"sampler": {"type": "log_uniform", "base_rate": 8}, "min_bucket_size": 16},
+    "uniform": {"sampler": {"type": "uniform", "base_rate": 16}, "min_bucket_size": 128},
+    "all": {"sampler": {"type": "all"}, "min_bucket_size": 128},
+}
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Say:
+    """What a command prints; it must succeed."""
+
+    def run(*args: str) -> str:
+        capsys.readouterr()
+        assert main([*args]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def journal_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of the journal of each run, before files are made of it."""
+    from qk_sniffer import callback
+
+    sizes: list[int] = []
+    finalize = callback.finalize
+
+    def weigh(data_root: Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        sizes.append(sum(file.stat().st_size for file in data_root.glob(".journal/*/segment-*")))
+        return finalize(data_root, *args, **kwargs)
+
+    monkeypatch.setattr(callback, "finalize", weigh)
+    return sizes
+
+
+def rows_of_each_head(text: str) -> dict[str, float]:
+    """The column `of each head` by bucket."""
+    rows = re.findall(r"^ *(\d+|all)   +([\d,.]+)   +[\d,.]+$", text, re.MULTILINE)
+    return {bucket: float(count.replace(",", "")) for bucket, count in rows}
+
+
+def bytes_before(text: str, words: str) -> float:
+    """The size that stands before some words."""
+    found = re.search(rf"([\d.,]+) (\w+)  (?=[^\n]*{words})", text)
+    assert found is not None
+    return float(found[1].replace(",", "")) * UNITS[found[2]]
+
+
+def assert_near(text: str, root: Path, journal: int, *, distinct_buckets: bool = True) -> None:
+    """Rows within 5%, bytes within 15%, and each bucket within five standard deviations.
+
+    The seed is fixed; of other seeds one in a million would miss a bucket.
+    """
+    manifest = json.loads((root / "manifest.json").read_text())
+    expected = rows_of_each_head(text)
+    streams = {name[:3] + name[-1]: name for name in manifest["heads"]}
+    rows = sum(head["rows"] for head in manifest["heads"].values())
+    assert expected["all"] * len(manifest["heads"]) == pytest.approx(rows, rel=0.05)
+    if distinct_buckets:
+        found: Counter[int] = Counter()
+        for name in streams.values():
+            found.update(pq.read_table(root / name / "data.parquet")["bucket"].to_pylist())
+        assert {str(bucket) for bucket in found} <= expected.keys()
+        for bucket, count in expected.items():
+            total = sum(found.values()) if bucket == "all" else found[int(bucket)]
+            mean = count * len(streams)
+            assert abs(total - mean) <= 5 * math.sqrt(mean) + 0.06 * len(streams), bucket
+    size = sum(head["bytes"] for head in manifest["heads"].values())
+    assert bytes_before(text, "Parquet files") == pytest.approx(size, rel=0.15)
+    assert bytes_before(text, "journal, in") == pytest.approx(journal, rel=0.15)
+    assert f"{len(manifest['heads']):,} Parquet files" in text
+
+
+def options(**fields: Any) -> list[str]:
+    return [part for name, value in fields.items() for part in (f"--{name}", json.dumps(value))]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_run_of_the_demo_is_as_estimated(
+    say: Say, tmp_path: Path, journal_sizes: list[int], sampler: str
+) -> None:
+    root = tmp_path / "root"
+    args = ["--config", "configs/demo.yaml", "--sniffer.output.data_root", str(root)]
+    args += ["--data.max_samples", "6", "--trainer.enable_progress_bar", "false"]
+    for name, value in SAMPLERS[sampler].items():
+        args += [f"--sniffer.capture.{name}", json.dumps(value)]
+    text = say("estimate", *args)
+    assert not root.exists()
+    say("predict", *args)
+    assert_near(text, root, journal_sizes[-1])
+
+
+@pytest.mark.skipif(not SMOLLM2.exists(), reason="`make bench` makes the checkpoint")
+@pytest.mark.parametrize(
+    ("sampler", "dtype"),
+    [("log_uniform", "float32"), ("uniform", "bfloat16"), ("all", "float16")],
+)
+def test_a_run_of_smollm2_is_as_estimated(
+    say: Say, tmp_path: Path, journal_sizes: list[int], sampler: str, dtype: str
+) -> None:
+    passages = [topics[name] for name in ("class", "for", "with")]
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": passage[:900]} for passage in passages])
+    config = {
+        "model": {"name": str(SMOLLM2), "dtype": dtype},
+        "data": {"path": str(texts), "batch_size": 2},
+        "sniffer": {
+            "capture": {**SAMPLERS[sampler], "layers": [3, 17] if sampler == "all" else None},
+            "output": {"data_root": str(tmp_path / "root")},
+            "check": False,
+        },
+        "trainer": {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    text = say("estimate", "--config", str(tmp_path / "run.yaml"))
+    say("predict", "--config", str(tmp_path / "run.yaml"))
+    assert_near(text, tmp_path / "root", journal_sizes[-1])
+    assert "134,515,008 in " + dtype in text
+
+
+def test_without_time_no_weights_are_needed(
+    say: Say, write_run: WriteRun, model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(model_dir("qwen3"), bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    run = write_run(model={"name": str(bare), "dtype": "bfloat16"})
+    text = say("estimate", *run[1:])
+    assert "captured   4 layers, 16 of 16 query heads, 8 of 8 key heads, head_dim 24" in text
+    parameters = sum(p.numel() for p in tiny_model(FAMILIES["qwen3"]).parameters())
+    assert f"{parameters:,} in bfloat16" in text
+    assert "texts      7 of " in text and "tokens     189; 27 a text, the longest 61" in text
+    assert rows_of_each_head(text)["all"] == 189
+    assert main(run) == 2
+    assert main(["estimate", *run[1:], "--time"]) == 2
+
+
+def test_time_is_told_and_the_data_root_stays_as_it_is(
+    say: Say, write_run: WriteRun, tmp_path: Path
+) -> None:
+    run = write_run()
+    assert main(run) == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "root").rglob("*") if path.is_file()}
+    text = say("estimate", *run[1:], "--time", "--trainer.devices", "2")
+    assert re.search(r"[\d.]+ s  to read all batches \([\d.]+ s to [\d.]+ s in 3 rounds\)", text)
+    assert "for 2 devices, each assumed to be as fast" in text
+    left = {path: path.read_bytes() for path in (tmp_path / "root").rglob("*") if path.is_file()}
+    assert left == files
+    assert rows_of_each_head(text)["all"] == 189
+
+
+def test_seconds_of_another_length_follow_from_those_measured() -> None:
+    def seconds(size: int, length: int) -> float:
+        return 2e-4 * size * length + 3e-7 * size * length**2 + 0.01
+
+    shapes = [(2, length) for length in (128, 256, 512, 700)]
+    rounds = [[factor * seconds(*shape) for shape in shapes] for factor in (1, 1.1)]
+    run = np.array([(4, 9000), (1, 30), (2, 5000), (3, 7000)])
+    whole = sum(seconds(*shape) for shape in run.tolist())
+    totals = Samples(shapes, rounds).totals(run, n_devices=1, scale=3)
+    assert totals == pytest.approx([3 * whole, 3.3 * whole], rel=1e-6)
+    shared = Samples(shapes, rounds[:1]).totals(run, n_devices=2, scale=1)
+    assert shared == pytest.approx([seconds(4, 9000)], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"sniffer": {"capture": {"sampler": {"bsae_rate": 1}}}},
+        {"data": {"batch_size": "many"}},
+        {"model": {"name": "no/such/directory"}},
+        {"model": {"config_overrides": {"rope_scalng": 1}}},
+        {"data": {"text_column": "body"}},
+        {"sniffer": {"capture": {"layers": [0, 4]}}},
+        {"sniffer": {"capture": {"sampler": {"type": "gaussian"}}}},
+        {"trainer": {"precision": "bf16-true"}},
+        {"trainer": {"devices": -3}},
+    ],
+)
+def test_a_mistake_has_the_words_of_predict(
+    write_run: WriteRun,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    sections: dict[str, Any],
+) -> None:
+    run = write_run(**sections)
+    assert main(run) == 2
+    expected = error_line(capsys)
+    shutil.rmtree(tmp_path / "root", ignore_errors=True)
+    assert main(["estimate", *run[1:]]) == 2
+    assert error_line(capsys) == expected
+    assert not (tmp_path / "root").exists()
+
+
+def test_more_tokens_than_learned_positions_are_seen_beforehand(
+    write_run: WriteRun, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"id": 0, "text": "x" * 129}])
+    run = write_run(family="gpt2", data={"path": str(path)})
+    assert main(["estimate", *run[1:]]) == 2
+    assert error_line(capsys).startswith("data.tokenizer.max_length: a sequence has 129 tokens")
+
+
+def test_layers_left_out_are_named_and_drawn_heads_counted(
+    say: Say, write_run: WriteRun, tmp_path: Path
+) -> None:
+    capture = {"full_attention_only": True, "head_sampling": {"count": 3}}
+    run = write_run(family="gemma3", sniffer={"capture": capture})
+    text = say("estimate", *run[1:])
+    assert "left out   layers 0, 2: a window of 8 tokens, and full_attention_only is true" in text
+    assert main(run) == 0
+    heads = json.loads((tmp_path / "root" / "manifest.json").read_text())["heads"]
+    queries, keys = (sum(name.endswith(kind) for name in heads) for kind in "qk")
+    assert f"2 layers, {queries} of 16 query heads, {keys} of 8 key heads" in text
+
+
+def test_a_host_without_the_devices_of_the_run_estimates_it(
+    say: Say, write_run: WriteRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(trainer={"accelerator": "gpu", "devices": 8})
+    assert "captured   4 layers" in say("estimate", *run[1:])
+    assert main(["estimate", *run[1:], "--time"]) == 2
+    assert error_line(capsys).startswith("trainer: ")
+
+
+def test_a_disk_without_room_is_told(
+    say: Say, write_run: WriteRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run()
+    assert "WILL NOT FIT" not in say("estimate", *run[1:])
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**5))
+    text = say("estimate", *run[1:])
+    assert "100.0 KB  free for " in text and "IT WILL NOT FIT: make room" in text
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"max_samples": 4}, "texts      4 of "),
+        ({}, "texts      7 of "),
+        ({"limit": 3}, "texts      3 of "),
+        ({"limit": 3, "max_samples": 6}, "texts      6 of "),
+    ],
+)
+def test_a_stream_is_counted_as_far_as_it_is_read(
+    say: Say, write_run: WriteRun, monkeypatch: pytest.MonkeyPatch, data: dict[str, int], words: str
+) -> None:
+    limit = data.pop("limit", 1000)
+    monkeypatch.setattr("qk_sniffer.estimate.texts.STREAMED_TEXTS", limit)
+    run = write_run(data={"streaming": True, "batch_size": 1, **data})
+    text = say("estimate", *run[1:])
+    assert words in text
+    lengths = [37, 5, 61, 24, 1, 48, 13][: min(limit, data.get("max_samples", 7))]
+    expected = sum(lengths) * (2 if "max_samples" in data and limit < 1000 else 1)
+    assert rows_of_each_head(text)["all"] == expected
+    assert ("the stream goes on after the first 3" in text) == (limit == 3 and len(data) == 0)
+    assert ("the first 3 of the stream were counted" in text) == (limit == 3 and len(data) == 1)
+
+
+class EverySecond(Sampler):
+    """Even positions in their own bucket, with a probability that falls."""
+
+    def segments(self, length: int) -> list[Segment]:
+        return [Segment(i, i + 1, 1 / (1 + i)) for i in range(length)]
+
+    def buckets(self, positions: Tensor) -> Tensor:
+        return positions % 2
+
+
+def test_rows_of_a_sampler_of_ones_own_are_expected_by_bucket() -> None:
+    lengths = torch.tensor([5, 1, 0, 8, 5])
+    sums = {0: 0.0, 1: 0.0}
+    for length in lengths.tolist():
+        for position in range(length):
+            sums[position % 2] += 1 / (1 + position)
+    assert expected_rows_by_bucket(EverySecond(1.0, 1), lengths) == pytest.approx(sums)
+    assert expected_rows_by_bucket(EverySecond(1.0, 1), torch.tensor([], dtype=torch.int64)) == {}
+
+
+def geometry_of(layers: list[AttentionLayer]) -> list[AttentionLayer]:
+    return [dataclasses.replace(layer, scores=None) for layer in layers]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_geometry_is_that_of_the_real_model(family: str, model_dir: Callable[[str], Path]) -> None:
+    real = probe_attention(decoder_backbone(tiny_model(FAMILIES[family])))
+    skeleton = load_skeleton(ModelSource(str(model_dir(family))))
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    geometry = attention_geometry(decoder_backbone(skeleton))
+    assert geometry.layers == geometry_of(real.layers)
+    assert geometry.dtype == torch.float32
+
+
+NEEDS_VALUES = {"jetmoe"}
+"""Their code looks at numbers on the way to the attention."""
+
+
+@pytest.mark.every_architecture
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in REFUSED])
+def test_the_geometry_of_every_architecture_is_that_of_the_real_model(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = probe_attention(decoder_backbone(tiny_causal_lm(name)))
+    monkeypatch.setattr("tiny._spread_weights", lambda model: None)
+    with torch.device("meta"):
+        backbone = decoder_backbone(tiny_causal_lm(name))
+    if name in NEEDS_VALUES:
+        with pytest.raises(Exception, match="add --time"):
+            attention_geometry(backbone)
+    else:
+        assert attention_geometry(backbone).layers == geometry_of(real.layers)
+
+
+def test_a_model_that_needs_its_weights_is_told_with_time(
+    say: Say, write_run: WriteRun, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tiny_causal_lm("jetmoe").save_pretrained(tmp_path / "jetmoe")
+    byte_tokenizer().save_pretrained(tmp_path / "jetmoe")
+    run = write_run(model={"name": str(tmp_path / "jetmoe")})
+    assert main(["estimate", *run[1:]]) == 2
+    line = error_line(capsys)
+    assert line.startswith("model.name: the layers of JetMoeModel can't be told without its weights")
+    assert line.endswith("add --time, which loads them")
+    assert "captured   4 layers" in say("estimate", *run[1:], "--time")
