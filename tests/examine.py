@@ -50,7 +50,7 @@ TOLERANCE = 1e-5
 LENGTH = 21
 SHORTER = 13
 ROPE_DIM = 8
-_UNEXPLAINED = ("indexer", "keep_window_size", "relative-position")
+_UNEXPLAINED = ("indexer", "keep_window_size", "relative-position", "ALiBi")
 """What a note says where queries and keys alone don't explain the attention."""
 
 States = dict[tuple[int, str], Tensor]

@@ -218,7 +218,8 @@ def test_sections_are_merged_with_those_of_the_base(
     (tmp_path / "run.yaml").write_text(
         "config: parts/second.yaml\nmodel: {name: model}\ndata: {tokenizer: {name: words}}\n"
     )
-    for args in (["--config", str(tmp_path / "run.yaml")], [f"--config={tmp_path / 'run.yaml'}"]):
+    run = str(tmp_path / "run.yaml")
+    for args in (["--config", run], [f"--config={run}"], ["-c", run], [f"-c={run}"], [f"-c{run}"]):
         resolved = printed(capsys, *args, "--data.id_column", "key")
         assert resolved["model"]["name"] == "model"
         assert resolved["data"]["path"] == "others"
@@ -234,13 +235,26 @@ def test_sections_are_merged_with_those_of_the_base(
     [
         ("config: run.yaml", "run.yaml: config: run.yaml builds on this very file; name another"),
         ("config: [a.yaml, b.yaml]", "run.yaml: config: expected the path of one file to build on"),
+        (
+            "config: base.yaml\nsniffer:",
+            "run.yaml: sniffer: the empty section would drop all",
+        ),
+        (
+            "config: base.yaml\nsniffer: {capture: }",
+            "run.yaml: sniffer.capture: the empty section",
+        ),
+        ("- model", "--config: {} is no mapping; write sections such as model and data"),
+        ("", "--config: {} is no mapping; write sections such as model and data"),
+        ("# caf\u00e9".encode("latin-1"), "--config: {} is no UTF-8 (unexpected end of data); save it"),
         ("config: none.yaml", "--config: File does not exist"),
         ("config: broken.yaml", "--config: not valid YAML"),
     ],
 )
 def test_a_base_that_is_none_is_one_line(
-    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: str | bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "run.yaml").write_text(text)
+    run = tmp_path / "run.yaml"
+    run.write_bytes(text if isinstance(text, bytes) else text.encode())
     (tmp_path / "broken.yaml").write_text("model: {name: [")
-    assert message in error_of(capsys, "predict", "--config", str(tmp_path / "run.yaml"))
+    (tmp_path / "base.yaml").write_text("sniffer: {capture: {min_bucket_size: 16}}")
+    assert message.format(run) in error_of(capsys, "predict", "--config", str(tmp_path / "run.yaml"))

@@ -1,7 +1,9 @@
 """``Captures``: what a person reads back, against independent readers and the model's attention."""
 
 import ctypes
+import json
 import os
+import pickle
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ from loopback import LoopbackHub
 from qk_sniffer import Captures
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import example_id
-from tiny import tiny_causal_lm
+from tiny import tiny_causal_lm, tiny_config
 
 TOLERANCE = 1e-5
 WINDOWED = {"sampler": {"type": "uniform", "base_rate": 4}, "min_bucket_size": 8}
@@ -157,7 +159,7 @@ def test_filters(predict: Run, tmp_path: Path) -> None:
     captures = Captures(tmp_path / "root")
     head = captures.head(3, 0, "q")
     rows = head.pandas()
-    first, second = example_id("topic-0"), example_id("topic-2")
+    first, second, ids = example_id("topic-0"), example_id("topic-2"), captures.examples
     for chosen, kept in (
         (dict(example=first), rows.example_id == first),
         (dict(example="topic-0"), rows.example_id == first),
@@ -168,6 +170,13 @@ def test_filters(predict: Run, tmp_path: Path) -> None:
         (dict(position=range(1, 30, 7)), rows.position.isin([1, 8, 15, 22, 29])),
         (dict(position=np.array([5, 11])), rows.position.isin([5, 11])),
         (dict(position=np.int64(4)), rows.position == 4),
+        (dict(position=torch.tensor(4)), rows.position == 4),
+        (dict(position=[4, 2**40]), rows.position == 4),
+        (dict(example=np.int32(first)), rows.example_id == first),
+        (
+            dict(example=ids["source_id"].slice(0, 2)),
+            rows.example_id.isin(ids["example_id"][:2].to_numpy()),
+        ),
         (dict(example=first, bucket=1), (rows.example_id == first) & (rows.bucket == 1)),
     ):
         some = head.where(**chosen)  # type: ignore[arg-type]
@@ -182,6 +191,9 @@ def test_filters(predict: Run, tmp_path: Path) -> None:
     none = head.where(position=10**6)
     assert len(none) == 0
     assert none.torch()["vector"].shape == (0, 16)
+    for wrong in (4.7, "4", [1.5]):
+        with pytest.raises(UserError, match="position: expected integers, got"):
+            head.where(position=wrong)  # type: ignore[arg-type]
 
 
 def rewrite_in_row_groups(path: Path, rows: int) -> None:
@@ -201,7 +213,7 @@ def test_row_groups_without_a_wanted_row_are_not_read(captures: Captures, tmp_pa
         file.seek(chunk.dictionary_page_offset or chunk.data_page_offset)
         file.write(bytes(chunk.total_compressed_size))
     assert torch.equal(head.where(example=last).torch()["vector"], expected)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match=r"l00h00q/data\.parquet: can't be read"):
         head.torch()
 
 
@@ -216,7 +228,7 @@ def test_batches_hold_every_row_once(
     torch.manual_seed(1)
     loader = DataLoader(head.batches(16, shuffle=shuffle), batch_size=None, num_workers=num_workers)
     epochs = []
-    for _ in range(2):
+    for _ in range(4):
         batches = list(loader)
         assert {len(batch["vector"]) for batch in batches} == {16, 2, sum(LENGTHS) % 50 % 16}
         read = {name: torch.cat([batch[name] for batch in batches]) for name in rows}
@@ -225,6 +237,9 @@ def test_batches_hold_every_row_once(
         for name, values in rows.items():
             assert torch.equal(read[name][order], values)
         epochs.append(read["vector"])
+    firsts = {int((epoch[0] == rows["vector"]).all(dim=1).int().argmax()) // 50 for epoch in epochs}
+    assert (len(firsts) > 1) is shuffle
+    epochs = epochs[:2]
     assert torch.equal(*epochs) is not shuffle
     assert torch.equal(epochs[0], rows["vector"]) is not (shuffle or num_workers > 0)
 
@@ -233,8 +248,9 @@ def test_batches_of_some_rows(captures: Captures) -> None:
     some = captures.head(0, 0).where(position=range(5))
     (batch,) = some.batches(100)
     assert torch.equal(batch["vector"], some.torch()["vector"])
-    with pytest.raises(UserError, match="batch_size: must be at least 1"):
-        some.batches(0)
+    for wrong in (0, 2.5):
+        with pytest.raises(UserError, match="batch_size: must be an integer of at least 1"):
+            some.batches(wrong)  # type: ignore[arg-type]
 
 
 def test_what_is_in_it(captures: Captures, texts: list[Any], tmp_path: Path) -> None:
@@ -261,6 +277,14 @@ def test_mistakes_are_named(captures: Captures, predict: Run, tmp_path: Path) ->
         captures.head(0, 7)
     with pytest.raises(UserError, match="l09h00k: not captured"):
         captures.key_head(9, 0)
+    with pytest.raises(UserError, match="key_head: layer 0 has the query heads 0 to 3, and not 9"):
+        captures.key_head(0, 9)
+    with pytest.raises(UserError, match="kind: expected q or k, got Q"):
+        captures.head(0, 0, "Q")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="columns: there is no postion; choose from bucket, example_id"):
+        captures.head(0, 0).arrow(["postion"])
+    with pytest.raises(UserError, match="l00h00q: no one of these queries of example topic-0"):
+        captures.attention(0, 0, "topic-0", queries=[])
     with pytest.raises(UserError, match="no example has the source id nobody"):
         captures.head(0, 0).where(example="nobody")
     with pytest.raises(UserError, match="l00h00q: no row of example 12345"):
@@ -278,8 +302,15 @@ def test_mistakes_are_named(captures: Captures, predict: Run, tmp_path: Path) ->
         Captures(tmp_path / "pre").head(0, 0)
 
 
-def test_attention_that_q_and_k_dont_explain_is_refused(predict: Run, tmp_path: Path) -> None:
-    tiny_causal_lm("doge").save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize(("name", "overrides"), [("doge", {}), ("falcon", {"alibi": True})])
+def test_attention_that_q_and_k_dont_explain_is_refused(
+    name: str, overrides: dict[str, Any], predict: Run, tmp_path: Path
+) -> None:
+    """Falcon rounds its ALiBi, which shows in texts of more than 256 tokens."""
+    config = tiny_config(name)
+    for field, value in overrides.items():
+        setattr(config, field, value)
+    tiny_causal_lm(name, config).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     assert predict(model={"name": str(tmp_path / "model")}) == 0
     with pytest.raises(UserError, match=r"queries and keys alone don't explain .* layer 0: .*bias"):
@@ -314,7 +345,7 @@ def test_one_of_1280_heads_opens_one_file_and_the_manifest(
         Captures(REPO, revision="many").head(19, 31, "k").torch()["vector"], local["vector"]
     )
     assert not any("/cdn/" in request.path for request in hub.requests), "it is in the cache"
-    with pytest.raises(UserError, match=rf"{REPO}, revision main: no capture is there; .*: many$"):
+    with pytest.raises(UserError, match=rf"{REPO}, revision main: no capture is there; .*: many\."):
         Captures(REPO)
     with pytest.raises(UserError, match=r"revision other: no capture is there; .*: many$"):
         Captures(REPO, revision="other")
@@ -324,8 +355,69 @@ def test_one_of_1280_heads_opens_one_file_and_the_manifest(
         Captures("someone/nothing")
 
 
+def test_a_capture_stays_that_of_its_commit(hub: LoopbackHub, predict: Run, tmp_path: Path) -> None:
+    published = {"output": {"hf_repo_id": REPO, "hf_branch": "tiny"}}
+    assert predict(data={"max_samples": 3}, sniffer=published) == 0
+    captures = Captures(REPO, revision="tiny")
+    assert predict(sniffer=published) == 0
+    assert len(captures.head(0, 0)) == captures.head(0, 0).arrow().num_rows == sum(LENGTHS[:3])
+    assert len(Captures(REPO, revision="tiny").head(0, 0)) == sum(LENGTHS)
+
+
+def test_heads_go_to_other_processes(captures: Captures) -> None:
+    head = captures.head(1, 0).where(example="topic-2", position=range(7))
+    copy = pickle.loads(pickle.dumps(head))
+    assert torch.equal(copy.torch()["vector"], head.torch()["vector"])
+    assert repr(pickle.loads(pickle.dumps(captures)).heads) == repr(captures.heads)
+
+
+def test_damaged_data_roots_are_named(captures: Captures, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "l00h00q" / "data.parquet").write_bytes(b"PAR1")
+    (root / "l00h01q" / "data.parquet").unlink()
+    (root / "examples" / "data.parquet").unlink()
+    batches = captures.head(0, 0).batches(4)
+    for task, message in (
+        (captures.head(0, 0).numpy, r"l00h00q/data\.parquet: can't be read"),
+        (lambda: len(captures.head(0, 0).where(bucket=0)), r"l00h00q/data\.parquet: can't be read"),
+        (lambda: next(iter(batches)), r"l00h00q/data\.parquet: can't be read"),
+        (captures.head(0, 1).numpy, r"l00h01q/data\.parquet: missing, though the manifest has it"),
+        (lambda: captures.examples, r"examples/data\.parquet: missing"),
+    ):
+        with pytest.raises(UserError, match=message):
+            task()  # type: ignore[operator]
+    manifest = json.loads((root / "manifest.json").read_text())
+    for content, message in (
+        ([], "damaged, it is no manifest of a run"),
+        ({}, "damaged, it is no manifest of a run"),
+        (manifest | {"schema_version": 99}, "schema_version 99 is newer than this qk-sniffer"),
+    ):
+        (root / "manifest.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=message):
+            Captures(root)
+
+
+def test_a_data_root_of_an_older_version(predict: Run, tmp_path: Path) -> None:
+    """Its manifest has no scale of the layers; it is read, and the same command goes on with it."""
+    assert predict(data={"max_samples": 3}) == 0
+    root = tmp_path / "root"
+    manifest = json.loads((root / "manifest.json").read_text())
+    for layer in manifest["layers"]:
+        del layer["scores"]
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    assert len(Captures(root).head(0, 0).numpy()["vector"]) == sum(LENGTHS[:3])
+    with pytest.raises(UserError, match="made by an older version, whose manifest lacks the scale"):
+        Captures(root).attention(0, 0, "topic-0")
+    assert predict() == 0
+    assert Captures(root).attention(0, 0, "topic-0").probabilities.shape == (LENGTHS[0], LENGTHS[0])
+
+
 def test_offline_and_not_in_the_cache() -> None:
     with pytest.raises(
         UserError, match=r"someone/attention, .*HF_HUB_OFFLINE keeps the client from the Hub"
     ):
         Captures(REPO, revision="many")
+    with pytest.raises(
+        UserError, match=r"HF_HUB_OFFLINE .* No directory here is called data/demos either"
+    ):
+        Captures("data/demos")

@@ -4,6 +4,7 @@ import io
 import re
 import shutil
 import subprocess
+import warnings
 from base64 import b64decode
 from html import escape
 from html.parser import HTMLParser
@@ -12,16 +13,18 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from conftest import REPO, Run
+from conftest import REPO, Run, write_jsonl
 from loopback import LoopbackHub
 from qk_sniffer import Captures
 from qk_sniffer.cli import main
 from qk_sniffer.geometry import positional_r2, principal_components
 from qk_sniffer.report.measures import measure, measured_texts
+from qk_sniffer.report.pictures import AttentionPicture, draw_attention
 from readers import error_line
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -99,12 +102,13 @@ def test_the_card_shows_pictures_until_they_are_old(predict: Run, tmp_path: Path
     assert head.num_rows == pq.read_metadata(root / "l00h00q" / "data.parquet").num_rows
     assert main(report) == 0
     assert (root / "README.md").read_text() == card
+    (root / "report" / "mine.png").write_bytes(b"a picture of hers")
     assert predict() == 0
-    assert not (root / "report").exists()
+    assert [path.name for path in (root / "report").iterdir()] == ["mine.png"]
     assert "![" not in (root / "README.md").read_text()
     assert main(report) == 0
     assert predict(sniffer={"output": {"overwrite": True}}) == 0
-    assert not (root / "report").exists()
+    assert [path.name for path in (root / "report").iterdir()] == ["mine.png"]
 
 
 def test_the_pictures_are_published_and_withdrawn(
@@ -123,8 +127,20 @@ def test_the_pictures_are_published_and_withdrawn(
     commits = len(hub.commits(REPO, "tiny"))
     assert main(["push", str(root)]) == 0
     assert len(hub.commits(REPO, "tiny")) == commits
+    assert "Captures(&quot;someone/attention&quot;, revision=&quot;tiny&quot;)" in (
+        files["report/index.html"].decode()
+    )
+    # Another machine with the same rows and no report.
+    assert predict("other", data={"max_samples": 5}, sniffer=published) == 0
+    assert main(["push", str(tmp_path / "other")]) == 0
+    again = hub.files(REPO, "tiny")
+    assert again | {"config.yaml": files["config.yaml"]} == files
+    hub.commit(REPO, "tiny", {"report/notes.md": b"hers"})
+    (root / "report" / "notes").mkdir()
     assert predict(sniffer=published) == 0
-    assert not any(path.startswith("report/") for path in hub.files(REPO, "tiny"))
+    left = [path for path in hub.files(REPO, "tiny") if path.startswith("report/")]
+    assert left == ["report/notes.md"]
+    assert b"](report/" not in hub.files(REPO, "tiny")["README.md"]
 
 
 def test_what_is_measured(predict: Run, tmp_path: Path) -> None:
@@ -192,9 +208,104 @@ def test_heads_and_text_of_ones_choice(predict: Run, tmp_path: Path) -> None:
     assert main(["report", root, "--heads", "l02h03q", "l01h00k", "--example", "topic-2"]) == 0
     text = (tmp_path / "root" / "report" / "index.html").read_text()
     assert "<code>l02h03q with l02h01k</code>, <code>l01h00k</code>" in text
-    assert "in the text <code>topic-2</code>" in text
+    assert "in the text topic-2:" in text
     assert text.count("Attention of l02h03q to l02h01k") == 2
     assert "Attention of l01h00k" not in text
+
+
+def test_heads_are_chosen_by_their_r2(predict: Run, tmp_path: Path) -> None:
+    assert predict(sniffer={"capture": {"layers": [1, 3]}}) == 0
+    captures = Captures(tmp_path / "root")
+    found = measure(captures, measured_texts(captures), lambda heads, total: heads)["q"].r2
+    ranked = sorted(
+        (head for head in captures.heads if head.kind == "q"),
+        key=lambda head: found.values[[1, 3].index(head.layer.layer_idx), head.head],
+    )
+    assert main(["report", str(tmp_path / "root")]) == 0
+    text = (tmp_path / "root" / "report" / "index.html").read_text()
+    shown = re.findall(r"<code>(l\d+h\d+q) with l\d+h\d+k</code>", text)
+    assert shown == [ranked[-1].name, ranked[3].name, ranked[0].name]
+
+
+def test_an_attention_map_has_the_first_queries_and_the_keys_before_them(
+    predict: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture = {"capture_token_strings": True, "sampler": {"type": "uniform", "base_rate": 5}}
+    assert predict(sniffer={"capture": capture | {"min_bucket_size": 8}}) == 0
+    drawn: list[Any] = []
+
+    def spy(picture: Any, *args: Any, **kwargs: Any) -> bytes:
+        drawn.append(picture)
+        return draw_attention(picture, *args, **kwargs)
+
+    monkeypatch.setattr("qk_sniffer.report.closeups.draw_attention", spy)
+    monkeypatch.setattr("qk_sniffer.report.closeups._MOST_QUERIES", 12)
+    root = tmp_path / "root"
+    assert main(["report", str(root), "--heads", "l01h02q", "--example", "topic-2"]) == 0
+    captures = Captures(root)
+    rows = [
+        head.where(example="topic-2").pandas()
+        for head in (captures.head(1, 2), captures.key_head(1, 2))
+    ]
+    queries, keys = rows[0][:12], rows[1][rows[1].position <= rows[0].position[11]]
+    assert len(rows[0]) > 12 and 0 < len(keys) < len(rows[1])
+    for labels, expected in (
+        (drawn[0].query_labels, queries),
+        (drawn[0].key_labels, keys),
+    ):
+        assert [label.split()[0] for label in labels] == [str(p) for p in expected.position]
+        assert [label.split()[1] for label in labels] == [
+            token.replace("Ġ", "·").replace("Ċ", "↵") for token in expected.token_str
+        ]
+    attention = captures.attention(1, 2, "topic-2").among_kept
+    np.testing.assert_array_equal(drawn[0].shares, attention[:12, : len(keys)])
+
+
+def test_vectors_that_are_not_finite_are_left_out_and_told(predict: Run, tmp_path: Path) -> None:
+    assert predict() == 0
+    root = tmp_path / "root"
+    path = root / "l00h00q" / "data.parquet"
+    table = pq.read_table(path)
+    vectors = np.stack(table["vector"].to_numpy())
+    vectors[3, 5], vectors[7, 1] = np.nan, np.inf
+    kind = table.schema.field("vector").type
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=kind)
+    pq.write_table(table.set_column(3, table.schema.field("vector"), column), path)
+    assert main(["report", str(root), "--heads", "l00h00q"]) == 0
+    assert "2 rows are left out: they are not finite" in (root / "report" / "index.html").read_text()
+
+
+def test_a_text_without_rows_of_the_head(predict: Run, tmp_path: Path) -> None:
+    capture = {"min_bucket_size": 256, "sampler": {"type": "uniform", "base_rate": 3}}
+    assert predict(sniffer={"capture": capture}) == 0
+    root = str(tmp_path / "root")
+    empty = Captures(root)
+    head = next(
+        h for h in empty.heads if h.kind == "q" and not len(h.where(example="topic-4")) and len(h)
+    )
+    assert main(["report", root, "--heads", head.name, "--example", "topic-4"]) == 0
+    text = (tmp_path / "root" / "report" / "index.html").read_text()
+    assert "Not shown: no key of this text was kept before a query" in text
+
+
+def test_names_of_texts_are_text(predict: Run, texts: list[dict[str, Any]], tmp_path: Path) -> None:
+    rows = [row | {"id": f"<i>`{row['id']}`</i>"} for row in texts]
+    data = {"path": str(write_jsonl(tmp_path / "odd.jsonl", rows))}
+    assert predict(data=data) == 0
+    assert main(["report", str(tmp_path / "root"), "--heads", "l00h00q"]) == 0
+    text = (tmp_path / "root" / "report" / "index.html").read_text()
+    assert "in the text &lt;i&gt;" in text
+    assert "<i>" not in text
+    assert "</p>" in text.partition("in the text")[2]
+
+
+def test_signs_that_the_font_lacks_are_shown_by_number() -> None:
+    picture = AttentionPicture(
+        np.eye(2, dtype=np.float32), ["0 \u4f60", "1 \U0001f600"], ["0 \r", "1 a"]
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert draw_attention(picture, "probability", "light").startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -244,6 +355,26 @@ def test_positional_r2_tells_position_from_noise() -> None:
     assert positional_r2(own, positions, texts) < 0.05
     assert np.isnan(positional_r2(noise[:200], positions[:200], texts[:200]))
     assert np.isnan(positional_r2(noise[:8], positions[:8], texts[::250]))
+    assert np.isnan(positional_r2(noise, np.zeros(2000), texts))
+
+
+def test_positional_r2_is_that_of_ridge_regression() -> None:
+    """As least squares with a row for the penalty of each weight."""
+    generator = np.random.default_rng(2)
+    texts, positions = np.repeat(np.arange(5), 30), np.tile(np.arange(30), 5)
+    x = generator.normal(size=(150, 12)) + 0.05 * positions[:, None] * generator.normal(size=12)
+    residual = total = 0.0
+    for text in range(5):
+        seen = texts != text
+        centred, mean = x[seen] - x[seen].mean(axis=0), positions[seen].mean()
+        penalty = 1e-3 * (centred**2).sum(axis=0).mean()
+        rows = np.concatenate([centred, np.sqrt(penalty) * np.eye(12)])
+        wanted = np.concatenate([positions[seen] - mean, np.zeros(12)])
+        weights = np.linalg.lstsq(rows, wanted)[0]
+        predicted = (x[~seen] - x[seen].mean(axis=0)) @ weights + mean
+        residual += ((positions[~seen] - predicted) ** 2).sum()
+        total += ((positions[~seen] - mean) ** 2).sum()
+    assert positional_r2(x, positions, texts) == pytest.approx(1 - residual / total, rel=1e-9)
 
 
 def test_principal_components_are_those_of_the_singular_values() -> None:

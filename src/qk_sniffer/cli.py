@@ -210,8 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0, 1 where verify found a fault, or 2 for a mistake in the config, the command
-        line or the data.
+        The exit status: 0, 1 where verify found a fault, 2 for a mistake in the config, the command
+        line or the data, or 130 after Ctrl-C.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
@@ -221,6 +221,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args[0] not in _COMMANDS:
             raise UserError(f"{args[0]}: no such command; choose {', '.join(_COMMANDS)}")
         return _COMMANDS[args[0]](args[1:])
+    except KeyboardInterrupt:
+        sys.stderr.write("qk-sniffer: interrupted\n")
+        return 130
     except UserError as error:
         # A DataLoader worker wraps the message in its own traceback; the message is the last line.
         if error.is_told:

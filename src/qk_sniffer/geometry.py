@@ -45,7 +45,7 @@ def positional_r2(
 
     Returns:
         1 where position is told exactly, 0 or less where nothing is told of it; NaN with fewer than
-        two texts, or no more rows than coordinates.
+        two texts, no more rows than coordinates, or one position for all.
     """
     x, y = np.asarray(vectors, np.float64), np.asarray(positions, np.float64)
     texts, owner = np.unique(np.asarray(example_ids), return_inverse=True)

@@ -1,6 +1,7 @@
 """The config format of the original scripts: its fields, their defaults, and the check of a file."""
 
 import json
+import math
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
@@ -35,7 +36,7 @@ _TEXT = _Kind("text", lambda value: isinstance(value, str))
 _FLAG = _Kind("true or false", lambda value: isinstance(value, bool))
 _INTEGER = _Kind("an integer", _is_integer)
 _COUNT = _Kind("an integer above 0", lambda value: _is_integer(value) and value > 0)
-_RATE = _Kind("a number above 0", lambda value: type(value) in (int, float) and value > 0)
+_RATE = _Kind("a number above 0", lambda value: type(value) in (int, float) and 0 < value < math.inf)
 _INDICES = _Kind(
     "a list of integers", lambda value: isinstance(value, list) and all(map(_is_integer, value))
 )

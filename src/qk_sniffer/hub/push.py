@@ -25,6 +25,7 @@ from qk_sniffer.storage import (
     MANIFEST_FILE,
     PULLED_DIRECTORY,
     REPORT_DIRECTORY,
+    REPORT_FILE,
     FileFacts,
     Place,
     describe_run,
@@ -32,6 +33,7 @@ from qk_sniffer.storage import (
     merge_pulled,
     own_part,
     render_card,
+    report_files,
     require_manifest,
     shown_names,
     write_text,
@@ -111,9 +113,14 @@ def _push_branch(data_root: Path, publication: Publication) -> None:
             manifest = merge_pulled(data_root, file_progress)
     is_new = theirs is None and not branch.has_commits(head)
     card = None if is_new else branch.text(head, CARD_FILE)
-    _join_cards(data_root, publication, manifest, card)
     there = branch.files(head)
-    gone = _gone(data_root, manifest, there, theirs, is_new)
+    if theirs is not None and theirs["heads"] == manifest["heads"] and not report_files(data_root):
+        # A report that another machine has made of these very rows.
+        kept = [path for path in there if _is_of_a_report(path)]
+    else:
+        kept = []
+    _join_cards(data_root, publication, manifest, card, kept)
+    gone = [path for path in _gone(data_root, manifest, there, theirs, is_new) if path not in kept]
     changed = _changed(data_root, manifest, there, theirs)
     operations: list[Operation] = [
         *(CommitOperationDelete(path, is_folder=False) for path in gone),
@@ -128,9 +135,21 @@ def _push_branch(data_root: Path, publication: Publication) -> None:
 
 
 def _join_cards(
-    data_root: Path, publication: Publication, manifest: Mapping[str, Any], theirs: str | None
+    data_root: Path,
+    publication: Publication,
+    manifest: Mapping[str, Any],
+    theirs: str | None,
+    kept: list[str],
 ) -> None:
-    """Write the data root's card as it will be on the branch, with what a person added there."""
+    """Write the data root's card as it will be on the branch, with what a person added there.
+
+    Args:
+        data_root: The data root.
+        publication: Where it goes.
+        manifest: Its manifest.
+        theirs: The card of the branch.
+        kept: The branch's report, where that stays.
+    """
     path = data_root / CARD_FILE
     ours = path.read_text(encoding="utf-8") if path.exists() else None
     existing = ours
@@ -141,7 +160,8 @@ def _join_cards(
             aside = path.with_suffix(".local.md")
             write_text(aside, ours)
             log.warning("%s: edited here and on the Hub; the Hub's text is kept, see %s", path, aside)
-    write_text(path, render_card(data_root, manifest, existing, publication.place))
+    report = kept or report_files(data_root)
+    write_text(path, render_card(manifest, existing, publication.place, report))
 
 
 def _own_part_of_branch(card: str, place: Place) -> str:
@@ -181,7 +201,12 @@ def _gone(
 
 
 def _is_replaced(path: str) -> bool:
-    return path == CONFIG_FILE or path.startswith(f"{REPORT_DIRECTORY}/")
+    return path == CONFIG_FILE or _is_of_a_report(path)
+
+
+def _is_of_a_report(path: str) -> bool:
+    directory, _, name = path.partition("/")
+    return directory == REPORT_DIRECTORY and REPORT_FILE.fullmatch(name) is not None
 
 
 def _is_of_a_head(path: str) -> bool:
@@ -225,8 +250,7 @@ def _changed(
 def _other_files(data_root: Path) -> list[str]:
     """What is published beside the Parquet files."""
     texts = [path for path in (CARD_FILE, MANIFEST_FILE, CONFIG_FILE) if (data_root / path).exists()]
-    report = sorted((data_root / REPORT_DIRECTORY).glob("*"))
-    return texts + [f"{REPORT_DIRECTORY}/{path.name}" for path in report]
+    return texts + report_files(data_root)
 
 
 def _parquet_files(manifest: Mapping[str, Any]) -> dict[str, FileFacts]:

@@ -4,8 +4,12 @@ import torch
 from torch import Tensor
 
 from qk_sniffer.capture import ScoreFunction
+from qk_sniffer.models.adapters import adapter_name
 from qk_sniffer.models.calls import AttentionCall
 from qk_sniffer.models.notes import picks_keys
+
+_ROUNDED_BIAS = ("modeling_falcon.FalconAttention",)
+"""Whose ALiBi is slope · position rounded to bfloat16, which shows in long texts only."""
 
 
 def score_function(call: AttentionCall) -> ScoreFunction | None:
@@ -20,7 +24,7 @@ def score_function(call: AttentionCall) -> ScoreFunction | None:
     slopes, sinks = None, None
     if (bias := call.bias) is not None:
         slopes = _slopes(bias, n_heads)
-        if slopes is None:
+        if slopes is None or adapter_name(type(call.module)) in _ROUNDED_BIAS:
             return None
     if (sink := call.sinks) is not None:
         if sink.numel() != n_heads:

@@ -1,7 +1,8 @@
 """``Captures``: what a finished run holds, in a directory or on the Hub."""
 
+import operator
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qk_sniffer.errors import UserError
 from qk_sniffer.reading.attention import Attention, attention_of
 from qk_sniffer.reading.head import Head, Numbers
 from qk_sniffer.reading.places import place_of
+from qk_sniffer.reading.rows import readable
 from qk_sniffer.storage import (
     DATA_FILE,
     EXAMPLES_DIRECTORY,
@@ -74,7 +76,20 @@ class Captures:
     @cached_property
     def examples(self) -> pa.Table:
         """The texts: example_id, source_id, n_tokens and truncated."""
-        return pq.read_table(self._place.file(f"{EXAMPLES_DIRECTORY}/{DATA_FILE}"))
+        path = self._place.file(f"{EXAMPLES_DIRECTORY}/{DATA_FILE}")
+        with readable(path):
+            return pq.read_table(path)
+
+    def example_id(self, source_id: str) -> int:
+        """The id of the text that the dataset knows by another.
+
+        Raises:
+            UserError: There is no such text.
+        """
+        rows = self.examples.filter(pc.field("source_id") == source_id)
+        if not rows.num_rows:
+            raise UserError(f"{self._place}: no example has the source id {source_id}; see .examples")
+        return int(rows["example_id"][0].as_py())
 
     def head(self, layer: int, head: int, kind: Kind = "q") -> Head:
         """One head.
@@ -87,6 +102,9 @@ class Captures:
         Raises:
             UserError: It was not captured.
         """
+        layer, head = operator.index(layer), operator.index(head)
+        if kind not in ("q", "k"):
+            raise UserError(f"kind: expected q or k, got {kind}")
         if head_name(layer, head, kind) not in self.manifest["heads"]:
             raise UserError(self._not_captured(layer, head, kind))
         return self._head(layer, head, kind)
@@ -99,7 +117,11 @@ class Captures:
         """
         if layer not in self._model_layers:
             raise UserError(self._not_captured(layer, head, "k"))
-        return self.head(layer, self._model_layers[layer].key_head(head), "k")
+        geometry = self._model_layers[layer]
+        if not 0 <= head < geometry.num_attention_heads:
+            last = geometry.num_attention_heads - 1
+            raise UserError(f"key_head: layer {layer} has the query heads 0 to {last}, and not {head}")
+        return self.head(layer, geometry.key_head(head), "k")
 
     def attention(
         self, layer: int, head: int, example: int | str, queries: Numbers | None = None
@@ -122,7 +144,8 @@ class Captures:
         self._require_explained(query.layer)
         q, k = query.torch(), key.torch()
         if not len(q["position"]):
-            raise UserError(f"{query.name}: no row of example {example} is stored there")
+            wanted = "row" if queries is None else "one of these queries"
+            raise UserError(f"{query.name}: no {wanted} of example {example} is stored there")
         positions = (q["position"].to(torch.int64), k["position"].to(torch.int64))
         return attention_of(query.layer, head, q["vector"], k["vector"], *positions)
 
@@ -138,15 +161,10 @@ class Captures:
             head,
             kind,
             self.manifest["heads"][name]["rows"],
-            lambda: self._place.file(f"{name}/{DATA_FILE}"),
-            self._example_id,
+            # No lambda: a process that is spawned gets a pickled copy.
+            partial(self._place.file, f"{name}/{DATA_FILE}"),
+            self.example_id,
         )
-
-    def _example_id(self, source_id: str) -> int:
-        rows = self.examples.filter(pc.field("source_id") == source_id)
-        if not rows.num_rows:
-            raise UserError(f"{self._place}: no example has the source id {source_id}; see .examples")
-        return int(rows["example_id"][0].as_py())
 
     def _not_captured(self, layer: int, head: int, kind: Kind) -> str:
         name = head_name(layer, head, kind)
@@ -162,6 +180,11 @@ class Captures:
             raise UserError(
                 f"{self._place}: the vectors are those before RoPE, and attention uses those after it; "
                 "capture with capture_pre_rope: false"
+            )
+        if "scores" not in self.manifest["layers"][0]:
+            raise UserError(
+                f"{self._place}: made by an older version, whose manifest lacks the scale; read "
+                "one more text with the same command, which writes it anew"
             )
         if layer.scores is None:
             notes = "; ".join(self.manifest["notes"])

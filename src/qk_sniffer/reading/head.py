@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
-from operator import and_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from qk_sniffer.capture import AttentionLayer
 from qk_sniffer.errors import UserError
-from qk_sniffer.reading.rows import NUMBERS, HeadBatches, arrays, tensors
-from qk_sniffer.storage import Kind, head_name
+from qk_sniffer.reading.rows import NUMBERS, HeadBatches, arrays, readable, tensors
+from qk_sniffer.storage import Kind, head_name, head_schema
 
 if TYPE_CHECKING:
     import pandas
+
+_INT32 = range(-(2**31), 2**31)
 
 Numbers = int | range | Iterable[int]
 """One number, a range of them, or any others."""
@@ -56,7 +58,9 @@ class Head:
     def __len__(self) -> int:
         if self._condition is None:
             return self._n_rows
-        return int(self._dataset().count_rows(filter=self._condition))
+        path = self._path()
+        with readable(path):
+            return int(_dataset(path).count_rows(filter=self._condition))
 
     def where(
         self,
@@ -73,21 +77,17 @@ class Head:
             position: Token positions; ``range(1024)`` takes the first 1,024.
 
         Raises:
-            UserError: No example has such a source id.
+            UserError: No example has such a source id, or a number is no integer.
         """
-        examples: Numbers | None
-        if example is None or isinstance(example, int | range):
-            examples = example
-        else:
-            sources = [example] if isinstance(example, str) else example
-            examples = [self._example_id(e) if isinstance(e, str) else e for e in sources]
-        chosen = {"example_id": examples, "bucket": bucket, "position": position}
+        chosen = {"example_id": example, "bucket": bucket, "position": position}
         conditions = [
-            _is_one_of(name, numbers) for name, numbers in chosen.items() if numbers is not None
+            _is_one_of(name, self._integers(name, numbers))
+            for name, numbers in chosen.items()
+            if numbers is not None
         ]
         if self._condition is not None:
             conditions.append(self._condition)
-        return replace(self, _condition=reduce(and_, conditions)) if conditions else self
+        return replace(self, _condition=reduce(operator.and_, conditions)) if conditions else self
 
     def arrow(self, columns: list[str] | None = None) -> pa.Table:
         """The rows in the types of the file, sorted by example_id and position.
@@ -95,8 +95,17 @@ class Head:
         Args:
             columns: Some of bucket, example_id, position, vector, sliding_window and token_str; None
                 takes all of them.
+
+        Raises:
+            UserError: There is no such column, or the file is missing or damaged.
         """
-        return self._dataset().to_table(columns=columns, filter=self._condition)
+        known = head_schema(self.layer.head_dim).names
+        for column in columns or ():
+            if column not in known:
+                raise UserError(f"columns: there is no {column}; choose from {', '.join(known)}")
+        path = self._path()
+        with readable(path):
+            return _dataset(path).to_table(columns=columns, filter=self._condition)
 
     def numpy(self) -> dict[str, npt.NDArray[Any]]:
         """Arrays of N rows by column.
@@ -124,8 +133,8 @@ class Head:
         """Batches for a training loop, read while it runs: a torch ``IterableDataset``.
 
         Each is a dictionary as ``torch`` gives it, so a ``DataLoader`` takes it with
-        ``batch_size=None``; its workers share the row groups out. Memory holds one row group, of some
-        32 MiB of vectors, for each worker.
+        ``batch_size=None``; its workers share the row groups out. Each worker holds one row group, of
+        some 32 MiB of vectors, and a few copies of it while it is read.
 
         Args:
             batch_size: Rows in a batch; the last of a row group may have fewer.
@@ -134,20 +143,37 @@ class Head:
         Raises:
             UserError: The batch size is below 1.
         """
-        if batch_size < 1:
-            raise UserError(f"batch_size: must be at least 1, got {batch_size}")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise UserError(f"batch_size: must be an integer of at least 1, got {batch_size}")
         return HeadBatches(
             self._path(), self._condition, self.layer.head_dim, batch_size, shuffle=shuffle
         )
 
-    def _dataset(self) -> ds.Dataset:
-        return ds.dataset(self._path(), format="parquet")
+    def _integers(self, column: str, numbers: Any) -> range | list[int]:
+        """The wanted values of a column, of any kind of integer; source ids become example ids."""
+        if isinstance(numbers, range):
+            return numbers
+        is_one = isinstance(numbers, str) or (
+            hasattr(numbers, "__index__") and getattr(numbers, "ndim", 0) == 0
+        )
+        try:
+            return [self._integer(column, number) for number in ([numbers] if is_one else numbers)]
+        except TypeError as error:
+            raise UserError(f"{column}: expected integers, got {numbers!r}") from error
+
+    def _integer(self, column: str, number: Any) -> int:
+        number = number.as_py() if isinstance(number, pa.Scalar) else number
+        if isinstance(number, str) and column == "example_id":
+            return self._example_id(number)
+        return operator.index(number)
 
 
-def _is_one_of(column: str, numbers: Numbers) -> ds.Expression:
+def _dataset(path: Path) -> ds.Dataset:
+    return ds.dataset(path, format="parquet")
+
+
+def _is_one_of(column: str, numbers: range | list[int]) -> ds.Expression:
     field = ds.field(column)
     if isinstance(numbers, range) and numbers.step == 1:
         return (field >= numbers.start) & (field < numbers.stop)
-    if isinstance(numbers, Iterable):
-        return field.isin(pa.array([int(number) for number in numbers], pa.int32()))
-    return field == int(numbers)
+    return field.isin(pa.array([number for number in numbers if number in _INT32], pa.int32()))

@@ -37,8 +37,18 @@ class LocalPlace:
         return str(self._data_root)
 
     def file(self, path: str) -> Path:
-        """The file, where it is."""
-        return self._data_root / path
+        """The file, where it is.
+
+        Raises:
+            UserError: It is missing.
+        """
+        file = self._data_root / path
+        if not file.exists():
+            raise UserError(
+                f"{file}: missing, though the manifest has it; `qk-sniffer verify {self._data_root}` "
+                "tells what else is, and a copy or a new run brings it back"
+            )
+        return file
 
 
 class HubPlace:
@@ -110,11 +120,16 @@ def place_of(path_or_repo: str | Path, revision: str | None) -> CapturePlace:
     Raises:
         UserError: There is no capture.
     """
-    path = Path(path_or_repo)
+    path = Path(path_or_repo).expanduser()
     name = str(path_or_repo)
     is_repo = not isinstance(path_or_repo, Path) and name.count("/") == 1 and name[0] not in "./~"
     if path.exists() or not is_repo:
         if revision is not None:
             raise UserError(f"{path}: a directory has no revision {revision}; leave it out")
         return LocalPlace(path)
-    return HubPlace(name, revision or MAIN)
+    try:
+        return HubPlace(name, revision or MAIN)
+    except UserError as error:
+        if revision is not None:
+            raise
+        raise UserError(f"{error}. No directory here is called {name} either") from error

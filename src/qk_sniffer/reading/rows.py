@@ -1,6 +1,7 @@
 """Rows of a head's file as NumPy arrays and torch tensors, at once or a row group at a time."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from qk_sniffer.errors import UserError, first_line
+
 NUMBERS = ("bucket", "example_id", "position")
 """The columns of numbers that every row has."""
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what pyarrow raises for a damaged file into a ``UserError``."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path}: can't be read ({first_line(error)}); `qk-sniffer verify` tells which files of a "
+            "data root are damaged, and a copy or a new run brings them back"
+        ) from error
 
 
 def arrays(table: pa.Table, head_dim: int) -> dict[str, npt.NDArray[Any]]:
@@ -59,13 +74,20 @@ class HeadBatches(IterableDataset[dict[str, Tensor]]):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         worker = get_worker_info()
         number, n_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        file = next(ds.dataset(self._path, format="parquet").get_fragments())
-        groups = file.split_by_row_group(self._condition)[number::n_workers]
+        with readable(self._path):
+            file = next(ds.dataset(self._path, format="parquet").get_fragments())
+            groups = file.split_by_row_group(self._condition)[number::n_workers]
         for index in self._order(len(groups)):
-            table = groups[index].to_table(columns=["vector", *NUMBERS], filter=self._condition)
-            rows = tensors(table, self._head_dim)
-            for batch in torch.split(self._order(table.num_rows), self._batch_size):
-                yield {name: values[batch] for name, values in rows.items()}
+            # A function of its own, so that a row group is let go of before the next is read.
+            yield from self._of_group(groups[index])
+
+    def _of_group(self, group: ds.Fragment) -> Iterator[dict[str, Tensor]]:
+        with readable(self._path):
+            rows = tensors(
+                group.to_table(columns=["vector", *NUMBERS], filter=self._condition), self._head_dim
+            )
+        for batch in torch.split(self._order(len(rows["vector"])), self._batch_size):
+            yield {name: values[batch] for name, values in rows.items()}
 
     def _order(self, count: int) -> Tensor:
         # A worker's generator is seeded by the loader: its own, and another one in each epoch.

@@ -1,7 +1,7 @@
 """What is measured in a capture: rows, norms, and how well position is told, by layer and head."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,10 @@ class HeadMap:
     heads: list[int]
     values: npt.NDArray[np.float64]
 
+    def of(self, head: Head) -> float:
+        """The number of a head."""
+        return float(self.values[self.layers.index(head.layer.layer_idx), head.head])
+
 
 @dataclass(frozen=True)
 class Measures:
@@ -47,6 +51,7 @@ class Measures:
         rows: (L, B) rows that a head of each layer keeps.
         norms: Mean Euclidean norm of the vectors.
         r2: ``positional_r2``.
+        n_left_out: Rows of those texts, of all heads, whose vectors are not finite.
     """
 
     n_texts: int
@@ -54,6 +59,7 @@ class Measures:
     rows: npt.NDArray[np.int64]
     norms: HeadMap
     r2: HeadMap
+    n_left_out: int
 
 
 def measured_texts(captures: Captures) -> list[int]:
@@ -83,19 +89,29 @@ def measure(captures: Captures, texts: list[int], progress: Progress) -> dict[Ki
         own = [(head, values) for head, values in measured if head.kind == kind]
         buckets, rows = _rows_by_bucket([head for head, _ in own])
         norms, r2 = (_head_map([(head, v[i]) for head, v in own]) for i in (0, 1))
-        kinds[kind] = Measures(len(texts), buckets, rows, norms, r2)
+        n_left_out = sum(values[2] for _, values in own)
+        kinds[kind] = Measures(len(texts), buckets, rows, norms, r2, n_left_out)
     return kinds
 
 
-def _measure_head(head: Head) -> tuple[float, float]:
-    rows = head.numpy()
+def finite_rows(
+    rows: Mapping[str, npt.NDArray[Any]],
+) -> tuple[dict[str, npt.NDArray[Any]], int]:
+    """The rows without those whose vectors have a NaN or an infinity, and how many these are."""
+    finite = np.isfinite(rows["vector"]).all(axis=1)
+    return {name: values[finite] for name, values in rows.items()}, int((~finite).sum())
+
+
+def _measure_head(head: Head) -> tuple[float, float, int]:
+    """Mean norm, positional R², and rows that are not finite."""
+    rows, n_left_out = finite_rows(head.numpy())
     if not len(rows["vector"]):
-        return float("nan"), float("nan")
+        return float("nan"), float("nan"), n_left_out
     # A text that was kept whole may have ten times as many.
     some = slice(None, None, max(1, len(rows["vector"]) // (2 * ROWS_MEASURED)))
     vectors = rows["vector"][some]
     norm = float(np.linalg.norm(vectors, axis=1).mean())
-    return norm, positional_r2(vectors, rows["position"][some], rows["example_id"][some])
+    return norm, positional_r2(vectors, rows["position"][some], rows["example_id"][some]), n_left_out
 
 
 def _rows_by_bucket(heads: list[Head]) -> tuple[list[int], npt.NDArray[np.int64]]:

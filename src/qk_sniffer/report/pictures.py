@@ -11,6 +11,7 @@ import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -24,6 +25,7 @@ _MOST_WRITTEN_CELLS = 120
 _SIZE = 5.4, 3.9
 _DOTS_PER_INCH = 160
 _MOST_COLOURS = 256
+_MONOSPACE = "DejaVu Sans Mono"  # comes with matplotlib
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,19 @@ def draw_attention(attention: AttentionPicture, label: str, theme: Theme) -> byt
             norm=PowerNorm(0.5, 0, 1),
             aspect="equal",
         )
-        style = {"fontsize": 6.5, "family": "monospace"}
-        axes.set_xticks(range(n_keys), attention.key_labels, rotation=90, **style)
-        axes.set_yticks(range(n_queries), attention.query_labels, **style)
+        style = {"fontsize": 6.5, "family": _MONOSPACE}
+        axes.set_xticks(range(n_keys), map(_drawable, attention.key_labels), rotation=90, **style)
+        axes.set_yticks(range(n_queries), map(_drawable, attention.query_labels), **style)
         axes.tick_params(length=0)
         axes.set(xlabel="key", ylabel="query")
         figure.colorbar(image, label=label, shrink=0.7)
         return _png(figure)
+
+
+def _drawable(text: str) -> str:
+    """What the font has no sign for, by its number."""
+    known = get_font(findfont(_MONOSPACE)).get_charmap()
+    return "".join(c if ord(c) in known else c.encode("unicode_escape").decode() for c in text)
 
 
 def _themed(theme: Theme) -> Any:

@@ -19,6 +19,7 @@ from qk_sniffer.storage.finished import stored_example_ids
 from qk_sniffer.storage.journal import QUEUE_BYTES, Block, Example, JournalWriter
 from qk_sniffer.storage.manifest import count_rows, read_manifest, require_manifest
 from qk_sniffer.storage.parquet import FileFacts, StoredRows, checksum, is_described
+from qk_sniffer.storage.reports import remove_report, report_files
 from qk_sniffer.storage.schema import (
     CARD_FILE,
     CONFIG_FILE,
@@ -32,6 +33,7 @@ from qk_sniffer.storage.schema import (
     PULLED_DIRECTORY,
     PULLING_DIRECTORY,
     REPORT_DIRECTORY,
+    REPORT_FILE,
     SCHEMA_VERSION,
     Kind,
     head_name,
@@ -53,6 +55,7 @@ __all__ = [
     "PULLING_DIRECTORY",
     "QUEUE_BYTES",
     "REPORT_DIRECTORY",
+    "REPORT_FILE",
     "SCHEMA_VERSION",
     "Block",
     "EarlierRun",
@@ -83,7 +86,9 @@ __all__ = [
     "own_part",
     "prepare_data_root",
     "read_manifest",
+    "remove_report",
     "render_card",
+    "report_files",
     "require_captured",
     "require_manifest",
     "require_shared",

@@ -1,7 +1,7 @@
 """The dataset card: the YAML that lets datasets load a head by name, and a page for a reader."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from qk_sniffer.storage.card_parts import compose_card
 from qk_sniffer.storage.files import write_text
 from qk_sniffer.storage.manifest import count_rows
+from qk_sniffer.storage.reports import report_files
 from qk_sniffer.storage.schema import CARD_FILE, DATA_FILE, EXAMPLES_DIRECTORY, REPORT_DIRECTORY
 
 _SIZES = ("n<1K", *(f"{i}<n<{j}" for i, j in itertools.pairwise(
@@ -55,22 +56,22 @@ def write_card(data_root: Path, manifest: Mapping[str, Any], place: Place | None
     """
     path = data_root / CARD_FILE
     existing = path.read_text(encoding="utf-8") if path.exists() else None
-    write_text(path, render_card(data_root, manifest, existing, place))
+    write_text(path, render_card(manifest, existing, place, report_files(data_root)))
 
 
 def render_card(
-    data_root: Path,
     manifest: Mapping[str, Any],
     existing: str | None = None,
     place: Place | None = None,
+    report: Collection[str] = (),
 ) -> str:
     """The card of a data root.
 
     Args:
-        data_root: Whose report it shows, if there is one.
         manifest: Its manifest.
         existing: The card that is there, whose own text and fields stay.
         place: Where on the Hub it is, for the line that loads it.
+        report: Files of a report that are beside it, by their paths.
 
     Raises:
         UserError: The YAML of the existing card is broken.
@@ -87,7 +88,7 @@ def render_card(
         for name, file in files.items()
     ]
     fields = {"size_categories": [_size_category(count_rows(manifest))], "configs": configs}
-    return compose_card(existing, fields, _body(manifest, place, _pictures(data_root)))
+    return compose_card(existing, fields, _body(manifest, place, _pictures(report)))
 
 
 def _size_category(rows: int) -> str:
@@ -128,13 +129,10 @@ def _limit(max_length: int | None) -> str:
     return "all" if max_length is None else f"the first {max_length:,}"
 
 
-def _pictures(data_root: Path) -> str:
-    """The main pictures of the report, empty where there is none."""
-    shown = [
-        f"![{caption}]({REPORT_DIRECTORY}/{name}.png)"
-        for name, caption in _PICTURES.items()
-        if (data_root / REPORT_DIRECTORY / f"{name}.png").exists()
-    ]
+def _pictures(report: Collection[str]) -> str:
+    """The main pictures of a report, empty where there is none."""
+    paths = {f"{REPORT_DIRECTORY}/{name}.png": caption for name, caption in _PICTURES.items()}
+    shown = [f"![{caption}]({path})" for path, caption in paths.items() if path in report]
     more = f"More pictures are on the page `{REPORT_DIRECTORY}/index.html`, which needs no network."
     return "\n\n".join(["\n## Pictures", *shown, more, ""]) if shown else ""
 

@@ -26,6 +26,7 @@ from qk_sniffer.storage.commits import (
 )
 from qk_sniffer.storage.files import explained_writing, read_json
 from qk_sniffer.storage.finished import finished_runs
+from qk_sniffer.storage.reports import remove_report
 from qk_sniffer.storage.schema import (
     CARD_FILE,
     CONFIG_FILE,
@@ -37,7 +38,6 @@ from qk_sniffer.storage.schema import (
     PUBLICATION_FILE,
     PULLED_DIRECTORY,
     PULLING_DIRECTORY,
-    REPORT_DIRECTORY,
 )
 
 _FIELD = "sniffer.output.data_root"
@@ -53,11 +53,7 @@ _BEFORE_A_JOURNAL = {
     f".{CONFIG_FILE}.tmp",
 }
 # A person may have written in the card, and the publication is this run's already.
-_OWN_NAMES = (_BEFORE_A_JOURNAL - {PUBLICATION_FILE, CARD_FILE}) | {
-    EXAMPLES_DIRECTORY,
-    MANIFEST_FILE,
-    REPORT_DIRECTORY,
-}
+_OWN_NAMES = (_BEFORE_A_JOURNAL - {PUBLICATION_FILE, CARD_FILE}) | {EXAMPLES_DIRECTORY, MANIFEST_FILE}
 
 
 _TOKEN_FILE = re.compile(r"\.shared-[0-9a-f]+")
@@ -243,6 +239,7 @@ def clear_data_root(data_root: Path) -> None:
     for entry in data_root.iterdir():
         if entry.name in _OWN_NAMES or HEAD_DIRECTORY.fullmatch(entry.name):
             _remove(entry)
+    remove_report(data_root)
 
 
 def discard_pulled(data_root: Path) -> None:

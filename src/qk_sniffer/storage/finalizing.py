@@ -39,6 +39,7 @@ from qk_sniffer.storage.journal import JournalWriter
 from qk_sniffer.storage.manifest import build_manifest, header_of, read_manifest, write_manifest
 from qk_sniffer.storage.parquet import EarlierFile, FileFacts, HeadFile, write_heads, write_table
 from qk_sniffer.storage.reader import JournalReader
+from qk_sniffer.storage.reports import remove_report
 from qk_sniffer.storage.schema import (
     DATA_FILE,
     EXAMPLES_DIRECTORY,
@@ -47,7 +48,6 @@ from qk_sniffer.storage.schema import (
     JOURNAL_DIRECTORY,
     MANIFEST_FILE,
     PULLED_DIRECTORY,
-    REPORT_DIRECTORY,
     head_name,
 )
 
@@ -303,7 +303,7 @@ def _end(
     buckets = _rows_by_bucket(data_root, streams)
     manifest = build_manifest(journal.header, facts, ordered, buckets, complete=complete)
     # Its pictures are of fewer texts.
-    shutil.rmtree(data_root / REPORT_DIRECTORY, ignore_errors=True)
+    remove_report(data_root)
     write_card(data_root, manifest)
     write_manifest(data_root, manifest)
     shutil.rmtree(data_root / PULLED_DIRECTORY, ignore_errors=True)

@@ -10,6 +10,7 @@ from qk_sniffer.storage.files import read_json, write_text
 from qk_sniffer.storage.parquet import FileFacts
 from qk_sniffer.storage.schema import HEAD_DIRECTORY, MANIFEST_FILE, SCHEMA_VERSION
 
+_FIELDS = {"schema_version", "complete", "fingerprint", "settings", "layers", "examples", "heads"}
 _OF_THE_HEADER = ("fingerprint", "versions", "settings", "layers", "notes")
 
 
@@ -67,10 +68,23 @@ def read_manifest(data_root: Path) -> dict[str, Any] | None:
     """The manifest of a data root, None where it is not finished.
 
     Raises:
-        UserError: It is damaged.
+        UserError: It is damaged, or of a newer version.
     """
     path = data_root / MANIFEST_FILE
-    return read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or not manifest.keys() >= _FIELDS:
+        raise UserError(
+            f"{path}: damaged, it is no manifest of a run; restore it from a copy, or set "
+            "sniffer.output.overwrite to true to start anew"
+        )
+    if manifest["schema_version"] > SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: schema_version {manifest['schema_version']} is newer than this qk-sniffer, which "
+            f"knows {SCHEMA_VERSION}; install a newer one"
+        )
+    return manifest
 
 
 def require_manifest(data_root: Path) -> dict[str, Any]:

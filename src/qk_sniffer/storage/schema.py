@@ -20,6 +20,11 @@ CONFIG_FILE = "config.yaml"
 HEAD_DIRECTORY = re.compile(r"l(\d{2,})h(\d{2,})([qk])")
 """Every name that ``head_name`` gives: its layer, head and kind."""
 
+REPORT_FILE = re.compile(
+    r"index\.html|((rows|positional-r2|norms)-(queries|keys)|components-\d+[qk]|attention-\d+)\.png"
+)
+"""Every name of a file that a report has; others in its directory are a person's own."""
+
 Kind = Literal["q", "k"]
 
 EXAMPLES_SCHEMA = pa.schema(
