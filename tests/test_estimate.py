@@ -31,10 +31,10 @@ from qk_sniffer.models import (
 )
 from qk_sniffer.models.refusals import REFUSED
 from readers import error_line
+from smollm2 import CHECKPOINT
 from tiny import ARCHITECTURES, tiny_causal_lm
 
 Say = Callable[..., str]
-SMOLLM2 = Path(__file__).parents[1] / ".cache" / "smollm2-135m"
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 SAMPLERS = {
     "log_uniform": {"sampler": {"type": "log_uniform", "base_rate": 8}, "min_bucket_size": 16},
@@ -128,7 +128,7 @@ def test_a_run_of_the_demo_is_as_estimated(
     assert_near(text, root, journal_sizes[-1])
 
 
-@pytest.mark.skipif(not SMOLLM2.exists(), reason="`make bench` makes the checkpoint")
+@pytest.mark.skipif(not CHECKPOINT.exists(), reason="`make smollm2` brings the checkpoint")
 @pytest.mark.parametrize(
     ("sampler", "dtype"),
     [("log_uniform", "float32"), ("uniform", "bfloat16"), ("all", "float16")],
@@ -139,7 +139,7 @@ def test_a_run_of_smollm2_is_as_estimated(
     passages = [topics[name] for name in ("class", "for", "with")]
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": passage[:900]} for passage in passages])
     config = {
-        "model": {"name": str(SMOLLM2), "dtype": dtype},
+        "model": {"name": str(CHECKPOINT), "dtype": dtype},
         "data": {"path": str(texts), "batch_size": 2},
         "sniffer": {
             "capture": {**SAMPLERS[sampler], "layers": [3, 17] if sampler == "all" else None},
