@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo pictures test test-architectures test-transformers smollm2 architectures docs lint format bench clean
+.PHONY: help install demo pictures test test-architectures test-transformers weights architectures docs lint format bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-19s %s\n", $$1, $$2}'
@@ -44,7 +44,7 @@ docs: $(INSTALLED) ## Write the reference anew and build the documentation into 
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-smollm2: $(INSTALLED) ## Bring SmolLM2-135M to .cache, for tests with real weights
+weights: $(INSTALLED) ## Bring SmolLM2-135M to .cache, for tests with real weights
 	$(BIN)/python tests/smollm2.py
 
 lint: $(INSTALLED) ## Check style and types

@@ -128,7 +128,7 @@ def test_a_run_of_the_demo_is_as_estimated(
     assert_near(text, root, journal_sizes[-1])
 
 
-@pytest.mark.skipif(not CHECKPOINT.exists(), reason="`make smollm2` brings the checkpoint")
+@pytest.mark.skipif(not CHECKPOINT.exists(), reason="`make weights` brings the checkpoint")
 @pytest.mark.parametrize(
     ("sampler", "dtype"),
     [("log_uniform", "float32"), ("uniform", "bfloat16"), ("all", "float16")],
