@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+import xxhash
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,7 +28,7 @@ from qk_sniffer.ids import example_id
 from tiny import tiny_causal_lm, tiny_config
 
 TOLERANCE = 1e-5
-WINDOWED = {"sampler": {"type": "uniform", "base_rate": 4}, "min_bucket_size": 8}
+SAMPLED = {"sampler": {"type": "uniform", "base_rate": 7}, "min_bucket_size": 8}
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_attention_is_the_models_own(
 def test_attention_of_sampled_rows(predict: Run, tmp_path: Path) -> None:
     """Their scores are those of the whole; probabilities are given where all keys are there."""
     assert predict("whole") == 0
-    assert predict("sampled", sniffer={"capture": WINDOWED}) == 0
+    assert predict("sampled", sniffer={"capture": SAMPLED}) == 0
     whole = Captures(tmp_path / "whole").attention(2, 3, "topic-2")
     sampled = Captures(tmp_path / "sampled").attention(2, 3, "topic-2")
     assert 10 < len(sampled.query_positions) < len(whole.query_positions)
@@ -113,7 +114,7 @@ def test_attention_of_sampled_rows(predict: Run, tmp_path: Path) -> None:
 def test_completeness_counts_the_window(
     family: str, window: int | None, predict: Run, tmp_path: Path
 ) -> None:
-    assert predict(family=family, sniffer={"capture": WINDOWED}) == 0
+    assert predict(family=family, sniffer={"capture": SAMPLED}) == 0
     attention = Captures(tmp_path / "root").attention(0, 0, "topic-2")
     kept = set(attention.key_positions.tolist())
     expected = [
@@ -121,6 +122,8 @@ def test_completeness_counts_the_window(
         for p in attention.query_positions.tolist()
     ]
     assert attention.is_complete.tolist() == expected
+    # Behind the first window, where all keys before a query are never kept.
+    assert any(expected[8:]) is (window is not None) and not all(expected[8:])
     queries = [p for p, complete in zip(attention.query_positions.tolist(), expected, strict=True)]
     first = Captures(tmp_path / "root").attention(0, 0, "topic-2", queries=queries[:2])
     assert first.query_positions.tolist() == queries[:2]
@@ -405,6 +408,14 @@ def test_a_data_root_of_an_older_version(predict: Run, tmp_path: Path) -> None:
     for layer in manifest["layers"]:
         del layer["scores"]
     (root / "manifest.json").write_text(json.dumps(manifest))
+    streams = [
+        {"layer_idx": layer, "kind": kind, "heads": list(range(count)), "head_dim": 16}
+        for layer in range(4)
+        for kind, count in (("q", 4), ("k", 2))
+    ]
+    geometry = json.dumps([streams, manifest["layers"]], sort_keys=True)
+    expected = xxhash.xxh3_64_hexdigest(geometry.encode())
+    assert manifest["fingerprint"]["model.heads"] == expected, "older data roots could not be continued"
     assert len(Captures(root).head(0, 0).numpy()["vector"]) == sum(LENGTHS[:3])
     with pytest.raises(UserError, match="made by an older version, whose manifest lacks the scale"):
         Captures(root).attention(0, 0, "topic-0")
