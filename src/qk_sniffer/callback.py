@@ -15,13 +15,18 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from tqdm.auto import tqdm
 
-from qk_sniffer.capture import CapturedHeads, build_sampler, expected_rows_by_bucket
+from qk_sniffer.capture import (
+    CapturedHeads,
+    build_sampler,
+    expected_rows_by_bucket,
+    heads_to_capture,
+)
 from qk_sniffer.config import CaptureConfig, OutputConfig
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.hub import Publication, check_access, pull, push
 from qk_sniffer.ids import ExampleFilter
 from qk_sniffer.models import check_capture, check_passages, probe_attention
-from qk_sniffer.provenance import describe, fingerprint, heads_to_capture, settings
+from qk_sniffer.provenance import describe, fingerprint, settings
 from qk_sniffer.ranks import ALONE, Ranks
 from qk_sniffer.recorder import Recorder
 from qk_sniffer.storage import (
@@ -305,8 +310,8 @@ class SnifferCallback(pl.Callback):
         """The header of the journal, the same in all processes, and the captured heads by layer."""
         config = self.capture
         attention = probe_attention(self._backbone, pre_rope=config.capture_pre_rope)
-        heads = heads_to_capture(config, attention.layers)
         run_settings = settings(pl_module, _data_module(trainer), config)
+        heads = heads_to_capture(run_settings["capture"], attention.layers)
         return describe(run_settings, self._backbone, attention, heads), heads
 
     def _prepare_journal(self, header: dict[str, Any]) -> None:

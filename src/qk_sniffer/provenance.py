@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import xxhash
 from torch import nn
 
-from qk_sniffer.capture import AttentionLayer, CapturedHeads, select_heads
+from qk_sniffer.capture import CapturedHeads
 from qk_sniffer.config import CaptureConfig
 from qk_sniffer.models import AttentionMap, weights_digest
 from qk_sniffer.storage import SCHEMA_VERSION
@@ -60,25 +60,6 @@ def fingerprint(settings: Mapping[str, Any]) -> dict[str, Any]:
     flat = {"schema_version": SCHEMA_VERSION} | dict(_flatten("", decisive))
     plain: dict[str, Any] = json.loads(json.dumps(flat))
     return plain
-
-
-def heads_to_capture(
-    capture: CaptureConfig, layers: Sequence[AttentionLayer]
-) -> dict[int, CapturedHeads]:
-    """The heads that a config captures of a model, by layer.
-
-    Raises:
-        UserError: A layer or head does not exist, or none is left.
-    """
-    sampling = capture.head_sampling
-    return select_heads(
-        layers,
-        layers=capture.layers,
-        heads=capture.heads,
-        sample_count=sampling.count if sampling else None,
-        sample_seed=sampling.seed if sampling else 0,
-        full_attention_only=capture.full_attention_only,
-    )
 
 
 def captured_streams(

@@ -24,7 +24,7 @@ from qk_sniffer.capture import (
     CapturedHeads,
     build_sampler,
     draw_positions,
-    select_heads,
+    heads_to_capture,
 )
 from qk_sniffer.errors import first_line
 from qk_sniffer.storage import (
@@ -96,16 +96,8 @@ def verify(data_root: Path) -> list[str]:
 
 def captured_heads(manifest: Mapping[str, Any]) -> dict[int, CapturedHeads]:
     """The heads that the settings of a manifest capture, by layer."""
-    capture = manifest["settings"]["capture"]
-    sampling = capture["head_sampling"]
-    return select_heads(
-        [AttentionLayer.of(layer) for layer in manifest["layers"]],
-        layers=capture["layers"],
-        heads=capture["heads"],
-        sample_count=sampling["count"] if sampling else None,
-        sample_seed=sampling["seed"] if sampling else 0,
-        full_attention_only=capture["full_attention_only"],
-    )
+    layers = [AttentionLayer.of(layer) for layer in manifest["layers"]]
+    return heads_to_capture(manifest["settings"]["capture"], layers)
 
 
 def _streams(manifest: Mapping[str, Any]) -> list[Stream]:

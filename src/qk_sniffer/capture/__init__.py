@@ -7,7 +7,7 @@ from qk_sniffer.capture.attention import (
     capped,
     softmax_with_sinks,
 )
-from qk_sniffer.capture.heads import AttentionLayer, CapturedHeads, select_heads
+from qk_sniffer.capture.heads import AttentionLayer, CapturedHeads, heads_to_capture, select_heads
 from qk_sniffer.capture.positions import compute_positions, first_new_key
 from qk_sniffer.capture.sampling import (
     Sampler,
@@ -44,6 +44,7 @@ __all__ = [
     "expected_rows_by_bucket",
     "first_new_key",
     "get_active_sniffer",
+    "heads_to_capture",
     "keep_probabilities",
     "select_heads",
     "softmax_with_sinks",

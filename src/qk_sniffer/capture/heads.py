@@ -105,6 +105,29 @@ def select_heads(
     }
 
 
+def heads_to_capture(
+    capture: Mapping[str, Any], layers: Sequence[AttentionLayer]
+) -> dict[int, CapturedHeads]:
+    """The heads that a config captures of a model, by layer.
+
+    Args:
+        capture: The section capture, as a mapping.
+        layers: Every self-attention layer of the model.
+
+    Raises:
+        UserError: A layer or head does not exist, or none is left.
+    """
+    sampling = capture["head_sampling"]
+    return select_heads(
+        layers,
+        layers=capture["layers"],
+        heads=capture["heads"],
+        sample_count=sampling["count"] if sampling else None,
+        sample_seed=sampling["seed"] if sampling else 0,
+        full_attention_only=capture["full_attention_only"],
+    )
+
+
 def _key_heads(layer: AttentionLayer, query_heads: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted({layer.key_head(head) for head in query_heads}))
 

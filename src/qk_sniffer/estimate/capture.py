@@ -13,12 +13,13 @@ from qk_sniffer.capture import (
     CapturedHeads,
     Sampler,
     expected_rows_by_bucket,
+    heads_to_capture,
     keep_probabilities,
 )
 from qk_sniffer.config import CaptureConfig
 from qk_sniffer.estimate.texts import Texts
 from qk_sniffer.models import AttentionGeometry
-from qk_sniffer.provenance import captured_streams, heads_to_capture
+from qk_sniffer.provenance import captured_streams
 from qk_sniffer.storage import QUEUE_BYTES, head_files_bytes, journal_bytes
 
 _PLANNED_ROW = 64
@@ -48,7 +49,7 @@ class Capture:
         Raises:
             UserError: A layer or head does not exist, or none is left.
         """
-        return heads_to_capture(self.config, self.geometry.layers)
+        return heads_to_capture(asdict(self.config), self.geometry.layers)
 
     @cached_property
     def streams(self) -> list[dict[str, Any]]:

@@ -20,13 +20,12 @@ from tqdm.auto import tqdm
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.hub.requests import HTTP_ERROR, retried, status_of
-from qk_sniffer.storage import CARD_FILE, MANIFEST_FILE
+from qk_sniffer.storage import CARD_FILE, MANIFEST_FILE, is_manifest
 
 Operation = CommitOperationAdd | CommitOperationDelete
 
 MAIN = "main"
 _CONFLICT = (409, 412)
-_OF_A_MANIFEST = {"complete", "fingerprint", "settings", "layers", "examples", "heads"}
 _DOWNLOADS_AT_ONCE = 8
 _FILES_AT_ONCE, _BYTES_AT_ONCE = 256, 2**30
 """What is uploaded between two steps of the progress bar."""
@@ -129,8 +128,7 @@ class Branch:
             manifest = json.loads(self.text(commit, MANIFEST_FILE) or "null")
         except ValueError:
             return None
-        is_ours = isinstance(manifest, dict) and manifest.keys() >= _OF_A_MANIFEST
-        return manifest if is_ours else None
+        return manifest if is_manifest(manifest) else None
 
     def download(self, commit: str, paths: Sequence[str], directory: Path) -> None:
         """Bring files of a commit into a directory; those that are there already stay.

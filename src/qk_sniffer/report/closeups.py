@@ -80,7 +80,7 @@ def components_section(chosen: Sequence[Chosen], texts: list[int]) -> Section:
 
 
 def _points(head: Head, texts: list[int]) -> HeadPoints | None:
-    rows, _ = finite_rows(head.where(example=texts).numpy())
+    rows, _ = finite_rows(head.where(example=texts))
     if len(rows["vector"]) < 2:
         return None
     some = np.linspace(0, len(rows["vector"]) - 1, min(_MOST_POINTS, len(rows["vector"]))).astype(int)
@@ -141,9 +141,9 @@ def _attention_picture(captures: Captures, choice: Chosen, number: int, example:
     if len(choice.heads) < 2:
         return None
     query, key = (head.where(example=example) for head in choice.heads.values())
-    if not len(query):
-        return None
     positions = query.arrow(["position"])["position"].to_pylist()[:_MOST_QUERIES]
+    if not positions:
+        return None
     attention = captures.attention(query.layer.layer_idx, query.head, example, positions)
     n_keys = min(int((attention.key_positions <= positions[-1]).sum()), _MOST_KEYS)
     if not n_keys:

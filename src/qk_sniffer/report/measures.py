@@ -1,7 +1,7 @@
 """What is measured in a capture: rows, norms, and how well position is told, by layer and head."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -94,17 +94,17 @@ def measure(captures: Captures, texts: list[int], progress: Progress) -> dict[Ki
     return kinds
 
 
-def finite_rows(
-    rows: Mapping[str, npt.NDArray[Any]],
-) -> tuple[dict[str, npt.NDArray[Any]], int]:
-    """The rows without those whose vectors have a NaN or an infinity, and how many these are."""
+def finite_rows(head: Head) -> tuple[dict[str, npt.NDArray[Any]], int]:
+    """A head's rows but those whose vectors have a NaN or an infinity, and how many these are."""
+    # Not as numpy() gives them, which reads the tokens too.
+    rows = {name: values.numpy() for name, values in head.torch().items()}
     finite = np.isfinite(rows["vector"]).all(axis=1)
     return {name: values[finite] for name, values in rows.items()}, int((~finite).sum())
 
 
 def _measure_head(head: Head) -> tuple[float, float, int]:
     """Mean norm, positional R², and rows that are not finite."""
-    rows, n_left_out = finite_rows(head.numpy())
+    rows, n_left_out = finite_rows(head)
     if not len(rows["vector"]):
         return float("nan"), float("nan"), n_left_out
     # A text that was kept whole may have ten times as many.

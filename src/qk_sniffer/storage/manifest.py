@@ -64,6 +64,11 @@ def write_manifest(data_root: Path, manifest: Mapping[str, Any]) -> None:
     write_text(data_root / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
 
 
+def is_manifest(content: Any) -> bool:
+    """Whether what a JSON file holds is the manifest of a run."""
+    return isinstance(content, dict) and content.keys() >= _FIELDS
+
+
 def read_manifest(data_root: Path) -> dict[str, Any] | None:
     """The manifest of a data root, None where it is not finished.
 
@@ -74,7 +79,7 @@ def read_manifest(data_root: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     manifest = read_json(path)
-    if not isinstance(manifest, dict) or not manifest.keys() >= _FIELDS:
+    if not is_manifest(manifest):
         raise UserError(
             f"{path}: damaged, it is no manifest of a run; restore it from a copy, or set "
             "sniffer.output.overwrite to true to start anew"
