@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +18,13 @@ from qk_sniffer.models import (
     ModelSource,
     capture_attention,
     decoder_backbone,
+    depends_on_length,
+    frequencies_for,
     load_config,
     load_model,
     model_overlays,
     read_in_passages,
+    spans_of_like_frequencies,
 )
 from qk_sniffer.ranks import Ranks
 
@@ -138,11 +142,12 @@ class SnifferModule(pl.LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> int:
         """Run the backbone; an active sniffer captures what its attention sees.
 
-        A batch that does not fit into the device's memory is read in halves.
+        Texts that a model reads with frequencies of their length are read with those alone that have
+        the same, and a batch that does not fit into the device's memory is read in halves.
 
         Args:
-            batch: ``input_ids`` (B, S) int64, padded on the right, and perhaps ``sequence_lengths``
-                (B,), for padding to be left out of a part of a batch.
+            batch: ``input_ids`` (B, S) int64, padded on the right, and ``sequence_lengths`` (B,) in
+                tokens, for padding to be left out of a part of a batch; without them each has S.
             batch_idx: Number of the batch.
 
         Returns:
@@ -153,9 +158,22 @@ class SnifferModule(pl.LightningModule):
                 does not fit into the device's memory.
         """
         input_ids: Tensor = batch["input_ids"]
-        require_positions(self.backbone.config, input_ids.shape[1])
-        self._read_as_fits(batch, 0, *input_ids.shape)
+        size, width = input_ids.shape
+        require_positions(self.backbone.config, width)
+        if depends_on_length(self.backbone):
+            spans = spans_of_like_frequencies(self.backbone, sequence_lengths(batch))
+            self._read_parts(batch, spans)
+        else:
+            self._read_as_fits(batch, 0, size, width)
         return input_ids.numel()
+
+    def _read_parts(self, batch: dict[str, Any], spans: Sequence[tuple[int, int]]) -> None:
+        """Read each span of a batch's sequences by itself, no wider than the longest of them."""
+        sniffer, lengths = get_active_sniffer(), sequence_lengths(batch)
+        for start, stop in spans:
+            if isinstance(sniffer, Sniffer):
+                sniffer.read_part(start, stop)
+            self._read_as_fits(batch, start, stop, max(1, *lengths[start:stop]))
 
     def _read_as_fits(self, batch: dict[str, Any], start: int, stop: int, width: int) -> None:
         """Read the sequences of a batch from ``start`` on, up to ``stop`` and the token at ``width``.
@@ -176,13 +194,8 @@ class SnifferModule(pl.LightningModule):
         # Here and not in the handler, where the error holds the tensors of the forward.
         self._warn_of_size(size, width)
         torch.cuda.empty_cache()
-        sniffer, middle = get_active_sniffer(), start + (size + 1) // 2
-        lengths = batch.get("sequence_lengths")
-        for first, last in ((start, middle), (middle, stop)):
-            if isinstance(sniffer, Sniffer):
-                sniffer.read_part(first, last)
-            longest = width if lengths is None else max(1, int(lengths[first:last].max()))
-            self._read_as_fits(batch, first, last, longest)
+        middle = start + (size + 1) // 2
+        self._read_parts(batch, [(start, middle), (middle, stop)])
 
     def _warn_of_size(self, size: int, width: int) -> None:
         """Say what did not fit, where nothing as small was said before."""
@@ -201,10 +214,17 @@ class SnifferModule(pl.LightningModule):
         with capture_attention(self.backbone):
             prefill_chunk_size = self.hparams["prefill_chunk_size"]
             if prefill_chunk_size is None:
-                self.backbone(input_ids=input_ids, use_cache=False)
+                with frequencies_for(self.backbone, input_ids.shape[1]):
+                    self.backbone(input_ids=input_ids, use_cache=False)
             else:
                 for _ in read_in_passages(self.backbone, input_ids, prefill_chunk_size):
                     pass
+
+
+def sequence_lengths(batch: dict[str, Any]) -> list[int]:
+    """Tokens in each sequence of a batch; its width, padding included, where it does not say."""
+    size, width = batch["input_ids"].shape
+    return torch.as_tensor(batch.get("sequence_lengths", [width] * size)).tolist()
 
 
 def require_positions(config: PreTrainedConfig, length: int) -> None:

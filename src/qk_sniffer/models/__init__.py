@@ -3,6 +3,7 @@
 from qk_sniffer.models.attention import decoder_backbone
 from qk_sniffer.models.capturing import capture_attention
 from qk_sniffer.models.check import check_capture
+from qk_sniffer.models.frequencies import depends_on_length, frequencies_for, spans_of_like_frequencies
 from qk_sniffer.models.loading import ModelSource, load_config, load_model, weights_digest
 from qk_sniffer.models.overlay import model_overlays
 from qk_sniffer.models.passages import check_passages, read_in_passages
@@ -18,11 +19,14 @@ __all__ = [
     "check_capture",
     "check_passages",
     "decoder_backbone",
+    "depends_on_length",
+    "frequencies_for",
     "load_config",
     "load_model",
     "load_skeleton",
     "model_overlays",
     "probe_attention",
     "read_in_passages",
+    "spans_of_like_frequencies",
     "weights_digest",
 ]
