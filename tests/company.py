@@ -7,6 +7,7 @@ kind of RoPE that transformers has, and prints where it differs.
 import copy
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
-from examine import TOLERANCE, sniff_all
+from examine import sniff_all
 from qk_sniffer.batches import plan_batches
 from qk_sniffer.capture import active_sniffer
 from qk_sniffer.errors import UserError
@@ -30,6 +31,10 @@ BORDER = 24
 
 LENGTHS = (40, WINDOW - 1, BORDER + 1, BORDER)
 """A shorter text comes after a longer one, a longer after a shorter, and each border has two sides."""
+
+TOLERANCE = 1e-5
+ROUNDING_OF_PASSAGES = 1e-4
+"""Other frequencies than those of the text are off by 1e-2 and more."""
 
 BUDGET = 60
 PASSAGE = 5
@@ -113,7 +118,7 @@ def _rope_parameters(config: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfi
 
 def _set_rope(config: PreTrainedConfig, layer_type: str | None, rope_type: str) -> None:
     parameters = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
-    n = _n_frequencies(config, parameters)
+    n = _n_frequencies(config, layer_type, parameters)
     # Each kind takes of these what it knows; Phi-3.5-MoE asks for its scales with all.
     parameters |= {
         "rope_type": rope_type,
@@ -132,7 +137,10 @@ def _set_rope(config: PreTrainedConfig, layer_type: str | None, rope_type: str) 
         config.original_max_position_embeddings = BORDER
 
 
-def _n_frequencies(config: PreTrainedConfig, parameters: dict[str, Any]) -> int:
+def _n_frequencies(config: PreTrainedConfig, layer_type: str | None, parameters: dict[str, Any]) -> int:
+    with suppress(ValueError):
+        # Without layers of several widths there is nothing to ask for by type.
+        config = config.per_layer_config[layer_type] if layer_type else config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(head_dim * parameters.get("partial_rotary_factor", 1.0)) // 2
 
