@@ -5,6 +5,7 @@ kind of RoPE that transformers has, and prints where it differs.
 """
 
 import copy
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -56,9 +57,9 @@ def differences(name: str, rope_type: str) -> dict[str, float]:
     Raises:
         NotApplicable: The architecture is refused, or has no such RoPE.
     """
-    model = model_with(name, rope_type)
     texts = _texts()
     try:
+        model = model_with(name, rope_type)
         with torch.inference_mode():
             fresh(model)(input_ids=texts[0][None], use_cache=False)
     except RuntimeError as error:
@@ -118,6 +119,9 @@ def _rope_parameters(config: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfi
 
 def _set_rope(config: PreTrainedConfig, layer_type: str | None, rope_type: str) -> None:
     parameters = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
+    if getattr(config, "head_dim", 0) is None:
+        # Some kinds of RoPE take it from the config alone.
+        config.head_dim = config.hidden_size // config.num_attention_heads
     n = _n_frequencies(config, layer_type, parameters)
     # Each kind takes of these what it knows; Phi-3.5-MoE asks for its scales with all.
     parameters |= {
@@ -142,7 +146,7 @@ def _n_frequencies(config: PreTrainedConfig, layer_type: str | None, parameters:
         # Without layers of several widths there is nothing to ask for by type.
         config = config.per_layer_config[layer_type] if layer_type else config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(head_dim * parameters.get("partial_rotary_factor", 1.0)) // 2
+    return math.ceil(int(head_dim * parameters.get("partial_rotary_factor", 1.0)) / 2)
 
 
 def fresh(model: PreTrainedModel) -> nn.Module:
