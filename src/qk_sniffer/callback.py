@@ -33,6 +33,7 @@ from qk_sniffer.storage import (
     CONFIG_FILE,
     JOURNAL_DIRECTORY,
     EarlierRun,
+    Ownership,
     check_space,
     clear_data_root,
     discard_pulled,
@@ -83,22 +84,35 @@ class SnifferCallback(pl.Callback):
         )
         self._ranks = ALONE
         self._has_joined = False
+        self._ownership = Ownership(self.data_root)
         self._earlier: EarlierRun | None = None
         self._publication: Publication | None = None
         self._recorder: Recorder | None = None
         self._received_sigterm = False
         self._started = 0.0
 
-    def check_output(self, *, repair_journal: bool = True) -> None:
-        """See that the data root can take a run, and repair what an interrupted one left there.
+    def check_output(self, *, is_first: bool = True, n_nodes: int = 1) -> None:
+        """Take the data root for this run, and repair what an interrupted one left there.
 
         Args:
-            repair_journal: Whether this process is the one that repairs.
+            is_first: Whether this process is the first of the run, which takes and repairs.
+            n_nodes: Hosts that its processes are on.
 
         Raises:
-            UserError: It is not writable, or what it holds can't be continued or replaced.
+            UserError: It belongs to another run, is not writable, or holds what can't be continued or
+                replaced.
         """
-        prepare_data_root(self.data_root, self.output.overwrite, repair_journal=repair_journal)
+        try:
+            if is_first:
+                self._ownership.take(n_nodes)
+            prepare_data_root(self.data_root, self.output.overwrite, repair_journal=is_first)
+        except UserError:
+            self._ownership.release()
+            raise
+
+    def release_output(self) -> None:
+        """Give the data root free for other runs."""
+        self._ownership.release()
 
     def earlier_run(
         self, module: pl.LightningModule, data: pl.LightningDataModule | None
@@ -194,6 +208,7 @@ class SnifferCallback(pl.Callback):
             SystemExit: A SIGTERM came, or another process died.
         """
         assert self._recorder is not None
+        self._ownership.require()
         self._recorder.end_batch(batch)
         lifeline = self._ranks.lifeline
         if lifeline is not None:
@@ -226,15 +241,19 @@ class SnifferCallback(pl.Callback):
             tqdm.write(summary_table(self.data_root, manifest, seconds=seconds))
         # The others need not wait for uploads.
         self._leave(None)
+        if not ranks.is_first:
+            self._ownership.release()
         if self._publication is not None:
             push(self.data_root, self._publication)
             tqdm.write(published_table(self._publication.place, manifest))
+        self._ownership.release()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Close the journal, tell the other processes, and say where the captured rows are."""
         if not self._has_joined:
+            self._ownership.release()
             return
         try:
             if self._recorder is not None:
@@ -246,6 +265,7 @@ class SnifferCallback(pl.Callback):
             exception.is_told = True
         holds_rows = self._recorder is not None and (self.data_root / JOURNAL_DIRECTORY).exists()
         self._leave(_reason(exception))
+        self._ownership.release()
         if holds_rows and is_first:
             again = " with sniffer.output.overwrite: false" if self.output.overwrite else ""
             log.warning(
@@ -276,7 +296,9 @@ class SnifferCallback(pl.Callback):
                 )
             assert strategy.cluster_environment is not None
             ranks.watch(strategy.cluster_environment.main_address)
-        ranks.first(self.check_output)
+        ranks.first(lambda: self.check_output(n_nodes=trainer.num_nodes))
+        if not ranks.is_first:
+            self._ownership.join()
         require_shared(self.data_root, ranks)
         module, data = trainer.lightning_module, _data_module(trainer)
         self._earlier = ranks.first(lambda: self._earlier_and_pulled(module, data))

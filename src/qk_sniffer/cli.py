@@ -70,12 +70,13 @@ def _finalize(args: list[str]) -> int:
     parser.add_argument("data_root", type=Path, help="directory of the run")
     data_root = parser.parse_args(args).data_root
 
-    from qk_sniffer.storage import PULLED_DIRECTORY, finalize, merge_pulled
+    from qk_sniffer.storage import PULLED_DIRECTORY, finalize, merge_pulled, owned
     from qk_sniffer.summary import file_progress, summary_table
 
     started = time.monotonic()
-    has_pulled = (data_root / PULLED_DIRECTORY).exists()
-    manifest = (merge_pulled if has_pulled else finalize)(data_root, file_progress)
+    with owned(data_root):
+        has_pulled = (data_root / PULLED_DIRECTORY).exists()
+        manifest = (merge_pulled if has_pulled else finalize)(data_root, file_progress)
     sys.stdout.write(summary_table(data_root, manifest, seconds=time.monotonic() - started) + "\n")
     return 0
 
@@ -90,10 +91,11 @@ def _verify(args: list[str]) -> int:
     )
     options = parser.parse_args(args)
 
-    from qk_sniffer.storage import count_rows, require_manifest
+    from qk_sniffer.storage import count_rows, note_owner, require_manifest
     from qk_sniffer.verify import verify
 
     data_root = options.data_root
+    note_owner(data_root)
     faults = verify(data_root)
     if not faults and options.against_model:
         from qk_sniffer.against_model import verify_against_model
@@ -127,12 +129,14 @@ def _report(args: list[str]) -> int:
         )
 
     from qk_sniffer.report import write_report
+    from qk_sniffer.storage import owned
     from qk_sniffer.summary import file_progress
 
     def progress(heads: Any, total: int) -> Any:
         return file_progress(heads, total, "Measuring", unit="head")
 
-    page = write_report(options.data_root, progress, heads=options.heads, example=options.example)
+    with owned(options.data_root):
+        page = write_report(options.data_root, progress, heads=options.heads, example=options.example)
     sys.stdout.write(f"report   {page}\n")
     return 0
 
@@ -150,12 +154,19 @@ def _push(args: list[str]) -> int:
     options = parser.parse_args(args)
 
     from qk_sniffer.config import require_hub_names
+    from qk_sniffer.storage import owned
+
+    require_hub_names(options.hf_repo_id, options.hf_branch)
+    with owned(options.data_root):
+        return _push_owned(options)
+
+
+def _push_owned(options: argparse.Namespace) -> int:
     from qk_sniffer.hub import Publication, check_access, push
     from qk_sniffer.storage import require_manifest
     from qk_sniffer.summary import published_table
 
     data_root = options.data_root
-    require_hub_names(options.hf_repo_id, options.hf_branch)
     manifest, publication = require_manifest(data_root), Publication.read(data_root)
     if publication is None and not options.hf_repo_id:
         raise UserError(f"push: {data_root} was never published; name a dataset with --hf_repo_id")

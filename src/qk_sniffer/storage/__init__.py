@@ -18,6 +18,7 @@ from qk_sniffer.storage.finalizing import finalize, merge_pulled, n_threads
 from qk_sniffer.storage.finished import stored_example_ids
 from qk_sniffer.storage.journal import QUEUE_BYTES, Block, Example, JournalWriter
 from qk_sniffer.storage.manifest import count_rows, is_manifest, read_manifest, require_manifest
+from qk_sniffer.storage.ownership import Owner, Ownership, note_owner, owned, owner_of
 from qk_sniffer.storage.parquet import FileFacts, StoredRows, checksum, is_described
 from qk_sniffer.storage.reports import remove_report, report_files
 from qk_sniffer.storage.schema import (
@@ -63,6 +64,8 @@ __all__ = [
     "FileFacts",
     "JournalWriter",
     "Kind",
+    "Owner",
+    "Ownership",
     "Place",
     "StoredRows",
     "check_space",
@@ -84,7 +87,10 @@ __all__ = [
     "journal_bytes",
     "merge_pulled",
     "n_threads",
+    "note_owner",
     "own_part",
+    "owned",
+    "owner_of",
     "prepare_data_root",
     "read_manifest",
     "remove_report",

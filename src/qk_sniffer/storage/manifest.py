@@ -7,6 +7,7 @@ from typing import Any
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.storage.files import read_json, write_text
+from qk_sniffer.storage.ownership import owner_of
 from qk_sniffer.storage.parquet import FileFacts
 from qk_sniffer.storage.schema import HEAD_DIRECTORY, MANIFEST_FILE, SCHEMA_VERSION
 
@@ -100,6 +101,10 @@ def require_manifest(data_root: Path) -> dict[str, Any]:
     """
     manifest = read_manifest(data_root)
     if manifest is None:
+        if (owner := owner_of(data_root)) is not None:
+            raise UserError(
+                f"{data_root} belongs to {owner}, which has not written its files yet; wait for its end"
+            )
         raise UserError(
             f"{data_root}: no manifest.json is here, so no run has finished; name a data root, or "
             f"write what an interrupted run captured with `qk-sniffer finalize {data_root}`"
