@@ -16,11 +16,14 @@ from qk_sniffer.errors import UserError
 from qk_sniffer.models import (
     ModelSource,
     capture_attention,
+    config_vocabulary,
     decoder_backbone,
     load_config,
     load_model,
+    load_skeleton,
     model_overlays,
     read_in_passages,
+    require_known_tokens,
 )
 from qk_sniffer.ranks import Ranks
 
@@ -82,6 +85,26 @@ class SnifferModule(pl.LightningModule):
         """
         with model_overlays(self.hparams["models_dir"]):
             load_config(self.source, self.hparams["config_overrides"])
+
+    def check_tokens(self, input_ids: Tensor) -> None:
+        """See that the model has an embedding for each token, before its weights are loaded.
+
+        Args:
+            input_ids: Token ids of a text, on the host.
+
+        Raises:
+            UserError: It has not.
+        """
+        if input_ids.numel() == 0:
+            return
+        hparams = self.hparams
+        with model_overlays(hparams["models_dir"]):
+            n_known = config_vocabulary(load_config(self.source, hparams["config_overrides"]))
+            if n_known is None or 0 <= int(input_ids.min()) <= int(input_ids.max()) < n_known:
+                return
+            # The embedding may have more rows than the config says.
+            skeleton = load_skeleton(self.source, config_overrides=hparams["config_overrides"])
+        require_known_tokens(input_ids, decoder_backbone(skeleton))
 
     def check_trainer(self, trainer: pl.Trainer) -> None:
         """See that the trainer leaves the model as it is.

@@ -13,6 +13,8 @@ from qk_sniffer.data import TextDataModule
 from qk_sniffer.estimate.capture import Capture, parameter_bytes
 from qk_sniffer.estimate.texts import Texts
 from qk_sniffer.estimate.timing import FILE_BYTES_PER_SECOND, Samples
+from qk_sniffer.forewarnings import forewarnings
+from qk_sniffer.models import covered_positions
 from qk_sniffer.storage import n_threads
 
 _WIDTH = 96
@@ -63,6 +65,7 @@ def table(
         *_disk(capture, data_root),
         *_memory(skeleton, capture),
         *_time(capture, timing),
+        *_warnings(skeleton, capture),
     ]
     return "\n".join(line for label, text in lines for line in _filled(label, text))
 
@@ -191,6 +194,12 @@ def _time(capture: Capture, timing: Timing | None) -> Iterator[Line]:
         f"{_duration(files)}  to write the files, {n_threads()} threads of 165 MB of vectors a second",
     )
     yield "", _how(samples, texts, timing)
+
+
+def _warnings(skeleton: PreTrainedModel, capture: Capture) -> Iterator[Line]:
+    n_positions = covered_positions(skeleton.config)
+    for line in forewarnings(capture.sampler, capture.texts.lengths, n_positions):
+        yield "warning", line
 
 
 def _how(samples: Samples, texts: Texts, timing: Timing) -> str:

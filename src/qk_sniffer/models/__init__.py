@@ -3,6 +3,12 @@
 from qk_sniffer.models.attention import decoder_backbone
 from qk_sniffer.models.capturing import capture_attention
 from qk_sniffer.models.check import check_capture
+from qk_sniffer.models.limits import (
+    config_vocabulary,
+    covered_positions,
+    require_known_tokens,
+    vocabulary_size,
+)
 from qk_sniffer.models.loading import ModelSource, load_config, load_model, weights_digest
 from qk_sniffer.models.overlay import model_overlays
 from qk_sniffer.models.passages import check_passages, read_in_passages
@@ -17,6 +23,8 @@ __all__ = [
     "capture_attention",
     "check_capture",
     "check_passages",
+    "config_vocabulary",
+    "covered_positions",
     "decoder_backbone",
     "load_config",
     "load_model",
@@ -24,5 +32,7 @@ __all__ = [
     "model_overlays",
     "probe_attention",
     "read_in_passages",
+    "require_known_tokens",
+    "vocabulary_size",
     "weights_digest",
 ]
