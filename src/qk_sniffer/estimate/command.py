@@ -21,6 +21,7 @@ from qk_sniffer.models import (
     load_skeleton,
     model_overlays,
     require_known_tokens,
+    stored_quantization,
 )
 from qk_sniffer.module import SnifferModule, require_positions
 from qk_sniffer.predict import PredictCLI, start
@@ -105,7 +106,8 @@ def estimate(args: list[str], *, timed: bool) -> str:
     if timed:
         samples = read_samples(module, capture, device, data.tokenizer)
         timing = Timing(seconds_to_load, samples, trainer.world_size, str(device))
-    return table(data, skeleton, capture, Path(sniffer.output.data_root), timing)
+    quantization = stored_quantization(module.source.name, module.source.revision, skeleton.config)
+    return table(data, skeleton, capture, Path(sniffer.output.data_root), timing, quantization)
 
 
 def _load(module: SnifferModule, device: torch.device) -> float:

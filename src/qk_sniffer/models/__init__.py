@@ -3,6 +3,7 @@
 from qk_sniffer.models.attention import decoder_backbone
 from qk_sniffer.models.capturing import capture_attention
 from qk_sniffer.models.check import check_capture
+from qk_sniffer.models.checkpoint import Quantization, stored_quantization
 from qk_sniffer.models.limits import (
     config_vocabulary,
     covered_positions,
@@ -19,6 +20,7 @@ __all__ = [
     "AttentionGeometry",
     "AttentionMap",
     "ModelSource",
+    "Quantization",
     "attention_geometry",
     "capture_attention",
     "check_capture",
@@ -33,6 +35,7 @@ __all__ = [
     "probe_attention",
     "read_in_passages",
     "require_known_tokens",
+    "stored_quantization",
     "vocabulary_size",
     "weights_digest",
 ]
