@@ -122,7 +122,7 @@ class SnifferCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Finish files that an earlier run has begun, and see that the model knows the tokens."""
         self._join(trainer)
-        self._ranks.first(lambda: _check_first_tokens(trainer, pl_module))
+        self._ranks.first(lambda: _check_tokens(_data_module(trainer), pl_module))
         if self._earlier is not None:
             if self._ranks.is_first:
                 n_texts = self._earlier.example_ids.size
@@ -175,7 +175,9 @@ class SnifferCallback(pl.Callback):
                 or the check fails.
         """
         assert self._recorder is not None
-        require_known_tokens(getattr(batch, "host_input_ids", batch["input_ids"]), self._backbone)
+        # Those of the host, where the batch kept them: nothing waits for a device.
+        smallest, largest = getattr(batch, "host_input_ids", batch["input_ids"]).aminmax()
+        require_known_tokens(int(smallest), int(largest), self._backbone)
         self._warn_of_positions(batch)
         if not self._checked:
             tokens = batch["input_ids"][:1, : int(batch["sequence_lengths"][0])]
@@ -418,12 +420,11 @@ def _data_module(trainer: pl.Trainer) -> pl.LightningDataModule | None:
     return getattr(trainer, "datamodule", None)
 
 
-def _check_first_tokens(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """See from the first batch, before the weights are loaded, that the tokenizer is the model's."""
-    data: Any = _data_module(trainer)
-    if hasattr(module, "check_tokens") and hasattr(data, "n_batches") and data.n_batches():
-        batch, check_tokens = data.batch(0), cast(Any, module).check_tokens
-        check_tokens(batch["input_ids"][batch["attention_mask"].bool()])
+def _check_tokens(data: Any, module: Any) -> None:
+    """See before the weights are loaded that the model knows all tokens, where these are known."""
+    token_range = data.token_range() if hasattr(data, "token_range") else None
+    if token_range is not None and hasattr(module, "check_tokens"):
+        module.check_tokens(*token_range)
 
 
 def _require_same(fingerprints: list[dict[str, Any]]) -> None:

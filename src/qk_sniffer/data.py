@@ -8,6 +8,7 @@ import datasets
 import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 import torch
 import xxhash
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -195,6 +196,15 @@ class TextDataModule(pl.LightningDataModule):
     def sequence_lengths(self) -> torch.Tensor | None:
         """Tokens in each text that is left to read, (N,) int64; None where the dataset streams."""
         return None if self.streaming else torch.from_numpy(self._lengths[self._is_left])
+
+    def token_range(self) -> tuple[int, int] | None:
+        """The smallest and the largest token id of all texts; None where the dataset streams."""
+        if self.streaming or int(self._lengths.sum()) == 0:
+            return None
+        # A part at a time, of a file that is mapped: no copy of the tokens is made.
+        parts = (part.flatten() for part in self._dataset.data.column("input_ids").chunks)
+        ends = [pc.min_max(part).as_py() for part in parts if len(part)]
+        return min(end["min"] for end in ends), max(end["max"] for end in ends)
 
     def n_batches(self) -> int | None:
         """Batches that are left to read, of all processes; None where the dataset streams."""

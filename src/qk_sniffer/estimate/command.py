@@ -92,7 +92,8 @@ def estimate(args: list[str], *, timed: bool) -> str:
     data.trainer = SimpleNamespace(lightning_module=model, world_size=1, callbacks=[])
     data.setup("predict")
     texts = count_texts(data)
-    require_known_tokens(texts.largest["input_ids"], backbone)
+    smallest, largest = data.token_range() or texts.largest["input_ids"].aminmax()
+    require_known_tokens(int(smallest), int(largest), backbone)
     require_positions(backbone.config, int(texts.lengths.max()))
     seconds_to_load = 0.0
     if geometry is None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from qk_sniffer.errors import UserError
 
@@ -76,24 +76,22 @@ def config_vocabulary(config: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def require_known_tokens(input_ids: Tensor, backbone: nn.Module) -> None:
+def require_known_tokens(smallest: int, largest: int, backbone: nn.Module) -> None:
     """See that a model has an embedding for each token; on a device it would end in an assertion.
 
     Args:
-        input_ids: Token ids of any shape, best on the host: those on a device are waited for.
+        smallest: The smallest token id of what it is to read.
+        largest: The largest.
         backbone: The model, which may be one without weights.
 
     Raises:
         UserError: It has not.
     """
     n_known = vocabulary_size(backbone)
-    if n_known is None or input_ids.numel() == 0:
-        return
-    least, largest = (int(token) for token in input_ids.aminmax())
-    if least < 0 or largest >= n_known:
-        wrong = least if least < 0 else largest
+    if n_known is not None and not 0 <= smallest <= largest < n_known:
+        unknown = smallest if smallest < 0 else largest
         raise UserError(
-            f"data.tokenizer.name: a text has the token id {wrong}, and the embedding of "
+            f"data.tokenizer.name: a text has the token id {unknown}, and the embedding of "
             f"{type(backbone).__name__} has {n_known} rows, from 0 to {n_known - 1}; name the "
             "tokenizer that belongs to the model"
         )
