@@ -99,6 +99,19 @@ def test_an_interrupted_run_that_finalize_ends_is_counted(
     assert beyond(tmp_path / "root") == {"positions": 128, "texts": 1, "longest": 129}
 
 
+@pytest.mark.parametrize("is_pulled", [False, True])
+def test_what_is_merged_is_counted(write_run: WriteRun, tmp_path: Path, is_pulled: bool) -> None:
+    for name, lengths in {"short": (5, 30), "long": (129, 128)}.items():
+        rows = [{"id": length, "text": "x" * length} for length in lengths]
+        path = write_jsonl(tmp_path / "rows.jsonl", rows)
+        assert main(write_run(name, data={"path": str(path)})) == 0
+    own, pulled = ("short", "long") if is_pulled else ("long", "short")
+    (tmp_path / pulled).rename(tmp_path / own / ".pulled")
+    assert main(["finalize", str(tmp_path / own)]) == 0
+    assert beyond(tmp_path / own) == {"positions": 128, "texts": 1, "longest": 129}
+    assert "1 of 4 texts are longer" in (tmp_path / own / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -14,6 +14,9 @@ from transformers.utils import cached_file
 from qk_sniffer.errors import UserError, first_line
 
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
+_LACKS_FILE = ("no file named", "does not appear to have a file named")
+"""What transformers says where config or weights are missing."""
+
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -41,7 +44,10 @@ def refuse_broken(name: str, revision: str, error: Exception) -> None:
     Raises:
         UserError: It is an adapter, or one of its files is damaged.
     """
-    if _lacks_file(name, error) and (adapter := _file(name, revision, _ADAPTER)) is not None:
+    config = _file(name, revision, _CONFIG, local_files_only=True)
+    is_told = any(words in str(error) for words in _LACKS_FILE)
+    adapter = _file(name, revision, _ADAPTER, local_files_only=not is_told)
+    if adapter is not None and (config is None or is_told):
         raise UserError(
             f"model.name: {name} is a PEFT adapter{_of_base(adapter)}, and no model; merge it into its "
             "base model with merge_and_unload() of peft, save the result, and name that directory"
@@ -50,7 +56,7 @@ def refuse_broken(name: str, revision: str, error: Exception) -> None:
         raise UserError(
             f"model.name: a file of {name} is damaged, torch can't read it; download or copy it again"
         ) from error
-    if (config := _file(name, revision, _CONFIG, local_files_only=True)) is not None:
+    if config is not None:
         for file in _weight_files(config.parent):
             _require_whole(file)
 
@@ -99,13 +105,6 @@ def _file(name: str, revision: str, file: str, **options: Any) -> Path | None:
     except (OSError, ValueError):
         return None
     return None if found is None else Path(found)
-
-
-def _lacks_file(name: str, error: Exception) -> bool:
-    """Whether config or weights are missing; of a Hub model only the error tells."""
-    words = ("no file named", "does not appear to have a file named")
-    lacks_config = Path(name).is_dir() and not (Path(name) / _CONFIG).exists()
-    return lacks_config or any(word in str(error) for word in words)
 
 
 def _of_base(adapter: Path) -> str:
