@@ -23,9 +23,10 @@ from qk_sniffer.capture import (
 )
 from qk_sniffer.config import CaptureConfig, OutputConfig
 from qk_sniffer.errors import UserError, first_line
+from qk_sniffer.forewarnings import beyond_positions, forewarnings
 from qk_sniffer.hub import Publication, check_access, pull, push
 from qk_sniffer.ids import ExampleFilter
-from qk_sniffer.models import check_capture, check_passages, probe_attention
+from qk_sniffer.models import check_capture, check_passages, probe_attention, require_known_tokens
 from qk_sniffer.provenance import describe, fingerprint, settings
 from qk_sniffer.ranks import ALONE, Ranks
 from qk_sniffer.recorder import Recorder
@@ -133,8 +134,9 @@ class SnifferCallback(pl.Callback):
         return self._uncaptured()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Finish files that an earlier run has begun."""
+        """Finish files that an earlier run has begun, and see that the model knows the tokens."""
         self._join(trainer)
+        self._ranks.first(lambda: _check_tokens(_data_module(trainer), pl_module))
         if self._earlier is not None:
             if self._ranks.is_first:
                 n_texts = self._earlier.example_ids.size
@@ -167,6 +169,7 @@ class SnifferCallback(pl.Callback):
                 tokenizer,
             )
         )
+        self._forewarn(trainer, header["n_positions"])
         self._stop_on_sigterm(trainer)
         self._checked = not self.check
         self._started = time.monotonic()
@@ -182,9 +185,14 @@ class SnifferCallback(pl.Callback):
         """Draw the rows that this batch keeps, and check the capture before the first.
 
         Raises:
-            UserError: The batch is not padded on the right, or the check fails.
+            UserError: The batch is not padded on the right, the model doesn't know one of its tokens,
+                or the check fails.
         """
         assert self._recorder is not None
+        # Those of the host, where the batch kept them: nothing waits for a device.
+        smallest, largest = getattr(batch, "host_input_ids", batch["input_ids"]).aminmax()
+        require_known_tokens(int(smallest), int(largest), self._backbone)
+        self._warn_of_positions(batch)
         if not self._checked:
             tokens = batch["input_ids"][:1, : int(batch["sequence_lengths"][0])]
             check_capture(self._backbone, tokens, list(self._heads))
@@ -397,6 +405,25 @@ class SnifferCallback(pl.Callback):
         captured = np.empty(0, np.int32) if self._earlier is None else self._earlier.example_ids
         return ExampleFilter(captured, listed=False)
 
+    def _forewarn(self, trainer: pl.Trainer, n_positions: int | None) -> None:
+        """Say what can be told of the texts beforehand, or else watch for them."""
+        data: Any = _data_module(trainer)
+        lengths = data.sequence_lengths() if hasattr(data, "sequence_lengths") else None
+        # Of several processes one speaks.
+        self._watched_positions = n_positions if lengths is None and self._ranks.is_first else None
+        if lengths is not None and self._ranks.is_first:
+            for line in forewarnings(self._sampler, lengths, n_positions):
+                log.warning("%s", line)
+
+    def _warn_of_positions(self, batch: dict[str, Any]) -> None:
+        """Say it of the first text that is longer than the model's positions, where none was known."""
+        if self._watched_positions is None:
+            return
+        longest = int(batch["sequence_lengths"].max())
+        if longest > self._watched_positions:
+            log.warning("%s", beyond_positions(longest, self._watched_positions))
+            self._watched_positions = None
+
     def _check_space(self, trainer: pl.Trainer, streams: list[dict[str, Any]]) -> None:
         """Compare the room on the disk with what the texts that are left will take."""
         data: Any = _data_module(trainer)
@@ -413,6 +440,13 @@ class SnifferCallback(pl.Callback):
 
 def _data_module(trainer: pl.Trainer) -> pl.LightningDataModule | None:
     return getattr(trainer, "datamodule", None)
+
+
+def _check_tokens(data: Any, module: Any) -> None:
+    """See before the weights are loaded that the model knows all tokens, where these are known."""
+    token_range = data.token_range() if hasattr(data, "token_range") else None
+    if token_range is not None and hasattr(module, "check_tokens"):
+        module.check_tokens(*token_range)
 
 
 def _require_same(fingerprints: list[dict[str, Any]]) -> None:

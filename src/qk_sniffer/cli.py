@@ -92,6 +92,7 @@ def _verify(args: list[str]) -> int:
     options = parser.parse_args(args)
 
     from qk_sniffer.storage import count_rows, note_owner, require_manifest
+    from qk_sniffer.summary import NOTHING_KEPT
     from qk_sniffer.verify import verify
 
     data_root = options.data_root
@@ -108,7 +109,10 @@ def _verify(args: list[str]) -> int:
         return 1
     manifest = require_manifest(data_root)
     heads, rows = len(manifest["heads"]), count_rows(manifest)
-    sys.stdout.write(f"{data_root}: all is well, {heads:,} heads, {rows:,} rows\n")
+    verdict = "all is well" if rows else "the files are as they must be, and they are empty"
+    sys.stdout.write(f"{data_root}: {verdict}, {heads:,} heads, {rows:,} rows\n")
+    if rows == 0:
+        sys.stdout.write(f"{NOTHING_KEPT}\n")
     return 0
 
 

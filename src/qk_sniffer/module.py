@@ -17,13 +17,16 @@ from qk_sniffer.errors import UserError
 from qk_sniffer.models import (
     ModelSource,
     capture_attention,
+    config_vocabulary,
     decoder_backbone,
     depends_on_length,
     frequencies_for,
     load_config,
     load_model,
+    load_skeleton,
     model_overlays,
     read_in_passages,
+    require_known_tokens,
     spans_of_like_frequencies,
 )
 from qk_sniffer.ranks import Ranks
@@ -86,6 +89,25 @@ class SnifferModule(pl.LightningModule):
         """
         with model_overlays(self.hparams["models_dir"]):
             load_config(self.source, self.hparams["config_overrides"])
+
+    def check_tokens(self, smallest: int, largest: int) -> None:
+        """See that the model has an embedding for each token, before its weights are loaded.
+
+        Args:
+            smallest: The smallest token id of the texts.
+            largest: The largest.
+
+        Raises:
+            UserError: It has not.
+        """
+        hparams = self.hparams
+        with model_overlays(hparams["models_dir"]):
+            n_known = config_vocabulary(load_config(self.source, hparams["config_overrides"]))
+            if n_known is None or 0 <= smallest <= largest < n_known:
+                return
+            # The embedding may have more rows than the config says.
+            skeleton = load_skeleton(self.source, config_overrides=hparams["config_overrides"])
+        require_known_tokens(smallest, largest, decoder_backbone(skeleton))
 
     def check_trainer(self, trainer: pl.Trainer) -> None:
         """See that the trainer leaves the model as it is.

@@ -6,7 +6,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from qk_sniffer.storage import Place, count_rows
+from qk_sniffer.storage import Place, count_rows, describe_beyond
+
+NOTHING_KEPT = (
+    "no rows were kept; set sniffer.capture.sampler.type: all for short texts, or raise "
+    "sniffer.capture.sampler.base_rate or lower sniffer.capture.min_bucket_size"
+)
+"""What to do about a run that has sampled nothing."""
 
 
 def file_progress(
@@ -38,10 +44,9 @@ def summary_table(data_root: Path, manifest: dict[str, Any], *, seconds: float) 
     }
     table = "\n".join(f"{name:<8} {value}" for name, value in lines.items())
     if rows == 0:
-        table += (
-            "\nno rows were kept; raise sniffer.capture.sampler.base_rate or lower "
-            "sniffer.capture.min_bucket_size"
-        )
+        table += f"\n{NOTHING_KEPT}"
+    if (beyond := describe_beyond(manifest)) is not None:
+        table += f"\n{beyond}"
     return table
 
 

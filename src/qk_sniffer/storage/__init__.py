@@ -17,7 +17,13 @@ from qk_sniffer.storage.files import explained_writing, sync_directory, sync_fil
 from qk_sniffer.storage.finalizing import finalize, merge_pulled, n_threads
 from qk_sniffer.storage.finished import stored_example_ids
 from qk_sniffer.storage.journal import QUEUE_BYTES, Block, Example, JournalWriter
-from qk_sniffer.storage.manifest import count_rows, is_manifest, read_manifest, require_manifest
+from qk_sniffer.storage.manifest import (
+    count_rows,
+    describe_beyond,
+    is_manifest,
+    read_manifest,
+    require_manifest,
+)
 from qk_sniffer.storage.ownership import Owner, Ownership, note_owner, owned, owner_of
 from qk_sniffer.storage.parquet import FileFacts, StoredRows, checksum, is_described
 from qk_sniffer.storage.reports import remove_report, report_files
@@ -73,6 +79,7 @@ __all__ = [
     "clear_data_root",
     "compose_card",
     "count_rows",
+    "describe_beyond",
     "describe_run",
     "differing_settings",
     "discard_pulled",

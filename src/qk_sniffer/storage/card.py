@@ -8,7 +8,7 @@ from typing import Any
 
 from qk_sniffer.storage.card_parts import compose_card
 from qk_sniffer.storage.files import write_text
-from qk_sniffer.storage.manifest import count_rows
+from qk_sniffer.storage.manifest import count_rows, describe_beyond
 from qk_sniffer.storage.reports import report_files
 from qk_sniffer.storage.schema import CARD_FILE, DATA_FILE, EXAMPLES_DIRECTORY, REPORT_DIRECTORY
 
@@ -116,11 +116,12 @@ def describe_run(manifest: Mapping[str, Any]) -> str:
     kept = "every position"
     if sampler["type"] != "all":
         kept = f"sampler `{sampler['type']}`, base rate {sampler['base_rate']}, seed {sampler['seed']}"
+    beyond = "" if (found := describe_beyond(manifest)) is None else f"; {found}"
     return f"""\
 - model: `{model.get("name")}`, revision `{model.get("revision")}`, dtype `{model.get("dtype")}`, \
 attention `{model.get("attn_implementation")}`
 - text: `{data.get("path")}`, split `{data.get("split")}`, {manifest["examples"]["rows"]:,} examples
-- tokens: {_limit(data.get("tokenizer", {}).get("max_length"))} of each text
+- tokens: {_limit(data.get("tokenizer", {}).get("max_length"))} of each text{beyond}
 - positions: {kept}, buckets from {capture["min_bucket_size"]:,}
 - {len(manifest["heads"]):,} heads, {count_rows(manifest):,} rows"""
 

@@ -36,7 +36,13 @@ from qk_sniffer.storage.commits import (
 from qk_sniffer.storage.files import explained_writing, sync_directory
 from qk_sniffer.storage.finished import FinishedRun, finished_runs
 from qk_sniffer.storage.journal import JournalWriter
-from qk_sniffer.storage.manifest import build_manifest, header_of, read_manifest, write_manifest
+from qk_sniffer.storage.manifest import (
+    build_manifest,
+    count_beyond,
+    header_of,
+    read_manifest,
+    write_manifest,
+)
 from qk_sniffer.storage.parquet import EarlierFile, FileFacts, HeadFile, write_heads, write_table
 from qk_sniffer.storage.reader import JournalReader
 from qk_sniffer.storage.reports import remove_report
@@ -150,7 +156,10 @@ def merge_pulled(data_root: Path, progress: Progress) -> dict[str, Any]:
     if not runs:
         raise UserError(f"{data_root / PULLED_DIRECTORY}: damaged, it has no manifest; remove it")
     if not (journal / HEADER_FILE).exists():
-        JournalWriter(journal, header_of(runs[0].manifest)).close()
+        headers = [header_of(run.manifest) for run in runs]
+        # A run without texts beyond the model's positions does not say how many those are.
+        n_positions = next((h["n_positions"] for h in headers if h["n_positions"]), None)
+        JournalWriter(journal, headers[0] | {"n_positions": n_positions}).close()
     is_whole = not read_journal(journal).commits and all(run.manifest["complete"] for run in runs)
     return finalize(data_root, progress, complete=is_whole)
 
@@ -301,7 +310,16 @@ def _end(
     ordered = {name: found[name] for stream in streams for name in _head_names(stream)}
     complete = journal.log.finalizing is True
     buckets = _rows_by_bucket(data_root, streams)
-    manifest = build_manifest(journal.header, facts, ordered, buckets, complete=complete)
+    manifest = build_manifest(
+        journal.header,
+        facts,
+        ordered,
+        buckets,
+        complete=complete,
+        beyond_positions=count_beyond(
+            examples["n_tokens"].to_numpy(), journal.header.get("n_positions")
+        ),
+    )
     # Its pictures are of fewer texts.
     remove_report(data_root)
     write_card(data_root, manifest)

@@ -256,8 +256,7 @@ def note_owner(data_root: Path) -> None:
     """Warn whoever reads a data root of a run that is at work there."""
     if (owner := owner_of(data_root)) is not None:
         log.warning(
-            "%s belongs to %s; what is read now are the files of the run before it, or those that it has "
-            "written already",
+            "%s belongs to %s; what is read now are files of the run before it, or that it has written",
             data_root,
             owner,
         )
