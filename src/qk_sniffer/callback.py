@@ -5,16 +5,16 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.strategies import DDPStrategy
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from qk_sniffer.batch_fields import batch_fields
 from qk_sniffer.capture import (
     CapturedHeads,
     build_sampler,
@@ -26,7 +26,15 @@ from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.forewarnings import beyond_positions, forewarnings
 from qk_sniffer.hub import Publication, check_access, pull, push
 from qk_sniffer.ids import ExampleFilter
-from qk_sniffer.models import check_capture, check_passages, probe_attention, require_known_tokens
+from qk_sniffer.models import (
+    begin_batch_of_like_frequencies,
+    check_capture,
+    check_passages,
+    probe_attention,
+    require_known_tokens,
+)
+from qk_sniffer.module import SnifferModule
+from qk_sniffer.progress import ProgressReport
 from qk_sniffer.provenance import describe, fingerprint, settings
 from qk_sniffer.ranks import ALONE, Ranks
 from qk_sniffer.recorder import Recorder
@@ -56,9 +64,10 @@ class SnifferCallback(pl.Callback):
     """Captures queries and keys while a trainer predicts, and writes one Parquet file per head.
 
     It works in any trainer whose module keeps its decoder in ``backbone`` and runs it under
-    ``qk_sniffer.models.capture_attention``, as ``SnifferModule`` does, and whose batches are those of
-    ``TextDataModule``. In a run of several processes each captures what it reads, and all share the
-    data root.
+    ``qk_sniffer.models.capture_attention``, as ``SnifferModule`` does, and whose batches are like those
+    of ``TextDataModule``: ``input_ids`` and ``example_ids``, and what ``batch_fields`` takes beside
+    them. In a run of several processes each captures what it reads, and all share the data root.
+    Loggers of the trainer are given the settings, tokens per second and rows kept.
 
     Args:
         output: Where the captured vectors go.
@@ -146,7 +155,7 @@ class SnifferCallback(pl.Callback):
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the model's heads, open the journal and make the sniffer active."""
-        self._backbone = cast(nn.Module, pl_module.backbone)
+        self._backbone = _backbone_of(pl_module)
         ranks, tokenizer = self._ranks, getattr(_data_module(trainer), "tokenizer", None)
         if self.capture.capture_token_strings and tokenizer is None:
             raise UserError(
@@ -173,6 +182,8 @@ class SnifferCallback(pl.Callback):
         self._stop_on_sigterm(trainer)
         self._checked = not self.check
         self._started = time.monotonic()
+        if ranks.is_first:
+            self._progress = ProgressReport(trainer, header["settings"])
 
     def on_predict_batch_start(
         self,
@@ -185,21 +196,26 @@ class SnifferCallback(pl.Callback):
         """Draw the rows that this batch keeps, and check the capture before the first.
 
         Raises:
-            UserError: The batch is not padded on the right, the model doesn't know one of its tokens,
-                or the check fails.
+            UserError: A field of the batch is missing or wrong, the model doesn't know one of its
+                tokens, or the check fails.
         """
         assert self._recorder is not None
-        # Those of the host, where the batch kept them: nothing waits for a device.
-        smallest, largest = getattr(batch, "host_input_ids", batch["input_ids"]).aminmax()
+        self._fields = fields = batch_fields(batch)
+        smallest, largest = fields.input_ids.aminmax()
         require_known_tokens(int(smallest), int(largest), self._backbone)
-        self._warn_of_positions(batch)
+        self._warn_of_positions(fields.sequence_lengths)
+        if not isinstance(pl_module, SnifferModule):
+            # That one takes texts apart by itself.
+            begin_batch_of_like_frequencies(
+                self._backbone, [*fields.sequence_lengths.tolist(), fields.input_ids.shape[1]]
+            )
         if not self._checked:
-            tokens = batch["input_ids"][:1, : int(batch["sequence_lengths"][0])]
+            tokens = batch["input_ids"][:1, : int(fields.sequence_lengths[0])]
             check_capture(self._backbone, tokens, list(self._heads))
             if pl_module.hparams.get("prefill_chunk_size") is not None:
                 check_passages(self._backbone, tokens)
             self._checked = True
-        self._recorder.begin_batch(batch)
+        self._recorder.begin_batch(fields)
 
     def on_predict_batch_end(
         self,
@@ -217,21 +233,26 @@ class SnifferCallback(pl.Callback):
         """
         assert self._recorder is not None
         self._ownership.require()
-        self._recorder.end_batch(batch)
+        self._recorder.end_batch(self._fields)
         lifeline = self._ranks.lifeline
         if lifeline is not None:
             lifeline.progress = self._recorder.progress
             if lifeline.failure is not None:
                 raise SystemExit(1)
-        self._show_progress(trainer, lifeline.total_progress() if lifeline else self._recorder.progress)
+        if self._ranks.is_first:
+            progress = lifeline.total_progress() if lifeline else self._recorder.progress
+            self._progress.show(progress, self._all_batches(trainer))
         if self._received_sigterm:
             raise SystemExit(128 + signal.SIGTERM)
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show what all processes have read, when the last of them has."""
+        """Show and log what all processes have read, when the last of them has."""
         assert self._recorder is not None
-        progress = self._ranks.gather(self._recorder.progress)
-        self._show_progress(trainer, [sum(numbers) for numbers in zip(*progress, strict=True)])
+        gathered = self._ranks.gather(self._recorder.progress)
+        if self._ranks.is_first:
+            progress = [sum(numbers) for numbers in zip(*gathered, strict=True)]
+            self._progress.show(progress, self._all_batches(trainer))
+            self._progress.log(progress)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the Parquet files, card and manifest, print what there is, and publish it."""
@@ -380,20 +401,14 @@ class SnifferCallback(pl.Callback):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, stop)
 
-    def _show_progress(self, trainer: pl.Trainer, progress: Sequence[int]) -> None:
-        """Show batches, tokens and rows of all processes in the bar of the first."""
-        bar_callback = trainer.progress_bar_callback
-        bar = getattr(bar_callback, "predict_progress_bar", None)
-        if bar is None or not self._ranks.is_first:
-            return
-        n_batches, n_tokens, n_rows = progress
+    def _all_batches(self, trainer: pl.Trainer) -> int | None:
+        """The batches of all processes, where the bar counts those of this one alone; else None."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if self._ranks.size > 1 and callbacks.index(bar_callback) < callbacks.index(self):
-            # The bar has counted the batches of this process alone.
-            bar.total = getattr(_data_module(trainer), "n_batches", lambda: None)()
-            bar.n = n_batches
-        rate = n_tokens / (time.monotonic() - self._started)
-        bar.set_postfix_str(f"{rate:,.0f} tokens/s, {n_rows:,} rows kept")
+        bar = trainer.progress_bar_callback
+        if bar is None or self._ranks.size == 1 or callbacks.index(bar) > callbacks.index(self):
+            return None
+        n_batches: int | None = getattr(_data_module(trainer), "n_batches", lambda: None)()
+        return n_batches
 
     def _file_progress(self, files: Any, total: int) -> Any:
         if not self._ranks.is_first:
@@ -415,11 +430,11 @@ class SnifferCallback(pl.Callback):
             for line in forewarnings(self._sampler, lengths, n_positions):
                 log.warning("%s", line)
 
-    def _warn_of_positions(self, batch: dict[str, Any]) -> None:
+    def _warn_of_positions(self, sequence_lengths: Tensor) -> None:
         """Say it of the first text that is longer than the model's positions, where none was known."""
         if self._watched_positions is None:
             return
-        longest = int(batch["sequence_lengths"].max())
+        longest = int(sequence_lengths.max())
         if longest > self._watched_positions:
             log.warning("%s", beyond_positions(longest, self._watched_positions))
             self._watched_positions = None
@@ -440,6 +455,17 @@ class SnifferCallback(pl.Callback):
 
 def _data_module(trainer: pl.Trainer) -> pl.LightningDataModule | None:
     return getattr(trainer, "datamodule", None)
+
+
+def _backbone_of(module: pl.LightningModule) -> nn.Module:
+    backbone = getattr(module, "backbone", None)
+    if not isinstance(backbone, nn.Module):
+        raise UserError(
+            f"SnifferCallback: {type(module).__name__} has no backbone; let it keep its decoder there, "
+            "qk_sniffer.models.decoder_backbone(model), and run it under capture_attention, or use "
+            "SnifferModule"
+        )
+    return backbone
 
 
 def _check_tokens(data: Any, module: Any) -> None:

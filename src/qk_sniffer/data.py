@@ -98,7 +98,8 @@ class TextDataModule(pl.LightningDataModule):
         ):
             if value is not None and value < 1:
                 raise UserError(f"data.{field}: must be at least 1, got {value}")
-        self.save_hyperparameters()
+        # The callback gives loggers the settings; Lightning would merge those of module and data.
+        self.save_hyperparameters(logger=False)
         self.path = path
         self.name = name
         self.revision = revision

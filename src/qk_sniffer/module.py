@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
+from qk_sniffer.batch_fields import sequence_lengths
 from qk_sniffer.capture import Sniffer, get_active_sniffer
 from qk_sniffer.errors import UserError
 from qk_sniffer.models import (
@@ -73,11 +74,18 @@ class SnifferModule(pl.LightningModule):
         prefill_chunk_size: int | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(name, str):
+            raise UserError(
+                f"model.name: expected the id or directory of a model, got {type(name).__name__}; "
+                "for one that is loaded already make SnifferModule(id) and set its backbone to "
+                "qk_sniffer.models.decoder_backbone(model)"
+            )
         if prefill_chunk_size is not None and prefill_chunk_size < 1:
             raise UserError(
                 f"model.prefill_chunk_size: must be at least 1 or null, got {prefill_chunk_size}"
             )
-        self.save_hyperparameters()
+        # The callback gives loggers the settings; Lightning would merge those of module and data.
+        self.save_hyperparameters(logger=False)
         self.source = ModelSource(name, revision, gguf_file, trust_remote_code)
         self._too_large = math.inf
 
@@ -169,7 +177,8 @@ class SnifferModule(pl.LightningModule):
 
         Args:
             batch: ``input_ids`` (B, S) int64, padded on the right, and ``sequence_lengths`` (B,) in
-                tokens, for padding to be left out of a part of a batch; without them each has S.
+                tokens, for padding to be left out of a part of a batch; without them, those of
+                ``attention_mask``, or S.
             batch_idx: Number of the batch.
 
         Returns:
@@ -183,7 +192,7 @@ class SnifferModule(pl.LightningModule):
         size, width = input_ids.shape
         require_positions(self.backbone.config, width)
         if depends_on_length(self.backbone):
-            spans = spans_of_like_frequencies(self.backbone, sequence_lengths(batch))
+            spans = spans_of_like_frequencies(self.backbone, sequence_lengths(batch).tolist())
             self._read_parts(batch, spans)
         else:
             self._read_as_fits(batch, 0, size, width)
@@ -191,7 +200,7 @@ class SnifferModule(pl.LightningModule):
 
     def _read_parts(self, batch: dict[str, Any], spans: Sequence[tuple[int, int]]) -> None:
         """Read each span of a batch's sequences by itself, no wider than the longest of them."""
-        sniffer, lengths = get_active_sniffer(), sequence_lengths(batch)
+        sniffer, lengths = get_active_sniffer(), sequence_lengths(batch).tolist()
         for start, stop in spans:
             if isinstance(sniffer, Sniffer):
                 sniffer.read_part(start, stop)
@@ -241,12 +250,6 @@ class SnifferModule(pl.LightningModule):
             else:
                 for _ in read_in_passages(self.backbone, input_ids, prefill_chunk_size):
                     pass
-
-
-def sequence_lengths(batch: dict[str, Any]) -> list[int]:
-    """Tokens in each sequence of a batch; its width, padding included, where it does not say."""
-    size, width = batch["input_ids"].shape
-    return torch.as_tensor(batch.get("sequence_lengths", [width] * size)).tolist()
 
 
 def require_positions(config: PreTrainedConfig, length: int) -> None:

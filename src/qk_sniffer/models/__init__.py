@@ -4,7 +4,12 @@ from qk_sniffer.models.attention import decoder_backbone
 from qk_sniffer.models.capturing import capture_attention
 from qk_sniffer.models.check import check_capture
 from qk_sniffer.models.checkpoint import Quantization, stored_quantization
-from qk_sniffer.models.frequencies import depends_on_length, frequencies_for, spans_of_like_frequencies
+from qk_sniffer.models.frequencies import (
+    begin_batch_of_like_frequencies,
+    depends_on_length,
+    frequencies_for,
+    spans_of_like_frequencies,
+)
 from qk_sniffer.models.limits import (
     config_vocabulary,
     covered_positions,
@@ -23,6 +28,7 @@ __all__ = [
     "ModelSource",
     "Quantization",
     "attention_geometry",
+    "begin_batch_of_like_frequencies",
     "capture_attention",
     "check_capture",
     "check_passages",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qk_sniffer.errors import UserError
 from qk_sniffer.models.attention import text_decoder
 
 _LONGER_THAN_ANY_TEXT = 2**24
@@ -60,6 +61,27 @@ def depends_on_length(backbone: nn.Module) -> bool:
             if _signature([rotary], 2) != _signature([rotary], _LONGER_THAN_ANY_TEXT)
         ]
     return bool(_dependent[backbone])
+
+
+def begin_batch_of_like_frequencies(backbone: nn.Module, lengths: Sequence[int]) -> None:
+    """Let a model begin a batch as a fresh one does, and see that its texts can share a forward.
+
+    Args:
+        backbone: As ``decoder_backbone`` gives it.
+        lengths: Tokens in each text, and the width that they are padded to.
+
+    Raises:
+        UserError: They would be read with other frequencies than alone.
+    """
+    spans = spans_of_like_frequencies(backbone, lengths)
+    if len(spans) > 1:
+        raise UserError(
+            f"input_ids: a batch has texts of {lengths[0]:,} and {lengths[spans[1][0]]:,} tokens, "
+            "padding included, and this model's RoPE has other frequencies for the one than for the "
+            "other; batch texts of one length, or read with SnifferModule, which takes them apart"
+        )
+    for module, arguments in _dependent[backbone]:
+        _renew(module, arguments)
 
 
 @contextmanager
