@@ -452,8 +452,8 @@ The dataset card of a capture carries its notes.
 
 Each is also read with every kind of RoPE that transformers has and its code takes (default, linear,
 dynamic, yarn, longrope, llama3, proportional), in texts on both sides of its window, chunk and original
-length. A text has the rows that a fresh model gives it alone, in company, after longer and shorter texts,
-under a token budget, and in passages wherever the column says yes: no verdict differs.
+length. A text has the rows that a fresh model gives it alone, in company, after other texts, under a
+token budget, and in passages wherever the column says yes: no verdict differs.
 [How that is done](exactness.md#a-text-alone)
 
 `make architectures` writes this page.

@@ -110,6 +110,7 @@ class Processes:
                 patch.setenv(name, "1")
             forkserver.ensure_running()
         self._count = 0
+        self._started: list[Any] = []
         # The time of the first run would count the imports of the server.
         self.run(["--help"], sync_seconds=0.0)
 
@@ -168,7 +169,13 @@ class Processes:
         arguments = (list(command), sync_seconds, death, cache_path, dict(environment), report)
         process = self._context.Process(target=_process, args=arguments)
         process.start()
+        self._started.append(process)
         return Started(process, report)
+
+    def close(self) -> None:
+        """Kill what a failed test has left, which may have stopped itself."""
+        for process in self._started:
+            process.kill()
 
 
 @dataclass(frozen=True)

@@ -142,12 +142,14 @@ def test_the_processes_of_a_run_are_one_owner(
 ) -> None:
     run = new_run()
     stop = Death("forward", BEFORE, 5, signal.SIGSTOP)
-    first, second = run.start(2, deaths={0: stop})
-    first.wait_until_stopped()
+    first, second = run.start(2, deaths={0: stop, 1: stop})
+    for process in (first, second):
+        process.wait_until_stopped()
     assert_refused(
         ["predict", "--config", str(run.write_config(1))], first.process.pid, run.root, capsys
     )
-    first.go_on()
+    for process in (first, second):
+        process.go_on()
     for process in (first, second):
         ended = process.wait(60)
         assert ended.exitcode == 0, ended.printed

@@ -101,21 +101,21 @@ class SnifferCallback(pl.Callback):
         self._received_sigterm = False
         self._started = 0.0
 
-    def check_output(self, *, is_first: bool = True, n_nodes: int = 1) -> None:
+    def check_output(self, *, n_nodes: int = 1) -> None:
         """Take the data root for this run, and repair what an interrupted one left there.
 
+        The first process does so for all.
+
         Args:
-            is_first: Whether this process is the first of the run, which takes and repairs.
-            n_nodes: Hosts that its processes are on.
+            n_nodes: Hosts that the processes of the run are on.
 
         Raises:
             UserError: It belongs to another run, is not writable, or holds what can't be continued or
                 replaced.
         """
+        self._ownership.take(n_nodes)
         try:
-            if is_first:
-                self._ownership.take(n_nodes)
-            prepare_data_root(self.data_root, self.output.overwrite, repair_journal=is_first)
+            prepare_data_root(self.data_root, self.output.overwrite)
         except UserError:
             self._ownership.release()
             raise

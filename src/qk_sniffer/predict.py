@@ -85,7 +85,8 @@ class PredictCLI(LightningCLI):
         """Check data root and model before data is loaded, and keep the resolved config."""
         sniffer: SnifferCallback = self._get(self.config_init, "sniffer")
         trainer = self.trainer
-        sniffer.check_output(is_first=trainer.global_rank == 0, n_nodes=trainer.num_nodes)
+        if trainer.global_rank == 0:
+            sniffer.check_output(n_nodes=trainer.num_nodes)
         module: SnifferModule = self._get(self.config_init, "model")
         try:
             module.check_model()

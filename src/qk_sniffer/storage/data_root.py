@@ -142,26 +142,24 @@ def earlier_run(data_root: Path) -> EarlierRun | None:
     )
 
 
-def prepare_data_root(data_root: Path, overwrite: bool, *, repair_journal: bool = True) -> None:
+def prepare_data_root(data_root: Path, overwrite: bool) -> None:
     """See that a run may write into a directory, and repair its journal.
 
     Args:
         data_root: The directory, which the run owns.
         overwrite: Whether what it holds is to be replaced.
-        repair_journal: Whether this process is the one that mends what an interrupted run left.
 
     Raises:
         UserError: It holds what is not a run's and ``overwrite`` is false.
     """
     tokens = [entry for entry in data_root.iterdir() if _TOKEN_FILE.fullmatch(entry.name)]
     names = {entry.name for entry in data_root.iterdir()} - {token.name for token in tokens}
-    if repair_journal:
-        for token in tokens:
-            token.unlink()
-        shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY, ignore_errors=True)
+    for token in tokens:
+        token.unlink()
+    shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY, ignore_errors=True)
     if overwrite:
         return
-    if repair_journal and (data_root / JOURNAL_DIRECTORY / HEADER_FILE).exists():
+    if (data_root / JOURNAL_DIRECTORY / HEADER_FILE).exists():
         _repair_journal(data_root / JOURNAL_DIRECTORY)
     if names <= _BEFORE_A_JOURNAL or earlier_run(data_root) is not None:
         return
