@@ -92,7 +92,7 @@ def _verify(args: list[str]) -> int:
     options = parser.parse_args(args)
 
     from qk_sniffer.storage import count_rows, note_owner, require_manifest
-    from qk_sniffer.summary import NOTHING_KEPT
+    from qk_sniffer.summary import NOTHING_KEPT, warn_of_non_finite
     from qk_sniffer.verify import verify
 
     data_root = options.data_root
@@ -109,10 +109,11 @@ def _verify(args: list[str]) -> int:
         return 1
     manifest = require_manifest(data_root)
     heads, rows = len(manifest["heads"]), count_rows(manifest)
-    verdict = "all is well" if rows else "the files are as they must be, and they are empty"
-    sys.stdout.write(f"{data_root}: {verdict}, {heads:,} heads, {rows:,} rows\n")
+    non_finite = warn_of_non_finite(manifest)
+    verdict, but = ("the files are whole", f", but {non_finite}") if non_finite else ("all is well", "")
     if rows == 0:
-        sys.stdout.write(f"{NOTHING_KEPT}\n")
+        verdict, but = "the files are as they must be, and they are empty", f"\n{NOTHING_KEPT}"
+    sys.stdout.write(f"{data_root}: {verdict}, {heads:,} heads, {rows:,} rows{but}\n")
     return 0
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from qk_sniffer.storage import Place, count_rows, describe_beyond
+from qk_sniffer.storage import Place, count_rows, describe_beyond, describe_non_finite
 
 NOTHING_KEPT = (
     "no rows were kept; set sniffer.capture.sampler.type: all for short texts, or raise "
@@ -47,7 +47,21 @@ def summary_table(data_root: Path, manifest: dict[str, Any], *, seconds: float) 
         table += f"\n{NOTHING_KEPT}"
     if (beyond := describe_beyond(manifest)) is not None:
         table += f"\n{beyond}"
+    if non_finite := warn_of_non_finite(manifest):
+        table += f"\n{non_finite}"
     return table
+
+
+def warn_of_non_finite(manifest: dict[str, Any]) -> str:
+    """Which rows hold an infinity or a NaN, and what to do; empty where none does."""
+    found = describe_non_finite(manifest)
+    dtype = manifest["settings"]["model"].get("dtype")
+    if not found:
+        return ""
+    if dtype == "float32":
+        return f"{found}; look at the model's weights, since model.dtype is float32 already"
+    wider = "float32" if dtype == "bfloat16" else "bfloat16, or to float32,"
+    return f"{found}; set model.dtype to {wider} and capture them anew"
 
 
 def published_table(place: Place, manifest: dict[str, Any]) -> str:

@@ -1,6 +1,13 @@
 """Bytes on disk: the journal of a running capture, Parquet files, manifest and dataset card."""
 
-from qk_sniffer.storage.card import Place, describe_run, render_card, shown_names, write_card
+from qk_sniffer.storage.card import (
+    Place,
+    describe_non_finite,
+    describe_run,
+    render_card,
+    shown_names,
+    write_card,
+)
 from qk_sniffer.storage.card_parts import compose_card, own_part
 from qk_sniffer.storage.data_root import (
     EarlierRun,
@@ -80,6 +87,7 @@ __all__ = [
     "compose_card",
     "count_rows",
     "describe_beyond",
+    "describe_non_finite",
     "describe_run",
     "differing_settings",
     "discard_pulled",

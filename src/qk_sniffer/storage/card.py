@@ -113,6 +113,8 @@ def describe_run(manifest: Mapping[str, Any]) -> str:
     settings = manifest["settings"]
     model, data, capture = settings["model"], settings["data"], settings["capture"]
     sampler = capture["sampler"]
+    non_finite = describe_non_finite(manifest)
+    non_finite = non_finite and f"\n- {non_finite}"
     kept = "every position"
     if sampler["type"] != "all":
         kept = f"sampler `{sampler['type']}`, base rate {sampler['base_rate']}, seed {sampler['seed']}"
@@ -123,7 +125,18 @@ attention `{model.get("attn_implementation")}`
 - text: `{data.get("path")}`, split `{data.get("split")}`, {manifest["examples"]["rows"]:,} examples
 - tokens: {_limit(data.get("tokenizer", {}).get("max_length"))} of each text{beyond}
 - positions: {kept}, buckets from {capture["min_bucket_size"]:,}
-- {len(manifest["heads"]):,} heads, {count_rows(manifest):,} rows"""
+- {len(manifest["heads"]):,} heads, {count_rows(manifest):,} rows{non_finite}"""
+
+
+def describe_non_finite(manifest: Mapping[str, Any]) -> str:
+    """Which rows hold an infinity or a NaN; empty where none does."""
+    found = manifest.get("non_finite")
+    if found is None:
+        return ""
+    layers, texts = found["layers"], found["texts"]
+    place = f"layer{'s' * (len(layers) > 1)} {_ranges(layers)}"
+    rows = f"{found['rows']:,} row{'s' * (found['rows'] > 1)}"
+    return f"{rows} of {texts:,} text{'s' * (texts > 1)} hold inf or NaN, in {place}"
 
 
 def _limit(max_length: int | None) -> str:
