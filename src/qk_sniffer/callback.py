@@ -38,6 +38,8 @@ from qk_sniffer.progress import ProgressReport
 from qk_sniffer.provenance import describe, fingerprint, settings
 from qk_sniffer.ranks import ALONE, Ranks
 from qk_sniffer.recorder import Recorder
+from qk_sniffer.signals import Stopped, end_in_order
+from qk_sniffer.signals import stop as stop_command
 from qk_sniffer.storage import (
     CONFIG_FILE,
     JOURNAL_DIRECTORY,
@@ -98,7 +100,7 @@ class SnifferCallback(pl.Callback):
         self._earlier: EarlierRun | None = None
         self._publication: Publication | None = None
         self._recorder: Recorder | None = None
-        self._received_sigterm = False
+        self._received_sigterm = self._is_reading = False
         self._started = 0.0
 
     def check_output(self, *, n_nodes: int = 1) -> None:
@@ -155,6 +157,7 @@ class SnifferCallback(pl.Callback):
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the model's heads, open the journal and make the sniffer active."""
+        self._stop_on_sigterm(trainer)
         self._backbone = _backbone_of(pl_module)
         ranks, tokenizer = self._ranks, getattr(_data_module(trainer), "tokenizer", None)
         if self.capture.capture_token_strings and tokenizer is None:
@@ -179,8 +182,8 @@ class SnifferCallback(pl.Callback):
             )
         )
         self._forewarn(trainer, header["n_positions"])
-        self._stop_on_sigterm(trainer)
         self._checked = not self.check
+        self._is_reading = True
         self._started = time.monotonic()
         if ranks.is_first:
             self._progress = ProgressReport(trainer, header["settings"])
@@ -229,7 +232,8 @@ class SnifferCallback(pl.Callback):
         """Move the batch's rows to the journal, and stop after it where there is a reason.
 
         Raises:
-            SystemExit: A SIGTERM came, or another process died.
+            Stopped: A SIGTERM came.
+            SystemExit: Another process died.
         """
         assert self._recorder is not None
         self._ownership.require()
@@ -243,11 +247,14 @@ class SnifferCallback(pl.Callback):
             progress = lifeline.total_progress() if lifeline else self._recorder.progress
             self._progress.show(progress, self._all_batches(trainer))
         if self._received_sigterm:
-            raise SystemExit(128 + signal.SIGTERM)
+            raise Stopped(signal.SIGTERM)
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show and log what all processes have read, when the last of them has."""
         assert self._recorder is not None
+        self._is_reading = False
+        if self._received_sigterm:
+            raise Stopped(signal.SIGTERM)
         gathered = self._ranks.gather(self._recorder.progress)
         if self._ranks.is_first:
             progress = [sum(numbers) for numbers in zip(*gathered, strict=True)]
@@ -281,6 +288,7 @@ class SnifferCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Close the journal, tell the other processes, and say where the captured rows are."""
+        end_in_order()
         if not self._has_joined:
             self._ownership.release()
             return
@@ -290,7 +298,7 @@ class SnifferCallback(pl.Callback):
         except UserError as error:
             log.warning("%s", error)
         is_first, watched = self._ranks.is_first, self._ranks.lifeline is not None
-        if isinstance(exception, UserError) and watched and not is_first:
+        if isinstance(exception, UserError | Stopped) and watched and not is_first:
             exception.is_told = True
         holds_rows = self._recorder is not None and (self.data_root / JOURNAL_DIRECTORY).exists()
         self._leave(_reason(exception))
@@ -313,7 +321,7 @@ class SnifferCallback(pl.Callback):
         if self._has_joined:
             return
         self._has_joined = True
-        self._recorder, self._received_sigterm = None, False
+        self._recorder, self._received_sigterm, self._is_reading = None, False, False
         self._started = time.monotonic()
         self._ranks = ranks = Ranks.of(trainer)
         if ranks.size > 1:
@@ -383,17 +391,17 @@ class SnifferCallback(pl.Callback):
             write_text(self.data_root / CONFIG_FILE, self.config_yaml)
 
     def _stop_on_sigterm(self, trainer: pl.Trainer) -> None:
-        """Note a SIGTERM, and pass it on to the processes that the trainer has launched.
+        """While texts are read, note a SIGTERM, and pass it on to the processes that were launched.
 
         Lightning's own handler would let a run go on to its end, and wait in a handler for all
         processes to receive the signal, which hangs where one of them does not.
         """
 
         def stop(signum: int, frame: Any) -> None:
+            if not self._is_reading:
+                stop_command(signum)
+                return
             self._received_sigterm = True
-            if not self._has_joined:
-                # The files are written, and what is left is a push.
-                raise SystemExit(128 + signal.SIGTERM)
             if trainer.strategy.launcher is not None:
                 trainer.strategy.launcher.kill(signal.SIGTERM)
 
@@ -490,8 +498,8 @@ def _reason(exception: BaseException) -> str:
     """What the other processes are told of the end of this one."""
     if isinstance(exception, UserError):
         return str(exception)
-    if isinstance(exception, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(exception, SystemExit):
-        return "stopped by SIGTERM" if exception.code == 128 + signal.SIGTERM else "stopped"
+    if isinstance(exception, Stopped):
+        return str(exception)
+    if isinstance(exception, KeyboardInterrupt | SystemExit):
+        return "interrupted" if isinstance(exception, KeyboardInterrupt) else "stopped"
     return f"{type(exception).__name__}: {first_line(exception)}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.secrets import redact
+from qk_sniffer.signals import Stopped, stopping_on_signals
 
 if TYPE_CHECKING:
     from qk_sniffer.hub import Publication
@@ -227,8 +228,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, 1 where verify found a fault, 2 for a mistake in the config, the command
-        line or the data, or 130 after Ctrl-C.
+        line or the data, 130 after Ctrl-C, or 143 after SIGTERM.
     """
+    try:
+        with stopping_on_signals():
+            return _run(argv)
+    except Stopped as stopped:
+        if not stopped.is_told:
+            sys.stderr.write(f"qk-sniffer: {stopped}\n")
+        return int(stopped.code or 0)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(_USAGE)
@@ -237,9 +248,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args[0] not in _COMMANDS:
             raise UserError(f"{args[0]}: no such command; choose {', '.join(_COMMANDS)}")
         return _COMMANDS[args[0]](args[1:])
-    except KeyboardInterrupt:
-        sys.stderr.write("qk-sniffer: interrupted\n")
-        return 130
     except UserError as error:
         # A DataLoader worker wraps the message in its own traceback; the message is the last line.
         if error.is_told:

@@ -20,6 +20,7 @@ from qk_sniffer.errors import UserError, explained_loading
 from qk_sniffer.ids import are_left
 from qk_sniffer.models import ModelSource, vocabulary_size
 from qk_sniffer.ranks import Ranks
+from qk_sniffer.signals import tidied_up
 from qk_sniffer.streaming import StreamedBatches
 from qk_sniffer.texts import Row, TextSource, check_columns, example_ids
 from qk_sniffer.tokenizing import FEATURES, Encode
@@ -138,7 +139,8 @@ class TextDataModule(pl.LightningDataModule):
         ranks = Ranks.of(self.trainer)
         if not ranks.is_first:
             datasets.disable_progress_bars()
-        ranks.after_first(self._load)
+        with tidied_up():
+            ranks.after_first(self._load)
         if not self.streaming:
             ranks.run(lambda: self._require_same_texts(ranks))
             self._plan()
