@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,12 +36,14 @@ from qk_sniffer.storage import (
     EarlierRun,
     check_space,
     clear_data_root,
+    data_root_path,
     discard_pulled,
     earlier_run,
     finalize,
     head_files_bytes,
     journal_bytes,
     prepare_data_root,
+    remove_empty,
     require_captured,
     require_shared,
     write_text,
@@ -75,13 +78,14 @@ class SnifferCallback(pl.Callback):
         self.output = output
         self.capture = capture
         self.check = check
-        self.data_root = Path(output.data_root)
+        self.data_root = data_root_path(output.data_root)
         self.config_yaml: str | None = None
         """The resolved config to save in the data root; the command line sets it."""
         self._sampler = build_sampler(
             capture.sampler.type, capture.sampler.base_rate, capture.min_bucket_size
         )
         self._ranks = ALONE
+        self._made: list[Path] = []
         self._has_joined = False
         self._earlier: EarlierRun | None = None
         self._publication: Publication | None = None
@@ -98,7 +102,13 @@ class SnifferCallback(pl.Callback):
         Raises:
             UserError: It is not writable, or what it holds can't be continued or replaced.
         """
-        prepare_data_root(self.data_root, self.output.overwrite, repair_journal=repair_journal)
+        self._made += prepare_data_root(
+            self.data_root, self.output.overwrite, repair_journal=repair_journal
+        )
+
+    def discard_empty_output(self) -> None:
+        """Remove the data root that ``check_output`` has made, where a refused run left it empty."""
+        remove_empty(self._made)
 
     def earlier_run(
         self, module: pl.LightningModule, data: pl.LightningDataModule | None
@@ -155,6 +165,7 @@ class SnifferCallback(pl.Callback):
         )
         self._stop_on_sigterm(trainer)
         self._checked = not self.check
+        self._unsaved_config = self.config_yaml
         self._started = time.monotonic()
 
     def on_predict_batch_start(
@@ -195,6 +206,7 @@ class SnifferCallback(pl.Callback):
         """
         assert self._recorder is not None
         self._recorder.end_batch(batch)
+        self._save_config()
         lifeline = self._ranks.lifeline
         if lifeline is not None:
             lifeline.progress = self._recorder.progress
@@ -208,7 +220,10 @@ class SnifferCallback(pl.Callback):
         """Show what all processes have read, when the last of them has."""
         assert self._recorder is not None
         progress = self._ranks.gather(self._recorder.progress)
-        self._show_progress(trainer, [sum(numbers) for numbers in zip(*progress, strict=True)])
+        n_batches, *others = [sum(numbers) for numbers in zip(*progress, strict=True)]
+        self._show_progress(trainer, [n_batches, *others])
+        if n_batches > 0 or not (self.data_root / CONFIG_FILE).exists():
+            self._save_config()
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the Parquet files, card and manifest, print what there is, and publish it."""
@@ -246,6 +261,7 @@ class SnifferCallback(pl.Callback):
             exception.is_told = True
         holds_rows = self._recorder is not None and (self.data_root / JOURNAL_DIRECTORY).exists()
         self._leave(_reason(exception))
+        self.discard_empty_output()
         if holds_rows and is_first:
             again = " with sniffer.output.overwrite: false" if self.output.overwrite else ""
             log.warning(
@@ -279,6 +295,9 @@ class SnifferCallback(pl.Callback):
         ranks.first(self.check_output)
         require_shared(self.data_root, ranks)
         module, data = trainer.lightning_module, _data_module(trainer)
+        check_heads = getattr(module, "check_heads", None)
+        if check_heads is not None:
+            ranks.first(lambda: check_heads(asdict(self.capture)))
         self._earlier = ranks.first(lambda: self._earlier_and_pulled(module, data))
 
     def _earlier_and_pulled(
@@ -328,8 +347,12 @@ class SnifferCallback(pl.Callback):
                 if self._earlier.is_pulled:
                     discard_pulled(self.data_root)
                 raise
-        if self.config_yaml is not None:
-            write_text(self.data_root / CONFIG_FILE, self.config_yaml)
+
+    def _save_config(self) -> None:
+        """Save the config once it has captured something: the one that is there describes what is."""
+        if self._ranks.is_first and self._unsaved_config is not None:
+            write_text(self.data_root / CONFIG_FILE, self._unsaved_config)
+            self._unsaved_config = None
 
     def _stop_on_sigterm(self, trainer: pl.Trainer) -> None:
         """Note a SIGTERM, and pass it on to the processes that the trainer has launched.

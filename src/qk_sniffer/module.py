@@ -2,23 +2,26 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from qk_sniffer.capture import Sniffer, get_active_sniffer
+from qk_sniffer.capture import Sniffer, get_active_sniffer, heads_to_capture
 from qk_sniffer.errors import UserError
 from qk_sniffer.models import (
     ModelSource,
+    attention_geometry,
     capture_attention,
     decoder_backbone,
     load_config,
     load_model,
+    load_skeleton,
     model_overlays,
     read_in_passages,
 )
@@ -82,6 +85,39 @@ class SnifferModule(pl.LightningModule):
         """
         with model_overlays(self.hparams["models_dir"]):
             load_config(self.source, self.hparams["config_overrides"])
+
+    def check_heads(self, capture: Mapping[str, Any]) -> None:
+        """See that the model has the layers and heads that a config names, before weights are loaded.
+
+        Args:
+            capture: The section capture, as a mapping.
+
+        Raises:
+            UserError: It has not.
+        """
+        if capture["layers"] is None and capture["heads"] is None:
+            return
+        try:
+            layers = attention_geometry(decoder_backbone(self.skeleton())).layers
+        # Where a model's code needs the weights' values, the heads are looked up once they are loaded.
+        except Exception:
+            return
+        heads_to_capture(capture, layers)
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without its weights, as ``load_skeleton`` gives it.
+
+        Raises:
+            UserError: Its config can't be found or used.
+        """
+        hparams = self.hparams
+        with model_overlays(hparams["models_dir"]):
+            return load_skeleton(
+                self.source,
+                dtype=hparams["dtype"],
+                attn_implementation=hparams["attn_implementation"],
+                config_overrides=hparams["config_overrides"],
+            )
 
     def check_trainer(self, trainer: pl.Trainer) -> None:
         """See that the trainer leaves the model as it is.

@@ -7,7 +7,8 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qk_sniffer.errors import UserError
+from qk_sniffer.local_or_hub import is_address
 from qk_sniffer.ranks import Ranks
 from qk_sniffer.storage.commits import (
     HEADER_FILE,
@@ -136,7 +138,32 @@ def earlier_run(data_root: Path) -> EarlierRun | None:
     )
 
 
-def prepare_data_root(data_root: Path, overwrite: bool, *, repair_journal: bool = True) -> None:
+def data_root_path(name: str | Path) -> Path:
+    """The path of a data root as a person names it."""
+    path = Path(name).expanduser()
+    # pyarrow would take the run of run:1/l00h00q for a scheme, such as s3.
+    return path.absolute() if ":" in str(path).partition("/")[0] else path
+
+
+def existing_data_root(name: str | Path) -> Path:
+    """The data root of this name, which a command is to read.
+
+    Raises:
+        UserError: No such directory is on this machine.
+    """
+    if is_address(str(name)):
+        raise UserError(
+            f"{name}: an address; a data root is a directory of this machine, so copy it first"
+        )
+    data_root = data_root_path(name)
+    if not data_root.exists():
+        raise UserError(f"{name}: no such directory is here; name the data root of a run")
+    if not data_root.is_dir():
+        raise UserError(f"{name}: no directory but a file; name the data root of a run")
+    return data_root
+
+
+def prepare_data_root(data_root: Path, overwrite: bool, *, repair_journal: bool = True) -> list[Path]:
     """Make the directory if it is missing, see that a run may write into it, and repair its journal.
 
     Args:
@@ -144,15 +171,20 @@ def prepare_data_root(data_root: Path, overwrite: bool, *, repair_journal: bool 
         overwrite: Whether what it holds is to be replaced.
         repair_journal: Whether this process is the one that mends what an interrupted run left.
 
+    Returns:
+        The directories that were made: the data root, and those above it.
+
     Raises:
         UserError: It is not writable or in use, or it holds what is not a run's and ``overwrite`` is
             false.
     """
+    missing = [path for path in (data_root, *data_root.parents) if not path.exists()]
     try:
         data_root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=data_root):
             pass
     except OSError as error:
+        remove_empty(missing)
         raise UserError(
             f"{_FIELD}: {data_root} is not writable ({error.strerror}); name another directory or "
             "change its permissions"
@@ -164,15 +196,22 @@ def prepare_data_root(data_root: Path, overwrite: bool, *, repair_journal: bool 
             token.unlink()
         shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY, ignore_errors=True)
     if overwrite:
-        return
+        return missing
     if repair_journal and (data_root / JOURNAL_DIRECTORY / HEADER_FILE).exists():
         _repair_journal(data_root / JOURNAL_DIRECTORY)
     if names <= _BEFORE_A_JOURNAL or earlier_run(data_root) is not None:
-        return
+        return missing
     raise UserError(
         f"{_FIELD}: {data_root} is not empty and holds no run that could be continued; name a new "
         "directory, or set sniffer.output.overwrite to true to replace the run that it holds"
     )
+
+
+def remove_empty(directories: Sequence[Path]) -> None:
+    """Remove directories, each in the next one, up to one that holds something."""
+    with suppress(OSError):
+        for directory in directories:
+            directory.rmdir()
 
 
 def _repair_journal(journal: Path) -> None:
