@@ -46,7 +46,8 @@ CONFIG_TOP = """\
 # Config reference
 
 Every field of a config file, from the same docstrings as `qk-sniffer predict --help`. On the command line a
-field is an option, `--data.max_samples 10`, which wins over the file; of several `--config` files a later
+field is an option, `--data.max_samples 10`, which wins over the file; a list has brackets, `[3]`, and a pattern
+of files stands in quotes, `'texts/*.jsonl'`, lest the shell spell it out. Of several `--config` files a later
 one wins, and a file may build on another, `config: base/qwen3.yaml`, named from its own directory.
 `qk-sniffer predict --config FILE --print_config` prints the result with comments.
 

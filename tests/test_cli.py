@@ -1,6 +1,9 @@
 """The command line: mistakes get one line and status 2, help and configs are complete."""
 
+import importlib.metadata
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +15,7 @@ import yaml
 from transformers import MambaConfig
 
 from conftest import write_jsonl
+from loopback import LoopbackHub
 from qk_sniffer.cli import main
 from readers import error_line
 from test_data import colliding_pair
@@ -24,29 +28,60 @@ COMMAND = str(Path(sys.executable).with_name("qk-sniffer"))
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"sniffer": {"capture": {"sampler": {"bsae_rate": 1}}}}, "sniffer.capture.sampler.bsae_rate: no such key"),
-        ({"data": {"btach_size": 1}}, "data.btach_size: no such key"),
-        ({"sniffer": {"capture": {"head_sampling": {"cuont": 1}}}}, "head_sampling.cuont: no such key"),
+        ({"sniffer": {"capture": {"sampler": {"bsae_rate": 1}}}}, "sniffer.capture.sampler.bsae_rate: no such key; did you mean sniffer.capture.sampler.base_rate?"),
+        ({"data": {"btach_size": 1}}, "data.btach_size: no such key; did you mean data.batch_size?"),
+        ({"data": {"max_length": 8}}, "data.max_length: no such key; did you mean data.tokenizer.max_length?"),
+        ({"sniffer": {"captre": {"layers": [1]}}}, "sniffer.captre.layers: no such key; did you mean sniffer.capture.layers?"),
+        ({"data": {"colour": "red"}}, "data.colour: no such key; `qk-sniffer predict --help` lists the fields"),
+        ({"sniffer": {"capture": {"head_sampling": {"cuont": 1}}}}, "head_sampling.cuont: no such key; did you mean sniffer.capture.head_sampling.count?"),
+        ({"sniffer": {"capture": {"head_sampling": {"seed": 1}}}}, "sniffer.capture.head_sampling.count: required; set it"),
+        ({"sniffer": {"capture": {"head_sampling": {"count": "many"}}}}, "sniffer.capture.head_sampling.count: expected int, got many"),
+        ({"sniffer": {"capture": {"sampler": "all"}}}, "sniffer.capture.sampler: expected a section, got all"),
+        ({"trainer": {"callbacks": {"class_path": "no.Such"}}}, "trainer.callbacks: no.Such can't be used (No module named 'no')"),
         ({"data": {"batch_size": "many"}}, "data.batch_size: expected int, got many"),
         ({"sniffer": {"capture": {"layers": "all"}}}, "sniffer.capture.layers: expected one of list[int], null"),
+        ({"sniffer": {"capture": {"layers": 3}}}, "sniffer.capture.layers: expected one of list[int], null, got 3; write [3]"),
+        ({"sniffer": {"capture": {"heads": "0,2"}}}, "sniffer.capture.heads: expected one of list[int], null, got 0,2; write [0,2]"),
         ({"model": {"dtype": "int4"}}, "model.dtype: expected one of 'auto', 'float32'"),
-        ({"model": {"name": "no/such/directory"}}, "model.name: no/such/directory can't be loaded"),
-        ({"model": {"name": "no/such/directory"}, "data": {"tokenizer": {"name": TOKENIZER}}}, "model.name: no/such/directory can't be loaded"),
-        ({"model": {"config_overrides": {"rope_scalng": 1}}}, "model.config_overrides.rope_scalng: LlamaConfig"),
-        ({"data": {"path": "no-such-file.jsonl"}}, "data.path: no-such-file.jsonl can't be read"),
+        ({"model": {"name": "no/such/directory"}}, "model.name: no directory no/such/directory is here; mend the path, which starts from "),
+        ({"model": {"name": "no/such/directory"}, "data": {"tokenizer": {"name": TOKENIZER}}}, "model.name: no directory no/such/directory is here"),
+        ({"model": {"name": "./model"}}, "model.name: no directory ./model is here"),
+        ({"model": {"name": "~/no-such-model"}}, f"model.name: no directory {Path.home()}/no-such-model is here; mend the path, or"),
+        ({"model": {"name": "s3://bucket/model"}}, "model.name: s3://bucket/model is an address"),
+        ({"model": {"name": "someone/model"}}, "model.name: no directory someone/model is here or in the cache, and HF_HUB_OFFLINE keeps the client from the Hub; unset it"),
+        ({"model": {"name": __file__}}, "test_cli.py is a file; name its directory, and set model.gguf_file"),
+        ({"model": {"name": str(Path(__file__).parent)}}, "tests has no config.json"),
+        ({"model": {"gguf_file": "model.gguf"}}, "model.gguf_file: "),
+        ({"model": {"attn_implementation": "spda"}}, "model.attn_implementation: spda can't be used"),
+        ({"model": {"config_overrides": {"rope_scalng": 1}}}, "model.config_overrides.rope_scalng: LlamaConfig has no such field; did you mean rope_scaling?"),
+        ({"data": {"path": "no-such-file.jsonl"}}, "data.path: no file or directory no-such-file.jsonl is here; mend the path, which starts from "),
+        ({"data": {"path": "no-such-file.jsonl", "streaming": True}}, "data.path: no file or directory no-such-file.jsonl is here"),
+        ({"data": {"path": "/no/such/directory"}}, "data.path: no file or directory /no/such/directory is here; mend the path, or"),
+        ({"data": {"path": "./texts"}}, "data.path: no file or directory ./texts is here"),
+        ({"data": {"path": "~/no-such-file.txt"}}, "data.path: no file or directory ~/no-such-file.txt is here"),
+        ({"data": {"path": "s3://bucket/texts.jsonl"}}, "data.path: s3://bucket/texts.jsonl is an address"),
+        ({"data": {"path": "someone/texts"}}, "data.path: no file or directory someone/texts is here or in the cache, and HF_HUB_OFFLINE keeps the client from the Hub"),
+        ({"data": {"path": "no-such-file*.jsonl"}}, "data.path: no file matches no-such-file*.jsonl; mend the pattern"),
+        ({"data": {"path": __file__}}, "test_cli.py can't be read (Unable to find"),
+        ({"data": {"name": "other"}}, "data.name: "),
         ({"data": {"split": "test"}}, "data.split: "),
         ({"data": {"text_column": "body"}}, "data.text_column: the dataset has no column 'body'; choose from id, text"),
         ({"data": {"id_column": "key"}}, "data.id_column: the dataset has no column 'key'; choose from id, text"),
         ({"data": {"batch_size": 0}}, "data.batch_size: must be at least 1, got 0"),
         ({"data": {"tokenizer": {"padding_side": "left"}}}, "data.tokenizer.padding_side: must be right, got left"),
         ({"data": {"tokenizer": {"max_length": 0}}}, "data.tokenizer.max_length: must be at least 1 or null"),
-        ({"data": {"tokenizer": {"name": "no-such-tokenizer"}}}, "data.tokenizer.name: no tokenizer can be loaded"),
+        ({"data": {"tokenizer": {"name": "./tokenizer"}}}, "data.tokenizer.name: no directory ./tokenizer is here"),
+        ({"data": {"tokenizer": {"name": "someone/tokenizer"}}}, "data.tokenizer.name: no directory someone/tokenizer is here or in the cache, and HF_HUB_OFFLINE"),
+        ({"data": {"tokenizer": {"name": str(Path(__file__).parent)}}}, "data.tokenizer.name: no tokenizer can be loaded"),
         ({"sniffer": {"capture": {"layers": [0, 4]}}}, "sniffer.capture.layers: the model has no layer 4; choose from 0 to 3"),
         ({"sniffer": {"capture": {"heads": [4]}}}, "sniffer.capture.heads: the model has no query head 4; choose from 0 to 3"),
         ({"sniffer": {"capture": {"heads": []}}}, "sniffer.capture.heads: the list is empty"),
         ({"sniffer": {"capture": {"min_bucket_size": 0}}}, "sniffer.capture.min_bucket_size: must lie between 1"),
         ({"sniffer": {"capture": {"min_bucket_size": -8}}}, "sniffer.capture.min_bucket_size: must lie between 1"),
-        ({"sniffer": {"capture": {"sampler": {"type": "gaussian"}}}}, "sniffer.capture.sampler.type: no sampler"),
+        ({"sniffer": {"capture": {"sampler": {"type": "gaussian"}}}}, "sniffer.capture.sampler.type: no sampler is called 'gaussian'; choose log_uniform"),
+        ({"sniffer": {"capture": {"sampler": {"type": "log_unifrom"}}}}, "no sampler is called 'log_unifrom'; did you mean log_uniform?"),
+        ({"sniffer": {"capture": {"sampler": {"type": "qk_sniffer.capture.Unifrom"}}}}, "sniffer.capture.sampler.type: qk_sniffer.capture has no Unifrom"),
+        ({"sniffer": {"output": {"data_root": "s3://bucket/root"}}}, "sniffer.output.data_root: s3://bucket/root is an address; name a directory"),
         ({"sniffer": {"capture": {"sampler": {"base_rate": 0}}}}, "sniffer.capture.sampler.base_rate: must be above 0"),
         ({"sniffer": {"capture": {"sampler": {"seed": -1}}}}, "sniffer.capture.sampler.seed: must lie between"),
         ({"sniffer": {"capture": {"head_sampling": {"count": 0}}}}, "sniffer.capture.head_sampling.count: must be"),
@@ -70,8 +105,11 @@ def test_a_mistake_in_the_config_is_one_line(
     if tokenizer.get("name") is TOKENIZER:
         sections = sections | {"data": {"tokenizer": {"name": str(model_dir("llama"))}}}
     assert predict(**sections) == 2
-    assert message in error_line(capsys)
-    assert not list(tmp_path.rglob("*.parquet"))
+    line = error_line(capsys)
+    assert message in line
+    assert "huggingface.co" not in line
+    assert not (tmp_path / "root").exists()
+    assert not Path("s3:").exists()
 
 
 @pytest.mark.parametrize(
@@ -112,6 +150,128 @@ def test_more_tokens_than_learned_positions(
     assert predict(family="gpt2", data={"path": str(path)}) == 2
     line = error_line(capsys)
     assert line.startswith("data.tokenizer.max_length: a sequence has 129 tokens and the model has 128")
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "what"),
+    [
+        ({"model": {"name": "someone/nothing"}}, "model.name", "directory"),
+        ({"data": {"tokenizer": {"name": "someone/nothing"}}}, "data.tokenizer.name", "directory"),
+        ({"data": {"path": "someone/nothing"}}, "data.path", "file or directory"),
+    ],
+)
+def test_a_name_that_neither_this_machine_nor_the_hub_knows(
+    hub: LoopbackHub,
+    predict: Predict,
+    capsys: pytest.CaptureFixture[str],
+    section: dict[str, Any],
+    field: str,
+    what: str,
+) -> None:
+    assert predict(**section) == 2
+    line = error_line(capsys)
+    start = f"{field}: no {what} someone/nothing is here, and the Hub does not give it ("
+    assert line.startswith(start)
+    assert "mend the name, or log in with `hf auth login`" in line
+
+
+@pytest.mark.parametrize(
+    ("capture", "message"),
+    [
+        ({"layers": [0, 4]}, "sniffer.capture.layers: the model has no layer 4; choose from 0 to 3"),
+        ({"heads": [4]}, "sniffer.capture.heads: the model has no query head 4; choose from 0 to 3"),
+    ],
+)
+def test_a_layer_that_the_config_rules_out_needs_no_weights(
+    predict: Predict,
+    capsys: pytest.CaptureFixture[str],
+    model_dir: Callable[[str], Path],
+    tmp_path: Path,
+    capture: dict[str, Any],
+    message: str,
+) -> None:
+    model, without = model_dir("llama"), tmp_path / "without-weights"
+    shutil.copytree(model, without, ignore=shutil.ignore_patterns("*.safetensors"))
+    sections = {"model": {"name": str(without)}, "sniffer": {"capture": capture}}
+    assert predict(**sections, data={"path": "no-such-file.jsonl"}) == 2
+    assert error_line(capsys) == message
+
+
+def test_a_refused_run_leaves_no_directories(
+    predict: Predict, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "there").mkdir()
+    for number, sections in enumerate(
+        ({"model": {"name": "./model"}}, {"data": {"path": "./texts"}}, {"model": {"dtype": "int4"}})
+    ):
+        root = tmp_path / "there" / f"new-{number}" / "root"
+        assert predict(**sections, sniffer={"output": {"data_root": str(root)}}) == 2
+        assert error_line(capsys)
+    assert not list((tmp_path / "there").iterdir())
+    # One that a person has made stays.
+    assert (
+        predict(sniffer={"output": {"data_root": str(tmp_path / "there")}}, data={"path": "./x"}) == 2
+    )
+    assert (tmp_path / "there").is_dir()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_config_and_manifest_tell_of_the_same_run(
+    predict: Predict, tmp_path: Path, streaming: bool
+) -> None:
+    root = tmp_path / "root"
+    for max_samples, expected in ((4, 4), (2, 4), (6, 6)):
+        assert predict(data={"max_samples": max_samples, "streaming": streaming}) == 0
+        config = yaml.safe_load((root / "config.yaml").read_text())
+        manifest = json.loads((root / "manifest.json").read_text())
+        assert config["data"]["max_samples"] == expected
+        assert manifest["settings"]["data"]["max_samples"] == expected
+        assert manifest["examples"]["rows"] == expected
+
+
+def test_a_pattern_of_files_is_what_a_run_is_known_by(
+    predict: Predict, texts: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "essays").mkdir()
+    pattern, root = str(tmp_path / "essays" / "*.jsonl"), tmp_path / "root"
+    for number in range(3):
+        write_jsonl(tmp_path / "essays" / f"{2 - number}.jsonl", texts[number : number + 1])
+        assert predict(data={"path": pattern}) == 0
+        manifest = json.loads((root / "manifest.json").read_text())
+        assert manifest["fingerprint"]["data.path"] == pattern
+        assert manifest["examples"]["rows"] == number + 1
+    assert "texts of `essays/*.jsonl`" in (root / "README.md").read_text()
+    assert main(["verify", "--against-model", str(root)]) == 0
+    capsys.readouterr()
+    estimate = ["estimate", "--config", str(tmp_path / "root.yaml")]
+    assert main(estimate) == 0
+    assert "texts      3 of " in capsys.readouterr().out
+
+
+def test_a_data_root_with_a_colon_is_a_directory(
+    predict: Predict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert predict(sniffer={"output": {"data_root": "run:1"}}) == 0
+    assert main(["verify", "run:1"]) == 0
+    assert len(list((tmp_path / "run:1").glob("l*/data.parquet"))) == 24
+
+
+def test_a_home_directory_is_where_it_is(
+    write_run: Callable[..., list[str]],
+    model_dir: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "model").symlink_to(model_dir("llama"))
+    (tmp_path / "home" / "texts.jsonl").symlink_to(text_file)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    output = {"output": {"data_root": "~/root"}}
+    args = write_run(model={"name": "~/model"}, data={"path": "~/texts.jsonl"}, sniffer=output)
+    assert main(args) == 0
+    assert len(list((tmp_path / "home" / "root").glob("l*/data.parquet"))) == 24
 
 
 def test_a_model_without_attention_is_refused_before_any_data_is_loaded(
@@ -199,11 +359,62 @@ def test_required_fields_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert line.startswith("model.name, data.path, sniffer.output.data_root: required")
 
 
-@pytest.mark.parametrize("args", [[], ["sniff"], ["predict", "--data.pth", "x"]])
-def test_other_slips_on_the_command_line(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["sniff"], "sniff: no such command; choose predict, estimate,"),
+        (["predit", "--config", "x.yaml"], "predit: no such command; did you mean predict?"),
+        (["version"], "version: no such command; did you mean --version?"),
+        (["--config", "x.yaml"], "--config: the first word is a command; choose predict,"),
+        (["predict", "mine.yaml"], "mine.yaml: give a config file as --config mine.yaml"),
+        (["estimate", "mine.yaml"], "mine.yaml: give a config file as --config mine.yaml"),
+        (["predict", "--data.path", "a.jsonl", "b.jsonl"], "b.jsonl: no such argument; put a pattern of files in quotes"),
+        (["predict", "mine"], "mine: no such argument; `qk-sniffer predict --help` lists the fields"),
+        (["predict", "--confg", "mine.yaml"], "--confg: no such option; did you mean --config?"),
+        (["predict", "--data.pth", "x"], "--data.pth: no such option; did you mean --data.path?"),
+        (["predict", "--batch_size=8"], "--batch_size: no such option; did you mean --data.batch_size?"),
+        (["predict", "--acelerator"], "--acelerator: no such option; did you mean --trainer.accelerator?"),
+        (["predict", "--sniffer.capture.layers", "3"], "sniffer.capture.layers: expected one of list[int], null, got 3; write [3]"),
+        (["predict", "--sniffer.capture.head_sampling.cuont", "3"], "sniffer.capture.head_sampling.cuont: no such key; did you mean sniffer.capture.head_sampling.count?"),
+        (["predict", "--sniffer.capture.sampler", "all"], "sniffer.capture.sampler: expected a section, got all; give its fields one by one, as in --sniffer.capture.sampler.FIELD VALUE"),
+        (["predict", "--data.batch_size"], "--data.batch_size: expected one argument; "),
+        (["estimate", "--tiem"], "--tiem: no such option; did you mean --time?"),
+        (["verify", "--against-modle", "."], "--against-modle: no such option; did you mean --against-model?"),
+        (["finalize", "nowhere"], "nowhere: no such directory is here; name the data root of a run"),
+        (["verify", "nowhere"], "nowhere: no such directory is here"),
+        (["verify", "--against-model", "nowhere"], "nowhere: no such directory is here"),
+        (["report", "nowhere"], "nowhere: no such directory is here"),
+        (["push", "nowhere", "--hf_repo_id", "me/heads"], "nowhere: no such directory is here"),
+        (["finalize", "s3://bucket/root"], "s3://bucket/root: an address; a data root is a directory"),
+        (["verify", "s3://bucket/root"], "s3://bucket/root: an address"),
+        (["report", "gs://bucket/root"], "gs://bucket/root: an address"),
+        (["push", "s3://bucket/root", "--hf_repo_id", "me/heads"], "s3://bucket/root: an address"),
+        (["verify", __file__], f"{__file__}: no directory but a file"),
+    ],
+)  # fmt: skip
+def test_a_slip_on_the_command_line_is_one_line(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(args) == 2
-    captured = capsys.readouterr()
-    assert captured.out.startswith("usage: qk-sniffer") or captured.err.count("\n") == 1
+    assert error_line(capsys).startswith(message)
+
+
+def test_no_command_prints_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert capsys.readouterr().out.startswith("usage: qk-sniffer")
+
+
+def test_the_version_is_told_also_by_the_module() -> None:
+    told = f"qk-sniffer {importlib.metadata.version('qk-sniffer')}\n"
+    module = [sys.executable, "-m", "qk_sniffer"]
+    for command in ([COMMAND, "--version"], [*module, "--version"]):
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == told
+    done = subprocess.run([*module, "verify", "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == "qk-sniffer: error: nowhere: no such directory is here; name the data root of a run\n"
+    )
 
 
 def test_the_usage_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

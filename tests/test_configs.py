@@ -120,7 +120,9 @@ def test_everything_of_a_config_is_built_before_its_model_is_asked_for(
         "--trainer.accelerator=cpu",
         f"--sniffer.output.data_root={tmp_path}",
     )
-    assert line.startswith(f"model.name: {composed(file)['model']['name']} can't be loaded")
+    assert line.startswith(
+        f"model.name: no directory {composed(file)['model']['name']} is here or in the"
+    )
 
 
 def checkpoint_config(name: str) -> PreTrainedConfig:

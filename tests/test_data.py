@@ -130,6 +130,69 @@ def test_local_formats(
     assert [int(batch["sequence_lengths"][0]) for batch in read] == [len(row["text"]) for row in rows]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.jsonl", ["a", "b", "c"]),
+        ("[ac].jsonl", ["a", "c"]),
+        ("**/*.jsonl", ["a", "b", "c", "deep"]),
+        ("?.json*", ["a", "b", "c", "d"]),
+        ("[[]1].jsonl", ["brackets"]),
+        ("[1].jsonl", ["brackets"]),
+        ("*.txt", ["t", "u"]),
+        ("*.tsv", ["tab"]),
+    ],
+)
+def test_a_pattern_reads_its_files_in_the_order_of_their_names(
+    batches: Batches, tmp_path: Path, pattern: str, expected: list[str], streaming: bool
+) -> None:
+    (tmp_path / "e").mkdir()
+    texts = {"c.jsonl": "c", "a.jsonl": "a", "b.jsonl": "b", "d.json": "d", "e/f.jsonl": "deep"}
+    for name, text in texts.items():
+        write_jsonl(tmp_path / name, [{"text": text}])
+    if pattern.startswith("["):
+        write_jsonl(tmp_path / "[1].jsonl", [{"text": "brackets"}])
+    for name in "ut":
+        (tmp_path / f"{name}.txt").write_text(name)
+    (tmp_path / "g.tsv").write_text("text\ttab\ntab\tx\n")
+    read = batches(tmp_path / pattern, streaming=streaming)
+    assert [int(batch["sequence_lengths"][0]) for batch in read] == [len(text) for text in expected]
+    assert [i for batch in read for i in batch["example_ids"].tolist()] == list(range(len(expected)))
+    one_by_one = {text: tokens(batches, tmp_path, text) for text in expected}
+    assert [batch["input_ids"][0].tolist() for batch in read] == [one_by_one[text] for text in expected]
+
+
+def tokens(batches: Batches, directory: Path, text: str) -> list[int]:
+    (directory / "one").mkdir(exist_ok=True)
+    (batch,) = batches(write_jsonl(directory / "one" / f"{text}.json", [{"text": text}]))
+    ids: list[int] = batch["input_ids"][0].tolist()
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (
+            "*.parquet",
+            r"data\.path: no file matches .*\*\.parquet; mend the pattern, which starts from",
+        ),
+        ("e*", r"data\.path: no file matches"),
+        ("*", r"data\.path: .*\* matches .*README\.md, which is none of txt, json, jsonl, .*; narrow"),
+        ("[ab].*", r"matches files of several kinds, such as .*a\.jsonl and .*b\.csv; narrow"),
+    ],
+)
+def test_a_pattern_takes_files_of_one_kind(
+    batches: Batches, tmp_path: Path, pattern: str, message: str
+) -> None:
+    (tmp_path / "e.txt").mkdir()
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    (tmp_path / "b.csv").write_text("text\nb\n")
+    (tmp_path / "README.md").write_text("about")
+    with pytest.raises(UserError, match=message):
+        batches(tmp_path / pattern)
+
+
 def test_a_text_file_keeps_its_lines_in_one_example(batches: Batches, tmp_path: Path) -> None:
     (tmp_path / "poem.txt").write_text("one\ntwo\n\nthree\n")
     (batch,) = batches(tmp_path / "poem.txt")

@@ -292,15 +292,19 @@ def test_mistakes_are_named(captures: Captures, predict: Run, tmp_path: Path) ->
         captures.head(0, 0).where(example="nobody")
     with pytest.raises(UserError, match="l00h00q: no row of example 12345"):
         captures.attention(0, 0, 12345)
-    with pytest.raises(UserError, match=r"no manifest\.json is here"):
+    with pytest.raises(UserError, match="nothing: no such directory is here"):
         Captures(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"no manifest\.json is here"):
+        Captures(tmp_path)
+    with pytest.raises(UserError, match="s3://bucket/root: an address"):
+        Captures("s3://bucket/root")
     with pytest.raises(UserError, match="a directory has no revision main"):
         Captures(tmp_path / "root", revision="main")
-    assert predict("pre", sniffer={"capture": {"capture_pre_rope": True, "layers": [1]}}) == 0
+    assert predict("pre", sniffer={"capture": {"capture_pre_rope": True, "layers": [1, 3]}}) == 0
     with pytest.raises(UserError, match="the vectors are those before RoPE"):
         Captures(tmp_path / "pre").attention(1, 0, "topic-0")
     with pytest.raises(
-        UserError, match=r"l00h00q: not captured; there are query heads of the layers 1"
+        UserError, match=r"l00h00q: not captured; there are query heads of the layers 1, 3$"
     ):
         Captures(tmp_path / "pre").head(0, 0)
 

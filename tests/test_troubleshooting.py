@@ -55,7 +55,7 @@ def filled(node: ast.AST, names: Mapping[str, str]) -> str:
     """The text of an expression, with holes for what is only known when it runs."""
     match node:
         case ast.Constant(value=str(text)):
-            return re.sub(r"\{\}|%[\w.]+", HOLE, text)
+            return re.sub(r"\{\d?\}|%[\w.]+", HOLE, text)
         case ast.JoinedStr(values=parts):
             return "".join(filled(part, names) for part in parts)
         case ast.FormattedValue(value=value):

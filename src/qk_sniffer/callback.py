@@ -5,7 +5,7 @@ import shlex
 import signal
 import threading
 import time
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
@@ -47,6 +47,7 @@ from qk_sniffer.storage import (
     Ownership,
     check_space,
     clear_data_root,
+    data_root_path,
     discard_pulled,
     earlier_run,
     finalize,
@@ -88,7 +89,7 @@ class SnifferCallback(pl.Callback):
         self.output = output
         self.capture = capture
         self.check = check
-        self.data_root = Path(output.data_root)
+        self.data_root = data_root_path(output.data_root)
         self.config_yaml: str | None = None
         """The resolved config to save in the data root; the command line sets it."""
         self._sampler = build_sampler(
@@ -184,6 +185,7 @@ class SnifferCallback(pl.Callback):
         self._forewarn(trainer, header["n_positions"])
         self._checked = not self.check
         self._is_reading = True
+        self._unsaved_config = self.config_yaml
         self._started = time.monotonic()
         if ranks.is_first:
             self._progress = ProgressReport(trainer, header["settings"])
@@ -238,6 +240,7 @@ class SnifferCallback(pl.Callback):
         assert self._recorder is not None
         self._ownership.require()
         self._recorder.end_batch(self._fields)
+        self._save_config()
         lifeline = self._ranks.lifeline
         if lifeline is not None:
             lifeline.progress = self._recorder.progress
@@ -256,10 +259,13 @@ class SnifferCallback(pl.Callback):
         if self._received_sigterm:
             raise Stopped(signal.SIGTERM)
         gathered = self._ranks.gather(self._recorder.progress)
+        progress = [sum(numbers) for numbers in zip(*gathered, strict=True)]
         if self._ranks.is_first:
-            progress = [sum(numbers) for numbers in zip(*gathered, strict=True)]
             self._progress.show(progress, self._all_batches(trainer))
             self._progress.log(progress)
+        n_batches = progress[0]
+        if n_batches > 0 or not (self.data_root / CONFIG_FILE).exists():
+            self._save_config()
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the Parquet files, card and manifest, print what there is, and publish it."""
@@ -338,6 +344,9 @@ class SnifferCallback(pl.Callback):
             self._ownership.join()
         require_shared(self.data_root, ranks)
         module, data = trainer.lightning_module, _data_module(trainer)
+        check_heads = getattr(module, "check_heads", None)
+        if check_heads is not None:
+            ranks.first(lambda: check_heads(asdict(self.capture)))
         self._earlier = ranks.first(lambda: self._earlier_and_pulled(module, data))
 
     def _earlier_and_pulled(
@@ -387,8 +396,12 @@ class SnifferCallback(pl.Callback):
                 if self._earlier.is_pulled:
                     discard_pulled(self.data_root)
                 raise
-        if self.config_yaml is not None:
-            write_text(self.data_root / CONFIG_FILE, self.config_yaml)
+
+    def _save_config(self) -> None:
+        """Save the config once it has captured something: the one that is there describes what is."""
+        if self._ranks.is_first and self._unsaved_config is not None:
+            write_text(self.data_root / CONFIG_FILE, self._unsaved_config)
+            self._unsaved_config = None
 
     def _stop_on_sigterm(self, trainer: pl.Trainer) -> None:
         """While texts are read, note a SIGTERM, and pass it on to the processes that were launched.

@@ -1,7 +1,9 @@
 """The command ``qk-sniffer``; heavy imports wait until a command needs them."""
 
 import argparse
+import importlib.metadata
 import importlib.util
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qk_sniffer.errors import UserError
+from qk_sniffer.misspelt import did_you_mean, nearest
 from qk_sniffer.secrets import redact
 from qk_sniffer.signals import Stopped, stopping_on_signals
 
@@ -30,6 +33,7 @@ commands:
   convert-config FILE     print a config of the original scripts as one for predict
 
 `qk-sniffer predict --help` explains every field; `--print_config` prints a commented config.
+`qk-sniffer --version` prints the version; `python -m qk_sniffer` is the same command.
 """
 
 
@@ -42,7 +46,16 @@ def _predict(args: list[str]) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        misspelt = re.search(r"unrecognized arguments: (-[^\s=]+)", message)
+        if misspelt and (meant := nearest(misspelt[1], self._option_string_actions)):
+            raise UserError(f"{misspelt[1]}: no such option; did you mean {meant}?")
         raise UserError(f"{self.prog.split()[-1]}: {message}; `{self.prog} --help` lists the options")
+
+
+def _data_root(name: str) -> Path:
+    from qk_sniffer.storage import existing_data_root
+
+    return existing_data_root(name)
 
 
 def _estimate(args: list[str]) -> int:
@@ -68,7 +81,7 @@ def _estimate(args: list[str]) -> int:
 
 def _finalize(args: list[str]) -> int:
     parser = _Parser("qk-sniffer finalize", description="Write what an interrupted run captured.")
-    parser.add_argument("data_root", type=Path, help="directory of the run")
+    parser.add_argument("data_root", type=_data_root, help="directory of the run")
     data_root = parser.parse_args(args).data_root
 
     from qk_sniffer.storage import PULLED_DIRECTORY, finalize, merge_pulled, owned
@@ -84,7 +97,7 @@ def _finalize(args: list[str]) -> int:
 
 def _verify(args: list[str]) -> int:
     parser = _Parser("qk-sniffer verify", description="Check the files of a finished run.")
-    parser.add_argument("data_root", type=Path, help="directory of the run")
+    parser.add_argument("data_root", type=_data_root, help="directory of the run")
     parser.add_argument(
         "--against-model",
         action="store_true",
@@ -120,7 +133,7 @@ def _verify(args: list[str]) -> int:
 
 def _report(args: list[str]) -> int:
     parser = _Parser("qk-sniffer report", description="Draw a finished run.")
-    parser.add_argument("data_root", type=Path, help="directory of the run")
+    parser.add_argument("data_root", type=_data_root, help="directory of the run")
     parser.add_argument(
         "--heads",
         nargs="+",
@@ -149,7 +162,7 @@ def _report(args: list[str]) -> int:
 
 def _push(args: list[str]) -> int:
     parser = _Parser("qk-sniffer push", description="Publish a finished run on the Hub.")
-    parser.add_argument("data_root", type=Path, help="directory of the run")
+    parser.add_argument("data_root", type=_data_root, help="directory of the run")
     parser.add_argument("--hf_repo_id", help="Hub dataset, OWNER/NAME; default: the run's")
     parser.add_argument("--hf_branch", help="its branch; default: from the names of model and dataset")
     parser.add_argument(
@@ -244,9 +257,16 @@ def _run(argv: Sequence[str] | None) -> int:
     if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(_USAGE)
         return 0 if args else 2
+    if args[0] == "--version":
+        sys.stdout.write(f"qk-sniffer {importlib.metadata.version('qk-sniffer')}\n")
+        return 0
     try:
         if args[0] not in _COMMANDS:
-            raise UserError(f"{args[0]}: no such command; choose {', '.join(_COMMANDS)}")
+            choices = f"choose {', '.join(_COMMANDS)}"
+            if args[0].startswith("-"):
+                raise UserError(f"{args[0]}: the first word is a command; {choices}")
+            remedy = did_you_mean(args[0], (*_COMMANDS, "--version"), choices)
+            raise UserError(f"{args[0]}: no such command; {remedy}")
         return _COMMANDS[args[0]](args[1:])
     except UserError as error:
         # A DataLoader worker wraps the message in its own traceback; the message is the last line.

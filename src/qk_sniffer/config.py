@@ -10,6 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from qk_sniffer.errors import UserError
+from qk_sniffer.local_or_hub import is_address
 
 _BRANCH = re.compile(r"(?!refs/)(?!.*(\.\.|\.lock$))\w([\w.-]*\w)?(/\w([\w.-]*\w)?)*", re.ASCII)
 
@@ -116,6 +117,11 @@ class OutputConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.data_root), "sniffer.output.data_root: name a directory")
+        _require(
+            not is_address(self.data_root),
+            f"sniffer.output.data_root: {self.data_root} is an address; name a directory of this "
+            "machine, and copy or push it when the run has ended",
+        )
         require_hub_names(self.hf_repo_id, self.hf_branch)
 
 

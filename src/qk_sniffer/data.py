@@ -16,8 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qk_sniffer.batches import Batch, longest_first, plan_batches, rest_of, share_of
 from qk_sniffer.config import TokenizerConfig
-from qk_sniffer.errors import UserError, explained_loading
+from qk_sniffer.errors import UserError
 from qk_sniffer.ids import are_left
+from qk_sniffer.local_or_hub import explained_loading
 from qk_sniffer.models import ModelSource, vocabulary_size
 from qk_sniffer.ranks import Ranks
 from qk_sniffer.signals import tidied_up
@@ -55,7 +56,8 @@ class TextDataModule(pl.LightningDataModule):
     - ``truncated``, B booleans: whether ``tokenizer.max_length`` cut the text.
 
     Args:
-        path: Hub dataset id, or a local directory or file (jsonl, parquet, csv or txt).
+        path: Hub dataset id, or a local directory, file or pattern of files such as texts/*.jsonl, all
+            of one kind (jsonl, parquet, csv or txt) and read in the order of their names.
         name: Configuration of a Hub dataset that has several.
         revision: Branch, tag or commit of a Hub dataset.
         split: Split to read; local files without splits are train.
@@ -265,6 +267,7 @@ class TextDataModule(pl.LightningDataModule):
         with explained_loading(
             f"{field}: no tokenizer can be loaded from {source.name}",
             "name a local directory or a Hub id that you can reach and that has one",
+            source.name,
         ):
             tokenizer = AutoTokenizer.from_pretrained(**source.kwargs())
         tokenizer.truncation_side = "right"

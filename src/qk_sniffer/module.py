@@ -2,21 +2,22 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from qk_sniffer.batch_fields import sequence_lengths
-from qk_sniffer.capture import Sniffer, get_active_sniffer
+from qk_sniffer.capture import Sniffer, get_active_sniffer, heads_to_capture
 from qk_sniffer.errors import UserError
 from qk_sniffer.models import (
     ModelSource,
+    attention_geometry,
     capture_attention,
     config_vocabulary,
     decoder_backbone,
@@ -108,14 +109,44 @@ class SnifferModule(pl.LightningModule):
         Raises:
             UserError: It has not.
         """
+        with model_overlays(self.hparams["models_dir"]):
+            n_known = config_vocabulary(load_config(self.source, self.hparams["config_overrides"]))
+        if n_known is not None and not 0 <= smallest <= largest < n_known:
+            # The embedding may have more rows than the config says.
+            require_known_tokens(smallest, largest, decoder_backbone(self.skeleton()))
+
+    def check_heads(self, capture: Mapping[str, Any]) -> None:
+        """See that the model has the layers and heads that a config names, before weights are loaded.
+
+        Args:
+            capture: The section capture, as a mapping.
+
+        Raises:
+            UserError: It has not.
+        """
+        if capture["layers"] is None and capture["heads"] is None:
+            return
+        try:
+            layers = attention_geometry(decoder_backbone(self.skeleton())).layers
+        # Where a model's code needs the weights' values, the heads are looked up once they are loaded.
+        except Exception:
+            return
+        heads_to_capture(capture, layers)
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without its weights, as ``load_skeleton`` gives it.
+
+        Raises:
+            UserError: Its config can't be found or used.
+        """
         hparams = self.hparams
         with model_overlays(hparams["models_dir"]):
-            n_known = config_vocabulary(load_config(self.source, hparams["config_overrides"]))
-            if n_known is None or 0 <= smallest <= largest < n_known:
-                return
-            # The embedding may have more rows than the config says.
-            skeleton = load_skeleton(self.source, config_overrides=hparams["config_overrides"])
-        require_known_tokens(smallest, largest, decoder_backbone(skeleton))
+            return load_skeleton(
+                self.source,
+                dtype=hparams["dtype"],
+                attn_implementation=hparams["attn_implementation"],
+                config_overrides=hparams["config_overrides"],
+            )
 
     def check_trainer(self, trainer: pl.Trainer) -> None:
         """See that the trainer leaves the model as it is.

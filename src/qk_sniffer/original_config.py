@@ -3,13 +3,13 @@
 import json
 import math
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from qk_sniffer.errors import UserError
+from qk_sniffer.misspelt import did_you_mean
 
 Section = dict[str, Any]
 
@@ -143,9 +143,10 @@ def read_original(file: Path) -> dict[str, Section]:
         raise UserError(f"{file}: expected a mapping with the sections {', '.join(SECTIONS)}")
     for name in loaded:
         if name not in SECTIONS:
+            remedy = did_you_mean(str(name), SECTIONS, "remove it or mend its name")
             raise UserError(
                 f"{file}: {name}: no section of the original scripts, which have "
-                f"{', '.join(SECTIONS)}; remove it or mend its name"
+                f"{', '.join(SECTIONS)}; {remedy}"
             )
     for name in SECTIONS:
         if name not in loaded:
@@ -168,8 +169,7 @@ def _checked(file: Path, section: str, given: Section) -> Section:
     fields = FIELDS[section]
     for name in given:
         if name not in fields:
-            close = get_close_matches(str(name), fields, 1)
-            remedy = f"did you mean {close[0]}?" if close else "remove it or mend its name"
+            remedy = did_you_mean(str(name), fields, "remove it or mend its name")
             raise UserError(
                 f"{file}: {section}.{name}: no such field in the original scripts; {remedy}"
             )

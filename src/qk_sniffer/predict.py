@@ -1,10 +1,11 @@
 """``qk-sniffer predict``: LightningCLI restricted to prediction, with the callback built in."""
 
+import dataclasses
 import logging
-import re
 import sys
+import typing
 import warnings
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import lightning.pytorch as pl
 from jsonargparse import ArgumentError, set_parsing_settings
@@ -19,29 +20,16 @@ from qk_sniffer.config_files import bases_first
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.module import SnifferModule
+from qk_sniffer.parser_messages import HELP, explain
 
 _PARSER_OPTIONS = {"exit_on_error": False, "allow_abbrev": False}
-_HELP = "`qk-sniffer predict --help` lists the fields"
-_EXPLANATIONS = (
-    (r"does not accept option '(.+)'", "{}: no such key; " + _HELP),
-    (r"unrecognized arguments: (.+)", "{}: no such option; " + _HELP),
-    (r"arguments are required: (.+)", "{}: required; set it in the config file or as an option"),
-    (r'Parser key "(.+?)":.*Option \'(.+?)\' is not accepted', "{}.{}: no such key; " + _HELP),
-    (
-        r'Parser key "(.+?)":.*Subtypes: \[(.+?)\]\n.*Given value: (.*)',
-        "{}: expected one of {}, got {}; " + _HELP,
-    ),
-    (
-        r'Parser key "(.+?)":\s*Expected an? (.+?)\. Got value: (.*)',
-        "{}: expected {}, got {}; " + _HELP,
-    ),
-    (r'Parser key "config":(.*)', "--config: {}"),
-    (r"Problems parsing config: (.*)", "--config: not valid YAML: {}"),
-)
 
 
 class PredictCLI(LightningCLI):
     """The sections model, data, sniffer and trainer of one YAML file, run as a prediction."""
+
+    more_options: ClassVar[tuple[str, ...]] = ()
+    """Options of the command that are no fields of the config."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -61,6 +49,14 @@ class PredictCLI(LightningCLI):
         """Make the callback a section of its own."""
         parser.add_lightning_class_args(SnifferCallback, "sniffer")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse config and command line; a mistake is one line."""
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            fields = (*_fields(self._parser("predict")), *self.more_options)
+            raise UserError(explain(str(error), fields)) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, with a tqdm bar where bars are on and no second SnifferCallback."""
         config = self._get(self.config_init, "trainer")
@@ -77,7 +73,7 @@ class PredictCLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"trainer: {first_line(error)}; {_HELP}") from error
+            raise UserError(f"trainer: {first_line(error)}; {HELP}") from error
         _require_all_processes(trainer)
         return trainer
 
@@ -128,18 +124,30 @@ def start(cli: type[CLI], args: list[str]) -> CLI:
         "predict",
         *("--print_config=comments" if arg == "--print_config" else arg for arg in bases_first(args)),
     ]
-    try:
-        return cli(
-            SnifferModule,
-            TextDataModule,
-            save_config_callback=None,
-            seed_everything_default=False,
-            auto_configure_optimizers=False,
-            trainer_defaults={"logger": False, "enable_checkpointing": False},
-            parser_kwargs={**_PARSER_OPTIONS, "predict": _PARSER_OPTIONS},
-        )
-    except ArgumentError as error:
-        raise UserError(explain(str(error))) from error
+    return cli(
+        SnifferModule,
+        TextDataModule,
+        save_config_callback=None,
+        seed_everything_default=False,
+        auto_configure_optimizers=False,
+        trainer_defaults={"logger": False, "enable_checkpointing": False},
+        parser_kwargs={**_PARSER_OPTIONS, "predict": _PARSER_OPTIONS},
+    )
+
+
+def _fields(parser: LightningArgumentParser) -> list[str]:
+    """Every field that a config may have, such as data.path, and the options beside them."""
+    fields = [
+        option.removeprefix("--")
+        for option in parser._option_string_actions
+        if option.startswith("--") and not option.endswith("+")
+    ]
+    # A section that may be null is one option, and has its fields all the same.
+    for action in parser._actions:
+        for kind in typing.get_args(getattr(action, "_typehint", None)):
+            if dataclasses.is_dataclass(kind):
+                fields += [f"{action.dest}.{field.name}" for field in dataclasses.fields(kind)]
+    return fields
 
 
 def _require_all_processes(trainer: pl.Trainer) -> None:
@@ -161,23 +169,3 @@ def quiet_lightning() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", module="lightning")
-
-
-def explain(message: str) -> str:
-    """One line with field and remedy for what jsonargparse says in several.
-
-    Args:
-        message: The text of an ``ArgumentError``.
-    """
-    for pattern, template in _EXPLANATIONS:
-        if found := re.search(pattern, message, re.DOTALL):
-            line = template.format(*(_readable(group) for group in found.groups()))
-            return " ".join(line.split())
-    return " ".join(message.split())
-
-
-def _readable(text: str) -> str:
-    """Types and keys as a person writes them in YAML."""
-    text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text)
-    text = text.replace("predict.", "").replace("typing.", "").replace("NoneType", "null")
-    return re.sub(r"^Literal\[(.*)\]$", r"one of \1", text)

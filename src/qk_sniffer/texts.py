@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -13,19 +12,22 @@ from datasets.exceptions import DatasetsError
 
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.ids import collision, hash_ids
+from qk_sniffer.local_or_hub import absent
+from qk_sniffer.text_files import builder_arguments, is_pattern
 
 Row = dict[str, Any]
 
-_TEXT_FILE = re.compile(r"\.txt(\.(gz|bz2|xz|zst))?$")
-_TABLE_FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow)(\.(gz|bz2|xz|zst))?$")
 _ROWS_AT_ONCE = 16
 _READ_ERRORS = (OSError, ValueError, StopIteration, DatasetsError)
+_FIELDS = {"split": "(Unknown|Bad) split", "name": "BuilderConfig .* not found|Config name is missing"}
+"""How a message of datasets begins that is about another field than path."""
+
 _EMPTY = ("corresponds to no data", "No columns to parse", "BatchSize must be greater than 0")
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """A split of a Hub dataset, or of a local directory or file."""
+    """A split of a Hub dataset, or of a local directory, file or pattern of files."""
 
     path: str
     name: str | None
@@ -65,14 +67,22 @@ class TextSource:
         reason = first_line(error.__cause__ or error)
         if isinstance(error, StopIteration) or any(words in reason for words in _EMPTY):
             return self.no_rows()
-        field = "split" if re.match(r"(Unknown|Bad) split", reason) else "path"
-        return UserError(
-            f"data.{field}: {self.path} can't be read ({reason}); give a local file or directory, or a "
-            "Hub dataset that you can reach, and a split that it has"
+        field = next((field for field, start in _FIELDS.items() if re.match(start, reason)), "path")
+        if field == "path" and not is_pattern(self.path):
+            missing = absent("data.path", self.path, "file or directory", error)
+            if missing is not None:
+                return missing
+        remedy = "mend it, or name another" if field == "path" else "name one that it has"
+        if choices := re.search(r"available configs: (.*)", str(error)):
+            reason = f"it has several configurations: {choices[1]}"
+        # Every suffix that datasets knows follows, of pictures and sounds too.
+        reason = re.sub(
+            r" with any supported extension \[.*\]$", " with a suffix that datasets knows", reason
         )
+        return UserError(f"data.{field}: {self.path} can't be read ({reason}); {remedy}")
 
     def _open(self, *, streaming: bool) -> Any:
-        path, options = _builder_arguments(self.path)
+        path, options = builder_arguments(self.path)
         try:
             return datasets.load_dataset(
                 path,
@@ -109,21 +119,6 @@ class StreamedRows:
             raise self.source.unreadable(error) from error
         if index == 0:
             raise self.source.no_rows()
-
-
-def _builder_arguments(path: str) -> tuple[str, dict[str, Any]]:
-    """Arguments of ``load_dataset`` for a path; each local txt file becomes one row."""
-    local = Path(path)
-    if local.is_dir():
-        files = sorted(str(file) for file in local.rglob("*"))
-        texts = [file for file in files if _TEXT_FILE.search(file)]
-        if texts and not any(_TABLE_FILE.search(file) for file in files):
-            return "text", {"data_files": texts, "sample_by": "document"}
-    elif local.is_file():
-        if _TEXT_FILE.search(path):
-            return "text", {"data_files": [str(local)], "sample_by": "document"}
-        return str(local.resolve().parent), {"data_files": [local.name]}
-    return path, {}
 
 
 def check_columns(columns: list[str], text_column: str, id_column: str | None) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qk_sniffer.capture.random import WORD, philox4x32
 from qk_sniffer.errors import UserError
+from qk_sniffer.misspelt import did_you_mean
 
 MAX_POSITIONS = 2**31
 _DRAWS_AT_ONCE = 2**20
@@ -125,16 +126,19 @@ def _import_sampler(class_path: str) -> type[Sampler]:
     field = "sniffer.capture.sampler.type"
     module_name, _, class_name = class_path.rpartition(".")
     if not module_name:
-        raise UserError(
-            f"{field}: no sampler is called {class_path!r}; choose {', '.join(SAMPLERS)} "
-            "or the class path of a qk_sniffer.capture.Sampler subclass"
+        choices = (
+            f"choose {', '.join(SAMPLERS)} or the class path of a qk_sniffer.capture.Sampler subclass"
         )
+        remedy = did_you_mean(class_path, SAMPLERS, choices)
+        raise UserError(f"{field}: no sampler is called {class_path!r}; {remedy}")
     try:
         sampler_class = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+    except ImportError as error:
         raise UserError(
             f"{field}: {class_path} can't be imported ({error}); put its module on PYTHONPATH"
         ) from error
+    except AttributeError as error:
+        raise UserError(f"{field}: {module_name} has no {class_name}; name a class of it") from error
     if not (isinstance(sampler_class, type) and issubclass(sampler_class, Sampler)):
         raise UserError(f"{field}: {class_path} is not a subclass of qk_sniffer.capture.Sampler")
     return sampler_class

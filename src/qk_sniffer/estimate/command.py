@@ -1,7 +1,6 @@
 """``qk-sniffer estimate``: the config of ``predict``, read as predict reads it, and nothing run."""
 
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +17,6 @@ from qk_sniffer.estimate.timing import read_samples
 from qk_sniffer.models import (
     attention_geometry,
     decoder_backbone,
-    load_skeleton,
-    model_overlays,
     require_known_tokens,
     stored_quantization,
 )
@@ -30,6 +27,7 @@ from qk_sniffer.predict import PredictCLI, start
 class EstimateCLI(PredictCLI):
     """The parts of a prediction, made and not run."""
 
+    more_options = ("time",)
     lacks_device: UserError | None = None
     """Why the trainer is one of the CPU instead; None where it is the config's own."""
 
@@ -78,13 +76,7 @@ def estimate(args: list[str], *, timed: bool) -> str:
     if timed and cli.lacks_device is not None:
         raise cli.lacks_device
     module.check_trainer(trainer)
-    with model_overlays(module.hparams["models_dir"]):
-        skeleton = load_skeleton(
-            module.source,
-            dtype=module.hparams["dtype"],
-            attn_implementation=module.hparams["attn_implementation"],
-            config_overrides=module.hparams["config_overrides"],
-        )
+    skeleton = module.skeleton()
     backbone = decoder_backbone(skeleton)
     geometry = None if timed else attention_geometry(backbone)
     # What a data module asks of a trainer; the real one would have the callback take the data root.
@@ -108,7 +100,7 @@ def estimate(args: list[str], *, timed: bool) -> str:
         samples = read_samples(module, capture, device, data.tokenizer)
         timing = Timing(seconds_to_load, samples, trainer.world_size, str(device))
     quantization = stored_quantization(module.source.name, module.source.revision, skeleton.config)
-    return table(data, skeleton, capture, Path(sniffer.output.data_root), timing, quantization)
+    return table(data, skeleton, capture, sniffer.data_root, timing, quantization)
 
 
 def _load(module: SnifferModule, device: torch.device) -> float:

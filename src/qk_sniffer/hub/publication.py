@@ -105,7 +105,13 @@ def default_branch(settings: Mapping[str, Any]) -> str:
             "sniffer.output.hf_branch: null derives it from the model's name, and this module has "
             "none; name a branch"
         )
-    parts = [_FILE_TYPE.sub("", Path(name).name) for name in names if name is not None]
-    branch = "-".join(_NOT_IN_A_NAME.sub("-", part).strip("-.") for part in parts)
+    branch = "-".join(_short_name(name) for name in names if name is not None)
     require_hub_names(None, branch)
     return branch
+
+
+def _short_name(name: str) -> str:
+    """The end of a name; of a pattern of files that has no letters, such as *.jsonl, its directory."""
+    ends = (_FILE_TYPE.sub("", part) for part in reversed(Path(name).parts))
+    plain = (_NOT_IN_A_NAME.sub("-", end).strip("-.") for end in ends)
+    return next((end for end in plain if end), "")

@@ -1,8 +1,11 @@
 """Loads a causal language model with its config changed as the user asks."""
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +22,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from qk_sniffer.errors import UserError, explained_loading
+from qk_sniffer.errors import UserError, first_line
+from qk_sniffer.local_or_hub import explained_loading
+from qk_sniffer.misspelt import did_you_mean
 from qk_sniffer.models.attention import decoder_backbone
 from qk_sniffer.models.checkpoint import refuse_broken
 from qk_sniffer.models.refusals import refuse_unsupported
 
 _DIGESTED_VALUES = 64
+_ATTENTION = re.compile("attn_implementation|flash ?attention", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,9 @@ class ModelSource:
     revision: str = "main"
     gguf_file: str | None = None
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", os.path.expanduser(self.name))
 
     def kwargs(self) -> dict[str, Any]:
         """Arguments of every ``from_pretrained`` call for this source."""
@@ -55,6 +64,7 @@ def load_config(
             can't be captured.
     """
     with explained(source, "give a local directory with a config.json or a Hub id that you can reach"):
+        _require_files(source)
         config = AutoConfig.from_pretrained(**source.kwargs())
     for name, value in (config_overrides or {}).items():
         override_config(config, name, value)
@@ -82,7 +92,10 @@ def load_model(
     # Before it had GgufConfig, transformers always dequantized.
     if source.gguf_file is not None and hasattr(transformers, "GgufConfig"):
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with explained(source, "see the model section of the config"):
+    with (
+        explained(source, "see the model section of the config"),
+        explained_attention(attn_implementation),
+    ):
         model, info = auto_class(config).from_pretrained(**kwargs, output_loading_info=True)
     _refuse_missing_weights(source, model, info["missing_keys"])
     return model
@@ -92,7 +105,7 @@ def load_model(
 def explained(source: ModelSource, remedy: str) -> Iterator[None]:
     """Turn what transformers raises for ``source`` into a ``UserError``."""
     try:
-        with explained_loading(f"model.name: {source.name} can't be loaded", remedy):
+        with explained_loading(f"model.name: {source.name} can't be loaded", remedy, source.name):
             yield
     except Exception as error:
         refuse_broken(source.name, source.revision, error)
@@ -103,6 +116,34 @@ def explained(source: ModelSource, remedy: str) -> Iterator[None]:
                 "checkpoint that fits its config"
             ) from error
         raise
+
+
+def _require_files(source: ModelSource) -> None:
+    """See that a local model is a directory with what it is loaded from."""
+    path, gguf_file = Path(source.name), source.gguf_file
+    if path.is_file():
+        raise UserError(
+            f"model.name: {path} is a file; name its directory, and set model.gguf_file if it is "
+            "a GGUF file"
+        )
+    if path.is_dir() and gguf_file and not (path / gguf_file).exists():
+        raise UserError(f"model.gguf_file: {path} has no {gguf_file}; name a GGUF file that it has")
+    if path.is_dir() and not gguf_file and not (path / "config.json").exists():
+        raise UserError(f"model.name: {path} has no config.json; give a directory with a model")
+
+
+@contextmanager
+def explained_attention(attn_implementation: str | None) -> Iterator[None]:
+    """Turn what transformers raises for an attention that it can't use into a ``UserError``."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        if attn_implementation is None or not _ATTENTION.search(str(error)):
+            raise
+        raise UserError(
+            f"model.attn_implementation: {attn_implementation} can't be used ({first_line(error)}); "
+            "choose another, install what it needs, or set it to null"
+        ) from error
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -140,9 +181,10 @@ def override_config(config: PreTrainedConfig, name: str, value: Any) -> None:
     """
     name = "rope_parameters" if name == "rope_scaling" else name
     if not hasattr(config, name):
+        known = (*config.to_dict(), "rope_scaling")
+        remedy = did_you_mean(name, known, "see the model's config.json")
         raise UserError(
-            f"model.config_overrides.{name}: {type(config).__name__} has no such field; see the "
-            "model's config.json"
+            f"model.config_overrides.{name}: {type(config).__name__} has no such field; {remedy}"
         )
     current = getattr(config, name)
     if isinstance(current, PreTrainedConfig):

@@ -29,7 +29,7 @@ def model_overlays(models_dir: str | None) -> Iterator[None]:
 
 
 def _overlay_files(models_dir: str) -> list[Path]:
-    directory = Path(models_dir)
+    directory = Path(models_dir).expanduser()
     if not directory.is_dir():
         raise UserError(
             f"model.models_dir: {models_dir} is not a directory; name one that holds "

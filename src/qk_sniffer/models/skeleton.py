@@ -9,7 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from qk_sniffer.errors import UserError, first_line
-from qk_sniffer.models.loading import ModelSource, auto_class, explained, load_config
+from qk_sniffer.models.loading import (
+    ModelSource,
+    auto_class,
+    explained,
+    explained_attention,
+    load_config,
+)
 from qk_sniffer.models.probe import AttentionGeometry, see_geometry
 
 
@@ -38,7 +44,11 @@ def load_skeleton(
     }
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
-    with explained(source, "see the model section of the config"), torch.device("meta"):
+    with (
+        explained(source, "see the model section of the config"),
+        explained_attention(attn_implementation),
+        torch.device("meta"),
+    ):
         model: PreTrainedModel = auto_class(config).from_config(config, **kwargs)
     return model.eval()
 

@@ -172,7 +172,8 @@ class Captures:
         what = "query" if kind == "q" else "key"
         if there:
             return f"{name}: not captured; layer {layer} has the {what} heads {', '.join(there)}"
-        layers = ", ".join(str(h.layer.layer_idx) for h in self.heads if h.kind == kind)
+        numbers = sorted({h.layer.layer_idx for h in self.heads if h.kind == kind})
+        layers = ", ".join(map(str, numbers))
         return f"{name}: not captured; there are {what} heads of the layers {layers or 'none'}"
 
     def _require_explained(self, layer: AttentionLayer) -> None:

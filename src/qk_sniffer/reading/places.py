@@ -9,7 +9,13 @@ from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundErr
 from qk_sniffer.errors import UserError
 from qk_sniffer.hub.branch import MAIN, Branch
 from qk_sniffer.hub.requests import explained, retried
-from qk_sniffer.storage import MANIFEST_FILE, note_owner, read_manifest, require_manifest
+from qk_sniffer.storage import (
+    MANIFEST_FILE,
+    existing_data_root,
+    note_owner,
+    read_manifest,
+    require_manifest,
+)
 
 
 class CapturePlace(Protocol):
@@ -127,7 +133,7 @@ def place_of(path_or_repo: str | Path, revision: str | None) -> CapturePlace:
     if path.exists() or not is_repo:
         if revision is not None:
             raise UserError(f"{path}: a directory has no revision {revision}; leave it out")
-        return LocalPlace(path)
+        return LocalPlace(existing_data_root(path_or_repo))
     try:
         return HubPlace(name, revision or MAIN)
     except UserError as error:

@@ -1,5 +1,6 @@
 """The dataset card: the YAML that lets datasets load a head by name, and a page for a reader."""
 
+import glob
 import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -100,8 +101,13 @@ def _size_category(rows: int) -> str:
 def shown_names(settings: Mapping[str, Any]) -> tuple[str, str]:
     """What a reader is told of the names of model and dataset: of a path on a disk its end."""
     names = (settings["model"].get("name"), settings["data"].get("path"))
-    model, text = (name and (Path(name).name if _is_path(name) else name) for name in names)
+    model, text = (name and (_end(name) if _is_path(name) else name) for name in names)
     return model or "a causal language model", text or "a dataset"
+
+
+def _end(path: str) -> str:
+    """The last part of a path; of a pattern of files its directory too."""
+    return "/".join(Path(path).parts[-2 if glob.has_magic(path) else -1 :])
 
 
 def _is_path(name: str) -> bool:

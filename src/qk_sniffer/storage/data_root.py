@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qk_sniffer.errors import UserError
+from qk_sniffer.local_or_hub import is_address
 from qk_sniffer.ranks import Ranks
 from qk_sniffer.storage.commits import (
     HEADER_FILE,
@@ -140,6 +141,31 @@ def earlier_run(data_root: Path) -> EarlierRun | None:
         finalizing=log.finalizing is not None,
         is_pulled=len(found) == len(runs) and all(run.directory != data_root for run in runs),
     )
+
+
+def data_root_path(name: str | Path) -> Path:
+    """The path of a data root as a person names it."""
+    path = Path(name).expanduser()
+    # pyarrow would take the run of run:1/l00h00q for a scheme, such as s3.
+    return path.absolute() if ":" in str(path).partition("/")[0] else path
+
+
+def existing_data_root(name: str | Path) -> Path:
+    """The data root of this name, which a command is to read.
+
+    Raises:
+        UserError: No such directory is on this machine.
+    """
+    if is_address(str(name)):
+        raise UserError(
+            f"{name}: an address; a data root is a directory of this machine, so copy it first"
+        )
+    data_root = data_root_path(name)
+    if not data_root.exists():
+        raise UserError(f"{name}: no such directory is here; name the data root of a run")
+    if not data_root.is_dir():
+        raise UserError(f"{name}: no directory but a file; name the data root of a run")
+    return data_root
 
 
 def prepare_data_root(data_root: Path, overwrite: bool) -> None:
