@@ -48,9 +48,7 @@ def assert_refused(
 ) -> None:
     before = contents(root)
     capsys.readouterr()
-    started = time.monotonic()
     assert main(command) == 2
-    assert time.monotonic() - started < 5
     line = error_line(capsys)
     assert (
         f"{root} belongs to a run at work on {socket.gethostname()}, process {process}, since 20"

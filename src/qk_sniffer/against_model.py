@@ -18,7 +18,7 @@ from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter
 from qk_sniffer.models import check_capture
 from qk_sniffer.module import SnifferModule
-from qk_sniffer.storage import DATA_FILE, EXAMPLES_DIRECTORY, head_name, require_manifest
+from qk_sniffer.storage import DATA_FILE, EXAMPLES_DIRECTORY, head_name, read_examples, require_manifest
 from qk_sniffer.verify import captured_heads
 
 _TEXTS = 4
@@ -64,7 +64,7 @@ class _Comparison(pl.Callback):
         self._data_root = data_root
         self._heads = captured_heads(manifest)
         self._capture = manifest["settings"]["capture"]
-        examples = pq.read_table(data_root / EXAMPLES_DIRECTORY / DATA_FILE)
+        examples = read_examples(data_root / EXAMPLES_DIRECTORY / DATA_FILE)
         ids = examples["example_id"].to_pylist()
         self._lengths = dict(zip(ids, examples["n_tokens"].to_pylist(), strict=True))
         self._left = set(random.Random(0).sample(ids, min(_TEXTS, len(ids))))

@@ -1,12 +1,17 @@
 """Which heads of which layers are captured: filters, grouped-query attention and random draws."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from qk_sniffer.capture.attention import ScoreFunction
 from qk_sniffer.capture.random import philox4x32
 from qk_sniffer.errors import UserError
+
+
+def known_fields(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass among some values, of which a later version may have more."""
+    return {field.name: values[field.name] for field in fields(cls) if field.name in values}
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,13 @@ class AttentionLayer:
     scores: ScoreFunction | None = None
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> "AttentionLayer":
+    def of(cls, values: Mapping[str, Any]) -> "AttentionLayer":
         """The layer that ``dataclasses.asdict`` has made a mapping of."""
-        scores = fields.get("scores")
-        return cls(**{**fields, "scores": None if scores is None else ScoreFunction(**scores)})
+        scores = values.get("scores")
+        known = known_fields(cls, values)
+        if scores is not None:
+            known["scores"] = ScoreFunction(**known_fields(ScoreFunction, scores))
+        return cls(**known)
 
     def key_head(self, head: int) -> int:
         """The key head that serves a query head, by grouped-query attention."""

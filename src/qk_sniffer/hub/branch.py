@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.hub.requests import HTTP_ERROR, retried, status_of
-from qk_sniffer.storage import CARD_FILE, MANIFEST_FILE, is_manifest
+from qk_sniffer.storage import CARD_FILE, MANIFEST_FILE, manifest_fault
 
 Operation = CommitOperationAdd | CommitOperationDelete
 
@@ -126,9 +126,9 @@ class Branch:
         """The manifest of a commit; None where its files are no capture."""
         try:
             manifest = json.loads(self.text(commit, MANIFEST_FILE) or "null")
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
-        return manifest if is_manifest(manifest) else None
+        return manifest if manifest_fault(manifest) is None else None
 
     def download(self, commit: str, paths: Sequence[str], directory: Path) -> None:
         """Bring files of a commit into a directory; those that are there already stay.

@@ -3,13 +3,19 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from qk_sniffer.config import require_hub_names
-from qk_sniffer.errors import UserError
-from qk_sniffer.storage import PUBLICATION_FILE, Place, explained_writing, write_text
+from qk_sniffer.errors import UserError, first_line
+from qk_sniffer.storage import (
+    PUBLICATION_FILE,
+    Place,
+    explained_writing,
+    publication_fault,
+    write_text,
+)
 
 _FILE_TYPE = re.compile(r"\.(jsonl?|parquet|csv|txt)$")
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._]+")
@@ -82,12 +88,20 @@ class Publication:
         if not path.exists():
             return None
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            fault = publication_fault(content)
+            if fault is None:
+                require_hub_names(content["repo_id"], content["branch"])
+        except (ValueError, RecursionError, OSError, UserError) as error:
+            fault = first_line(error)
+        if fault is not None:
             raise UserError(
-                f"{path}: damaged, it does not name a repository; remove it, then give "
+                f"{path}: damaged, it does not name a repository ({fault}); remove it, then give "
                 "`qk-sniffer push` --hf_repo_id and --hf_branch"
-            ) from error
+            )
+        return cls(
+            **{field.name: content[field.name] for field in fields(cls) if field.name in content}
+        )
 
 
 def default_branch(settings: Mapping[str, Any]) -> str:

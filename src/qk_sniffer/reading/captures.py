@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
 from qk_sniffer.capture import AttentionLayer
@@ -16,13 +15,13 @@ from qk_sniffer.errors import UserError
 from qk_sniffer.reading.attention import Attention, attention_of
 from qk_sniffer.reading.head import Head, Numbers
 from qk_sniffer.reading.places import place_of
-from qk_sniffer.reading.rows import readable
 from qk_sniffer.storage import (
     DATA_FILE,
     EXAMPLES_DIRECTORY,
     HEAD_DIRECTORY,
     Kind,
     head_name,
+    read_examples,
     shown_names,
 )
 
@@ -77,8 +76,7 @@ class Captures:
     def examples(self) -> pa.Table:
         """The texts: example_id, source_id, n_tokens and truncated."""
         path = self._place.file(f"{EXAMPLES_DIRECTORY}/{DATA_FILE}")
-        with readable(path):
-            return pq.read_table(path)
+        return read_examples(path)
 
     def example_id(self, source_id: str) -> int:
         """The id of the text that the dataset knows by another.

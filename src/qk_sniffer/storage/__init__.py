@@ -9,6 +9,7 @@ from qk_sniffer.storage.card import (
     write_card,
 )
 from qk_sniffer.storage.card_parts import compose_card, own_part
+from qk_sniffer.storage.checked import manifest_fault, publication_fault, refuse_links
 from qk_sniffer.storage.data_root import (
     EarlierRun,
     check_space,
@@ -22,6 +23,7 @@ from qk_sniffer.storage.data_root import (
     require_captured,
     require_shared,
 )
+from qk_sniffer.storage.examples import read_examples
 from qk_sniffer.storage.files import explained_writing, sync_directory, sync_file, write_text
 from qk_sniffer.storage.finalizing import finalize, merge_pulled, n_threads
 from qk_sniffer.storage.finished import stored_example_ids
@@ -29,7 +31,6 @@ from qk_sniffer.storage.journal import QUEUE_BYTES, Block, Example, JournalWrite
 from qk_sniffer.storage.manifest import (
     count_rows,
     describe_beyond,
-    is_manifest,
     read_manifest,
     require_manifest,
 )
@@ -102,8 +103,8 @@ __all__ = [
     "head_name",
     "head_schema",
     "is_described",
-    "is_manifest",
     "journal_bytes",
+    "manifest_fault",
     "merge_pulled",
     "n_threads",
     "note_owner",
@@ -111,7 +112,10 @@ __all__ = [
     "owned",
     "owner_of",
     "prepare_data_root",
+    "publication_fault",
+    "read_examples",
     "read_manifest",
+    "refuse_links",
     "remove_report",
     "render_card",
     "report_files",

@@ -22,7 +22,8 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from qk_sniffer.errors import UserError
-from qk_sniffer.storage.files import replacing
+from qk_sniffer.storage.checked import header_fault, is_commit
+from qk_sniffer.storage.files import damaged, read_json, replacing
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,19 @@ class CommitLog:
     def records(self) -> list[Commit | bool]:
         """What a log is to hold."""
         return [*self.commits, *([] if self.finalizing is None else [self.finalizing])]
+
+
+def read_header(journal: Path) -> dict[str, Any]:
+    """What a journal's header says is captured.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    path = journal / HEADER_FILE
+    header = read_json(path)
+    if fault := header_fault(header):
+        raise damaged(path, f"it is no header of a journal ({fault})")
+    return header
 
 
 def part_directory(journal: Path, rank: int) -> Path:
@@ -174,7 +188,13 @@ def read_commits(directory: Path) -> CommitLog:
         if not line.endswith(b"\n") or xxhash.xxh3_64_hexdigest(content).encode() != digest:
             log.n_broken += 1
             continue
-        fields = json.loads(content)
+        try:
+            fields = json.loads(content)
+        except (ValueError, RecursionError):
+            fields = None
+        if not is_commit(fields):
+            log.n_broken += 1
+            continue
         if "finalizing" in fields:
             log.finalizing = fields["finalizing"]
             continue

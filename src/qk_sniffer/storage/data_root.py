@@ -17,14 +17,16 @@ import numpy.typing as npt
 from qk_sniffer.errors import UserError
 from qk_sniffer.local_or_hub import is_address
 from qk_sniffer.ranks import Ranks
+from qk_sniffer.storage.checked import refuse_links
 from qk_sniffer.storage.commits import (
     HEADER_FILE,
     locked_journal,
     part_directories,
+    read_header,
     read_journal,
     repair,
 )
-from qk_sniffer.storage.files import explained_writing, read_json
+from qk_sniffer.storage.files import explained_writing
 from qk_sniffer.storage.finished import finished_runs
 from qk_sniffer.storage.reports import remove_report
 from qk_sniffer.storage.schema import (
@@ -130,7 +132,7 @@ def earlier_run(data_root: Path) -> EarlierRun | None:
     runs = finished_runs(data_root)
     found = [run.manifest for run in runs]
     if (journal / HEADER_FILE).exists():
-        found.insert(0, read_json(journal / HEADER_FILE))
+        found.insert(0, read_header(journal))
     if not found:
         return None
     log = read_journal(journal)
@@ -176,8 +178,9 @@ def prepare_data_root(data_root: Path, overwrite: bool) -> None:
         overwrite: Whether what it holds is to be replaced.
 
     Raises:
-        UserError: It holds what is not a run's and ``overwrite`` is false.
+        UserError: It holds a link, or what is not a run's and ``overwrite`` is false.
     """
+    refuse_links(data_root)
     tokens = [entry for entry in data_root.iterdir() if _TOKEN_FILE.fullmatch(entry.name)]
     names = {entry.name for entry in data_root.iterdir()} - {token.name for token in tokens}
     for token in tokens:

@@ -54,12 +54,17 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{path}: damaged, it is no JSON ({first_line(error)}); restore it from a copy, or set "
-            "sniffer.output.overwrite to true to start anew"
-        ) from error
+    except (ValueError, RecursionError, OSError) as error:
+        raise damaged(path, f"it is no JSON ({first_line(error)})") from error
     return content
+
+
+def damaged(path: Path, fault: str) -> UserError:
+    """The error for a file of a data root that can't be believed."""
+    return UserError(
+        f"{path}: damaged, {fault}; restore it from a copy, or set sniffer.output.overwrite to true to "
+        "start anew"
+    )
 
 
 @contextmanager

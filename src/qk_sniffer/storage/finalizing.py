@@ -20,6 +20,7 @@ import xxhash
 from qk_sniffer.errors import UserError
 from qk_sniffer.ranks import ALONE, Dealer, Ranks
 from qk_sniffer.storage.card import write_card
+from qk_sniffer.storage.checked import refuse_links
 from qk_sniffer.storage.commits import (
     COMMITS_FILE,
     HEADER_FILE,
@@ -34,6 +35,7 @@ from qk_sniffer.storage.commits import (
     read_journal,
     write_commits,
 )
+from qk_sniffer.storage.examples import read_examples
 from qk_sniffer.storage.files import explained_writing, sync_directory
 from qk_sniffer.storage.finished import FinishedRun, finished_runs
 from qk_sniffer.storage.journal import JournalWriter
@@ -93,6 +95,8 @@ def finalize(
             holds stays there.
     """
     directory = data_root / JOURNAL_DIRECTORY
+    if data_root.is_dir():
+        ranks.first(lambda: refuse_links(data_root))
     if not ranks.first((directory / HEADER_FILE).exists):
         return ranks.first(lambda: _end_removal(data_root))
     again = f"qk-sniffer finalize {data_root}"
@@ -221,7 +225,7 @@ def _all_examples(journal: JournalReader, earlier: Sequence[FinishedRun]) -> pa.
     """The examples table: those of the finished runs that are merged, and the others of the journal."""
     tables = [EXAMPLES_SCHEMA.empty_table()]
     for run in earlier:
-        stored = pq.read_table(run.directory / EXAMPLES_DIRECTORY / DATA_FILE).cast(EXAMPLES_SCHEMA)
+        stored = read_examples(run.directory / EXAMPLES_DIRECTORY / DATA_FILE)
         tables.append(stored.filter(pa.array(run.selects(stored["example_id"].to_numpy()))))
     stored_ids = pa.concat_tables(tables)["example_id"].to_numpy()
     for batch in journal.examples():

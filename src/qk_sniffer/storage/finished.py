@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
 from qk_sniffer.ids import ExampleFilter
+from qk_sniffer.storage.examples import read_examples
 from qk_sniffer.storage.manifest import read_manifest
 from qk_sniffer.storage.schema import DATA_FILE, EXAMPLES_DIRECTORY, PULLED_DIRECTORY
 
@@ -33,11 +33,15 @@ class FinishedRun:
 
 
 def stored_example_ids(directory: Path) -> npt.NDArray[np.int32]:
-    """The examples of a finished run, (E,) int32; none where its table is missing."""
+    """The examples of a finished run, (E,) int32; none where its table is missing.
+
+    Raises:
+        UserError: It is damaged.
+    """
     path = directory / EXAMPLES_DIRECTORY / DATA_FILE
     if not path.exists():
         return _NONE
-    ids: npt.NDArray[np.int32] = pq.read_table(path, columns=["example_id"])["example_id"].to_numpy()
+    ids: npt.NDArray[np.int32] = read_examples(path, ["example_id"])["example_id"].to_numpy()
     return ids
 
 
@@ -49,7 +53,7 @@ def finished_runs(data_root: Path, captured: npt.NDArray[np.int32] = _NONE) -> l
         captured: Examples in its journal, which are not taken from a pulled run.
 
     Raises:
-        UserError: A manifest is damaged.
+        UserError: A manifest or a table of texts is damaged.
     """
     runs: list[FinishedRun] = []
     seen = _NONE

@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from qk_sniffer.errors import UserError
-from qk_sniffer.storage.files import read_json, write_text
+from qk_sniffer.storage.checked import manifest_fault, refuse_links, require_schema_version
+from qk_sniffer.storage.files import damaged, read_json, write_text
 from qk_sniffer.storage.ownership import owner_of
 from qk_sniffer.storage.parquet import FileFacts
 from qk_sniffer.storage.schema import HEAD_DIRECTORY, MANIFEST_FILE, SCHEMA_VERSION
 
-_FIELDS = {"schema_version", "complete", "fingerprint", "settings", "layers", "examples", "heads"}
 _OF_THE_HEADER = ("fingerprint", "versions", "settings", "layers", "notes")
 
 
@@ -100,11 +100,6 @@ def write_manifest(data_root: Path, manifest: Mapping[str, Any]) -> None:
     write_text(data_root / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
 
 
-def is_manifest(content: Any) -> bool:
-    """Whether what a JSON file holds is the manifest of a run."""
-    return isinstance(content, dict) and content.keys() >= _FIELDS
-
-
 def read_manifest(data_root: Path) -> dict[str, Any] | None:
     """The manifest of a data root, None where it is not finished.
 
@@ -115,16 +110,9 @@ def read_manifest(data_root: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     manifest = read_json(path)
-    if not is_manifest(manifest):
-        raise UserError(
-            f"{path}: damaged, it is no manifest of a run; restore it from a copy, or set "
-            "sniffer.output.overwrite to true to start anew"
-        )
-    if manifest["schema_version"] > SCHEMA_VERSION:
-        raise UserError(
-            f"{path}: schema_version {manifest['schema_version']} is newer than this qk-sniffer, which "
-            f"knows {SCHEMA_VERSION}; install a newer one"
-        )
+    require_schema_version(path, manifest)
+    if fault := manifest_fault(manifest):
+        raise damaged(path, f"it is no manifest of a run ({fault})")
     return manifest
 
 
@@ -135,6 +123,8 @@ def require_manifest(data_root: Path) -> dict[str, Any]:
         UserError: There is none, or it is damaged.
     """
     manifest = read_manifest(data_root)
+    if manifest is not None:
+        refuse_links(data_root)
     if manifest is None:
         if (owner := owner_of(data_root)) is not None:
             raise UserError(

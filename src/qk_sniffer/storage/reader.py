@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from qk_sniffer.storage.commits import HEADER_FILE, Commit, read_journal
-from qk_sniffer.storage.files import read_json
+from qk_sniffer.storage.commits import Commit, read_header, read_journal
 from qk_sniffer.storage.journal import ALIGNMENT, DTYPES, INDEX
 
 _NUMPY_DTYPES = {
@@ -42,7 +41,7 @@ class JournalReader:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.header: dict[str, Any] = read_json(directory / HEADER_FILE)
+        self.header = read_header(directory)
         self.log = read_journal(directory)
         self._read_tokens = lru_cache(_BATCHES_AT_HAND)(self._tokens_of_batch)
         self._batch_of_example: dict[int, int] | None = None

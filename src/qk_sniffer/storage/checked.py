@@ -1,0 +1,329 @@
+"""Files of a data root as somebody else may have made them: each is checked before it is believed.
+
+A manifest comes from a branch of the Hub or a copied directory as often as from a run on this machine,
+and its names become paths. JSON Schema says what each field may be; fields that are not named here are
+those of a later version, and stay.
+"""
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+from jsonschema.validators import extend
+
+from qk_sniffer.errors import UserError
+from qk_sniffer.storage.schema import (
+    CARD_FILE,
+    CONFIG_FILE,
+    EXAMPLES_DIRECTORY,
+    HEAD_DIRECTORY,
+    JOURNAL_DIRECTORY,
+    MANIFEST_FILE,
+    PUBLICATION_FILE,
+    PULLED_DIRECTORY,
+    PULLING_DIRECTORY,
+    REPORT_DIRECTORY,
+    SCHEMA_VERSION,
+)
+
+_MOST = 2**53
+_MOST_INT32 = 2**31 - 1
+_MOST_HEADS, _MOST_LAYERS, _LONGEST_VECTOR = 2**20, 2**20, 2**20
+_SHOWN = 100
+
+
+def _integer(least: int = 0, most: int = _MOST) -> dict[str, Any]:
+    return {"type": "integer", "minimum": least, "maximum": most}
+
+
+def _object(required: Mapping[str, Any], optional: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    properties = {**required, **(optional or {})}
+    return {"type": "object", "required": list(required), "properties": properties}
+
+
+def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def _array(items: Mapping[str, Any], least: int = 0) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": least}
+
+
+_TEXT, _FLAG, _NUMBER = {"type": "string"}, {"type": "boolean"}, {"type": "number"}
+_NAME = _or_null(_TEXT)
+_NUMBERS = _or_null(_array(_integer(0, _MOST_LAYERS), 1))
+_LAYER_IDX = _integer(0, _MOST_LAYERS)
+_FILE = _object(
+    {
+        "rows": _integer(),
+        "bytes": _integer(),
+        "xxh3_128": {"type": "string", "pattern": r"^[0-9a-f]{32}\Z"},
+    },
+    {"non_finite": _integer(1)},
+)
+_CAPTURE = _object(
+    {
+        "capture_queries": _FLAG,
+        "capture_keys": _FLAG,
+        "layers": _NUMBERS,
+        "heads": _NUMBERS,
+        "head_sampling": _or_null(_object({"count": _integer(1), "seed": {"type": "integer"}})),
+        "full_attention_only": _FLAG,
+        "capture_pre_rope": _FLAG,
+        "capture_token_strings": _FLAG,
+        "min_bucket_size": _integer(1),
+        "sampler": _object(
+            {
+                "type": _TEXT,
+                "base_rate": {"type": "number", "minimum": 0},
+                "seed": {"type": "integer", "minimum": -(2**63), "exclusiveMaximum": 2**64},
+            }
+        ),
+    }
+)
+_SETTINGS = _object(
+    {
+        "model": _object({}, {"name": _NAME, "revision": _NAME, "dtype": _NAME}),
+        "data": _object(
+            {},
+            {
+                "path": _NAME,
+                "split": _NAME,
+                "tokenizer": _object({}, {"max_length": _or_null(_integer(1))}),
+            },
+        ),
+        "capture": _CAPTURE,
+    }
+)
+_SLOPES = _or_null(_array(_NUMBER))
+_LAYER = _object(
+    {
+        "layer_idx": _LAYER_IDX,
+        "num_attention_heads": _integer(1, _MOST_HEADS),
+        "num_key_value_heads": _integer(1, _MOST_HEADS),
+        "head_dim": _integer(1, _LONGEST_VECTOR),
+        "sliding_window": _or_null(_integer(1, _MOST_INT32)),
+    },
+    {
+        "chunked": _FLAG,
+        "scores": _or_null(
+            _object(
+                {"scaling": _NUMBER},
+                {"softcap": _or_null(_NUMBER), "alibi_slopes": _SLOPES, "sinks": _SLOPES},
+            )
+        ),
+    },
+)
+_RUN: dict[str, Any] = {
+    "fingerprint": {"type": "object"},
+    "settings": _SETTINGS,
+    "layers": _array(_LAYER, 1),
+}
+_OF_A_RUN: dict[str, Any] = {"versions": {"type": "object"}, "notes": _array(_TEXT)}
+_MANIFEST = _object(
+    {
+        "schema_version": _integer(1),
+        "complete": _FLAG,
+        **_RUN,
+        "examples": _FILE,
+        "heads": {
+            "type": "object",
+            "minProperties": 1,
+            "propertyNames": {"pattern": rf"^{HEAD_DIRECTORY.pattern}\Z"},
+            "additionalProperties": _FILE,
+        },
+    },
+    {
+        **_OF_A_RUN,
+        "buckets": {
+            "type": "object",
+            "propertyNames": {"pattern": r"^\d+\Z"},
+            "additionalProperties": _integer(),
+        },
+        "beyond_positions": _object(
+            {"positions": _integer(1), "texts": _integer(1), "longest": _integer(1)}
+        ),
+        "non_finite": _object(
+            {"rows": _integer(1), "texts": _integer(1), "layers": _array(_LAYER_IDX, 1)}
+        ),
+    },
+)
+_STREAM = _object(
+    {
+        "layer_idx": _LAYER_IDX,
+        "kind": {"enum": ["q", "k"]},
+        "heads": _array(_integer(0, _MOST_HEADS), 1),
+        "head_dim": _integer(1, _LONGEST_VECTOR),
+    }
+)
+_HEADER = _object(
+    {**_RUN, **_OF_A_RUN, "streams": _array(_STREAM, 1)}, {"n_positions": _or_null(_integer(1))}
+)
+_PUBLICATION = _object(
+    {"repo_id": _TEXT, "branch": _TEXT},
+    {"private": _FLAG, "replaces": _or_null({"pattern": r"^[0-9a-f]{40}\Z", **_TEXT}), "card": _TEXT},
+)
+
+
+_SEGMENT = re.compile(r"segment-\d{5,}\.arrow")
+
+
+def _is_integer(_: Any, value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(_: Any, value: Any) -> bool:
+    # JSON has no NaN; softcaps and sinks may be infinite.
+    return _is_integer(_, value) or (isinstance(value, float) and not math.isnan(value))
+
+
+_Validator = extend(
+    Draft202012Validator,
+    type_checker=Draft202012Validator.TYPE_CHECKER.redefine_many(
+        {"integer": _is_integer, "number": _is_number}
+    ),
+)
+
+
+def manifest_fault(content: Any) -> str | None:
+    """What is wrong with the manifest of a run; None where nothing is."""
+    return _fault(_MANIFEST, content) or _fault_of_heads(content)
+
+
+def header_fault(content: Any) -> str | None:
+    """What is wrong with the header of a journal; None where nothing is."""
+    return _fault(_HEADER, content) or _fault_of_layers(content["layers"])
+
+
+def is_commit(content: Any) -> bool:
+    """Whether this is the record of a batch, or of finalizing, in the log of a journal.
+
+    There may be a million of them, so no schema looks at each number.
+    """
+    if not isinstance(content, dict):
+        return False
+    if "finalizing" in content:
+        return isinstance(content["finalizing"], bool)
+    places: list[Any] = [content.get(name) for name in ("start", "examples", "index", "stop")]
+    try:
+        ids = np.asarray(content.get("example_ids"))
+    except ValueError:
+        return False
+    return (
+        content.keys() == {"segment", "start", "stop", "index", "examples", "digest", "example_ids"}
+        and all(_is_integer(None, place) for place in places)
+        and [0, *places] == sorted([0, *places])
+        and isinstance(content["digest"], str)
+        and isinstance(content["segment"], str)
+        and _SEGMENT.fullmatch(content["segment"]) is not None
+        and ids.ndim == 1
+        and (ids.size == 0 or (ids.dtype.kind == "i" and abs(ids).max() <= 2**31))
+    )
+
+
+def publication_fault(content: Any) -> str | None:
+    """What is wrong with the place of a run on the Hub; None where nothing is."""
+    return _fault(_PUBLICATION, content)
+
+
+def _fault(schema: dict[str, Any], content: Any) -> str | None:
+    error = best_match(_Validator(schema).iter_errors(content))
+    if error is None:
+        return None
+    place = ".".join(str(part)[:_SHOWN] for part in error.absolute_path)
+    message = str(error.message)
+    if len(message) > _SHOWN:
+        message = f"{message[:_SHOWN]}…"
+    return f"{place}: {message}" if place else message
+
+
+def _fault_of_layers(layers: list[dict[str, Any]]) -> str | None:
+    """Whether the numbers of the layers agree with each other."""
+    seen: set[int] = set()
+    for layer in layers:
+        idx, n_heads = layer["layer_idx"], layer["num_attention_heads"]
+        scores = layer.get("scores") or {}
+        lists = [scores.get(name) for name in ("alibi_slopes", "sinks")]
+        if idx in seen:
+            return f"layers: layer {idx} is there twice"
+        if layer["num_key_value_heads"] > n_heads:
+            return f"layers: layer {idx} has more key heads than query heads"
+        if any(values is not None and len(values) != n_heads for values in lists):
+            return f"layers: layer {idx} has other than {n_heads} slopes or sinks"
+        seen.add(idx)
+    return None
+
+
+def _fault_of_heads(manifest: dict[str, Any]) -> str | None:
+    """Whether every head is one of a layer."""
+    if fault := _fault_of_layers(manifest["layers"]):
+        return fault
+    layers = {layer["layer_idx"]: layer for layer in manifest["layers"]}
+    for name in manifest["heads"]:
+        match = HEAD_DIRECTORY.fullmatch(name)
+        assert match is not None
+        layer = layers.get(int(match[1]))
+        n_heads = "num_attention_heads" if match[3] == "q" else "num_key_value_heads"
+        if layer is None or int(match[2]) >= layer[n_heads]:
+            return f"heads: {name} is no head of the layers"
+    return None
+
+
+def require_schema_version(path: Path, content: Any) -> None:
+    """See that a manifest is not of a later version, whose fields may be others.
+
+    Raises:
+        UserError: It is.
+    """
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: schema_version {str(version)[:_SHOWN]} is newer than this qk-sniffer, which "
+            f"knows {SCHEMA_VERSION}; install a newer one"
+        )
+
+
+_OWN_NAMES = {
+    CARD_FILE,
+    CONFIG_FILE,
+    EXAMPLES_DIRECTORY,
+    JOURNAL_DIRECTORY,
+    MANIFEST_FILE,
+    PUBLICATION_FILE,
+    PULLED_DIRECTORY,
+    PULLING_DIRECTORY,
+    REPORT_DIRECTORY,
+}
+
+
+def refuse_links(data_root: Path) -> None:
+    """See that no file of a data root is a link to one outside of it.
+
+    Such a file would be read, replaced or removed where it is. The data root itself may be a link.
+
+    Raises:
+        UserError: One is.
+    """
+    for entry in os.scandir(data_root):
+        if entry.name not in _OWN_NAMES and not HEAD_DIRECTORY.fullmatch(entry.name):
+            continue
+        if entry.is_symlink():
+            _refuse_link(Path(entry.path))
+        if entry.is_dir():
+            for directory, directories, files in os.walk(entry.path):
+                for name in (*directories, *files):
+                    if os.path.islink(path := os.path.join(directory, name)):
+                        _refuse_link(Path(path))
+
+
+def _refuse_link(path: Path) -> None:
+    raise UserError(
+        f"{path}: a link to {os.readlink(path)}; a data root holds its files itself, so put the file "
+        "there, or remove the link"
+    )
