@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -43,7 +42,6 @@ from qk_sniffer.storage import (
     head_files_bytes,
     journal_bytes,
     prepare_data_root,
-    remove_empty,
     require_captured,
     require_shared,
     write_text,
@@ -85,7 +83,6 @@ class SnifferCallback(pl.Callback):
             capture.sampler.type, capture.sampler.base_rate, capture.min_bucket_size
         )
         self._ranks = ALONE
-        self._made: list[Path] = []
         self._has_joined = False
         self._earlier: EarlierRun | None = None
         self._publication: Publication | None = None
@@ -102,13 +99,7 @@ class SnifferCallback(pl.Callback):
         Raises:
             UserError: It is not writable, or what it holds can't be continued or replaced.
         """
-        self._made += prepare_data_root(
-            self.data_root, self.output.overwrite, repair_journal=repair_journal
-        )
-
-    def discard_empty_output(self) -> None:
-        """Remove the data root that ``check_output`` has made, where a refused run left it empty."""
-        remove_empty(self._made)
+        prepare_data_root(self.data_root, self.output.overwrite, repair_journal=repair_journal)
 
     def earlier_run(
         self, module: pl.LightningModule, data: pl.LightningDataModule | None
@@ -261,7 +252,6 @@ class SnifferCallback(pl.Callback):
             exception.is_told = True
         holds_rows = self._recorder is not None and (self.data_root / JOURNAL_DIRECTORY).exists()
         self._leave(_reason(exception))
-        self.discard_empty_output()
         if holds_rows and is_first:
             again = " with sniffer.output.overwrite: false" if self.output.overwrite else ""
             log.warning(

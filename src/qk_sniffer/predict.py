@@ -80,15 +80,11 @@ class PredictCLI(LightningCLI):
     def before_predict(self) -> None:
         """Check data root and model before data is loaded, and keep the resolved config."""
         sniffer: SnifferCallback = self._get(self.config_init, "sniffer")
+        sniffer.check_output(repair_journal=self.trainer.global_rank == 0)
         module: SnifferModule = self._get(self.config_init, "model")
-        try:
-            sniffer.check_output(repair_journal=self.trainer.global_rank == 0)
-            module.check_model()
-            module.check_trainer(self.trainer)
-            sniffer.earlier_run(module, self.datamodule)
-        except UserError:
-            sniffer.discard_empty_output()
-            raise
+        module.check_model()
+        module.check_trainer(self.trainer)
+        sniffer.earlier_run(module, self.datamodule)
         config = self.config["predict"]
         sniffer.config_yaml = self._parser("predict").dump(config, skip_none=False)
 

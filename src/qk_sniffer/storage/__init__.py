@@ -12,7 +12,6 @@ from qk_sniffer.storage.data_root import (
     earlier_run,
     existing_data_root,
     prepare_data_root,
-    remove_empty,
     require_captured,
     require_shared,
 )
@@ -92,7 +91,6 @@ __all__ = [
     "own_part",
     "prepare_data_root",
     "read_manifest",
-    "remove_empty",
     "remove_report",
     "render_card",
     "report_files",

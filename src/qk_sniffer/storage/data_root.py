@@ -7,8 +7,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,7 +162,7 @@ def existing_data_root(name: str | Path) -> Path:
     return data_root
 
 
-def prepare_data_root(data_root: Path, overwrite: bool, *, repair_journal: bool = True) -> list[Path]:
+def prepare_data_root(data_root: Path, overwrite: bool, *, repair_journal: bool = True) -> None:
     """Make the directory if it is missing, see that a run may write into it, and repair its journal.
 
     Args:
@@ -171,20 +170,15 @@ def prepare_data_root(data_root: Path, overwrite: bool, *, repair_journal: bool 
         overwrite: Whether what it holds is to be replaced.
         repair_journal: Whether this process is the one that mends what an interrupted run left.
 
-    Returns:
-        The directories that were made: the data root, and those above it.
-
     Raises:
         UserError: It is not writable or in use, or it holds what is not a run's and ``overwrite`` is
             false.
     """
-    missing = [path for path in (data_root, *data_root.parents) if not path.exists()]
     try:
         data_root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=data_root):
             pass
     except OSError as error:
-        remove_empty(missing)
         raise UserError(
             f"{_FIELD}: {data_root} is not writable ({error.strerror}); name another directory or "
             "change its permissions"
@@ -196,22 +190,15 @@ def prepare_data_root(data_root: Path, overwrite: bool, *, repair_journal: bool 
             token.unlink()
         shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY, ignore_errors=True)
     if overwrite:
-        return missing
+        return
     if repair_journal and (data_root / JOURNAL_DIRECTORY / HEADER_FILE).exists():
         _repair_journal(data_root / JOURNAL_DIRECTORY)
     if names <= _BEFORE_A_JOURNAL or earlier_run(data_root) is not None:
-        return missing
+        return
     raise UserError(
         f"{_FIELD}: {data_root} is not empty and holds no run that could be continued; name a new "
         "directory, or set sniffer.output.overwrite to true to replace the run that it holds"
     )
-
-
-def remove_empty(directories: Sequence[Path]) -> None:
-    """Remove directories, each in the next one, up to one that holds something."""
-    with suppress(OSError):
-        for directory in directories:
-            directory.rmdir()
 
 
 def _repair_journal(journal: Path) -> None:
