@@ -26,7 +26,7 @@ test: lint ## Run lint and tests
 	$(BIN)/pytest
 
 test-architectures: $(INSTALLED) ## Examine every causal language model of transformers
-	$(BIN)/pytest -m '' tests/test_architectures.py
+	$(BIN)/pytest -m '' tests/test_architectures.py tests/test_company.py
 	$(BIN)/pytest -m every_architecture tests/test_estimate.py
 
 test-transformers: ## Examine a dozen with another release, as in RELEASE=5.2.0

@@ -9,6 +9,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -35,9 +36,10 @@ def _private_dataset_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="session")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Processes:
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     """Starts the command line in processes of its own."""
-    return Processes(tmp_path_factory.mktemp("processes"))
+    with closing(Processes(tmp_path_factory.mktemp("processes"))) as processes:
+        yield processes
 
 
 @pytest.fixture(autouse=True)

@@ -450,6 +450,12 @@ The dataset card of a capture carries its notes.
   one forward to 1e-5; "to 1e-3" where recurrent layers round otherwise. Where the model itself does
   not read passages as it reads the whole, a run stops before it captures anything.
 
+Each is also read with every kind of RoPE that transformers has and its code takes (default, linear,
+dynamic, yarn, longrope, llama3, proportional), in texts on both sides of its window, chunk and original
+length. A text has the rows that a fresh model gives it alone, in company, after other texts, under a
+token budget, and in passages wherever the column says yes: no verdict differs.
+[How that is done](exactness.md#a-text-alone)
+
 `make architectures` writes this page.
 
 | Architecture | Verdict | Pre-RoPE | Passages | Notes |

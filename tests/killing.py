@@ -1,8 +1,9 @@
-"""The command line in processes of its own, which die by SIGKILL at a moment or at a fault point.
+"""The command line in processes of its own, which die or stop at a moment or at a fault point.
 
 A fork server imports what takes seconds once, and every process is forked from it.
 """
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import qk_sniffer.module
 import qk_sniffer.predict
 from loopback import client_of
 from qk_sniffer.capture import Sniffer
@@ -32,6 +34,9 @@ from qk_sniffer.cli import main
 from qk_sniffer.storage import data_root, finalizing, journal, parquet
 from qk_sniffer.storage.commits import encode
 from qk_sniffer.tokenizing import Encode
+
+push_module = importlib.import_module("qk_sniffer.hub.push")
+"""The module, which its function hides."""
 
 BEFORE, HALFWAY, AFTER = "before", "halfway", "after"
 
@@ -58,11 +63,15 @@ _PRELOADED = ["qk_sniffer.predict", "transformers.models.llama.modeling_llama"]
 
 @dataclass(frozen=True)
 class Death:
-    """Where a process kills itself: at a moment of one passage through a fault point, from 1."""
+    """Where a process kills itself: at a moment of one passage through a fault point, from 1.
+
+    Another signal than SIGKILL may let it live on: SIGSTOP until it is told to go on.
+    """
 
     point: str
     moment: str
     passage: int
+    signum: int = signal.SIGKILL
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,7 @@ class Processes:
                 patch.setenv(name, "1")
             forkserver.ensure_running()
         self._count = 0
+        self._started: list[Any] = []
         # The time of the first run would count the imports of the server.
         self.run(["--help"], sync_seconds=0.0)
 
@@ -159,7 +169,13 @@ class Processes:
         arguments = (list(command), sync_seconds, death, cache_path, dict(environment), report)
         process = self._context.Process(target=_process, args=arguments)
         process.start()
+        self._started.append(process)
         return Started(process, report)
+
+    def close(self) -> None:
+        """Kill what a failed test has left, which may have stopped itself."""
+        for process in self._started:
+            process.kill()
 
 
 @dataclass(frozen=True)
@@ -183,6 +199,16 @@ class Started:
 
     def kill(self) -> None:
         self.process.kill()
+
+    def wait_until_stopped(self) -> None:
+        """Wait until it has stopped itself by SIGSTOP."""
+        status = Path(f"/proc/{self.process.pid}/stat")
+        while self.process.is_alive() and status.read_text().rpartition(")")[2].split()[0] != "T":
+            time.sleep(0.01)
+        assert self.process.is_alive(), self.printed
+
+    def go_on(self) -> None:
+        os.kill(self.process.pid, signal.SIGCONT)
 
     def wait(self, seconds: float) -> Ended:
         """Let it end within some seconds."""
@@ -227,6 +253,8 @@ def _process(
     for point, (owner, name, _) in POINTS.items():
         passages.watch(point, owner, name)
     passages.watch("tokenizing", Encode, "__call__")
+    passages.watch("loading", qk_sniffer.module, "load_model")
+    passages.watch("pushing", push_module, "_push_branch")
     with with_hub:
         status = main(command)
     report.with_suffix(".json").write_text(json.dumps(passages.counts))
@@ -249,13 +277,17 @@ class _Passages:
             if moment == HALFWAY:
                 _HALVES[point](original, *args, **kwargs)
             if moment in (BEFORE, HALFWAY):
-                _die()
+                self._die()
             result = original(*args, **kwargs)
             if moment == AFTER:
-                _die()
+                self._die()
             return result
 
         setattr(owner, name, watched)
+
+    def _die(self) -> None:
+        assert self.death is not None
+        os.kill(os.getpid(), self.death.signum)
 
     def _moment(self, point: str, args: tuple[Any, ...]) -> str | None:
         """The moment of this passage at which to die, None to live on."""
@@ -267,10 +299,6 @@ class _Passages:
             passage = self.counts[point]
         death = self.death
         return death.moment if death and (death.point, death.passage) == (point, passage) else None
-
-
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _half_a_write(write: Callable[..., int], segment: Any, data: bytes) -> None:

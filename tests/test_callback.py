@@ -1,5 +1,6 @@
 """The callback in a trainer of one's own, and what an interrupted run leaves behind."""
 
+import csv
 import json
 import shutil
 import signal
@@ -7,16 +8,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import lightning.pytorch as pl
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from conftest import LENGTHS, write_jsonl
@@ -26,6 +31,7 @@ from qk_sniffer.cli import main
 from qk_sniffer.config import CaptureConfig, OutputConfig, SamplerConfig
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.errors import UserError
+from qk_sniffer.models import ModelSource, capture_attention, decoder_backbone, load_model
 from qk_sniffer.module import SnifferModule
 from qk_sniffer.storage import JournalWriter
 from readers import error_line
@@ -84,6 +90,152 @@ def test_a_loader_of_ones_own(model_dir: ModelDir, tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "root" / "l00h00q" / "data.parquet")
     assert table["example_id"].to_pylist() == [0, 0, 0, 1]
     assert table["position"].to_pylist() == [0, 1, 2, 0]
+
+
+def own_loader(**changes: Any) -> DataLoader:
+    """One batch of two texts, with some fields changed; None leaves one out."""
+    batch = plain_batch([[1, 1, 1], [1, 0, 0]]) | changes
+    return DataLoader([{k: v for k, v in batch.items() if v is not None}], batch_size=None)
+
+
+REASONABLE: dict[str, dict[str, Any]] = {
+    "tensors": {"truncated": torch.tensor([False, True]), "source_ids": torch.tensor([70, 71])},
+    "arrays": {"truncated": np.array([False, True]), "example_ids": np.array([0, 1])},
+    "lists": {"example_ids": [0, 1], "sequence_lengths": [3, 1]},
+    "long ids": {"example_ids": torch.tensor([0, 1])},
+    "no more than ids": {"source_ids": None, "truncated": None},
+    "the mask alone": {"sequence_lengths": None},
+    "lengths alone": {"attention_mask": None},
+}
+
+
+@pytest.mark.parametrize("case", REASONABLE)
+def test_a_loader_may_give_its_fields_as_it_has_them(
+    case: str, model_dir: ModelDir, tmp_path: Path
+) -> None:
+    sniffer = SnifferCallback(OutputConfig(str(tmp_path / "root")), ALL)
+    module = SnifferModule(str(model_dir("llama")))
+    trainer(sniffer).predict(module, own_loader(**REASONABLE[case]), return_predictions=False)
+    table = pq.read_table(tmp_path / "root" / "l00h00q" / "data.parquet")
+    assert table["example_id"].to_pylist() == [0, 0, 0, 1]
+    examples = pq.read_table(tmp_path / "root" / "examples" / "data.parquet").to_pylist()
+    assert [row["n_tokens"] for row in examples] == [3, 1]
+    assert examples[1]["truncated"] is (case in ("tensors", "arrays"))
+    expected = {"tensors": "71", "no more than ids": "1"}.get(case, "text-1")
+    assert examples[1]["source_id"] == expected
+
+
+UNREASONABLE: dict[str, tuple[dict[str, Any], str]] = {
+    "no tokens": ({"input_ids": None}, r"^input_ids: .*got the keys attention_mask, "),
+    "tokens of one text": ({"input_ids": torch.arange(3)}, r"^input_ids: .*shape \(3,\)"),
+    "embeddings": ({"input_ids": torch.zeros(2, 3)}, r"^input_ids: .*float32"),
+    "no ids": ({"example_ids": None}, r"^example_ids: a batch has none; "),
+    "strings as ids": ({"example_ids": ["a", "b"]}, r"^example_ids: expected 2 integers"),
+    "one id": ({"example_ids": [7]}, r"^example_ids: expected 2 integers"),
+    "a shared id": ({"example_ids": [7, 7]}, r"^example_ids: two texts"),
+    "a long id": ({"example_ids": [7, 2**31]}, r"^example_ids: .*32-bit"),
+    "lengths beyond the width": (
+        {"sequence_lengths": [4, 1], "attention_mask": None},
+        r"^sequence_lengths: expected 0 to 3",
+    ),
+    "one source id": ({"source_ids": ["a"]}, r"^source_ids: expected 2 values"),
+    "a string of source ids": ({"source_ids": "ab"}, r"^source_ids: expected 2 values"),
+}
+
+
+@pytest.mark.parametrize("case", UNREASONABLE)
+def test_other_fields_are_refused_in_one_line(case: str, model_dir: ModelDir, tmp_path: Path) -> None:
+    changes, line = UNREASONABLE[case]
+    sniffer = SnifferCallback(OutputConfig(str(tmp_path / "root")), ALL)
+    with pytest.raises(UserError, match=line) as error:
+        trainer(sniffer).predict(SnifferModule(str(model_dir("llama"))), own_loader(**changes))
+    assert "\n" not in str(error.value)
+    assert get_active_sniffer() is None
+
+
+def test_a_batch_that_is_no_dictionary_is_refused(model_dir: ModelDir, tmp_path: Path) -> None:
+    sniffer = SnifferCallback(OutputConfig(str(tmp_path / "root")), ALL)
+    loader = DataLoader([torch.ones(2, 3, dtype=torch.int64)], batch_size=None)
+    with pytest.raises(UserError, match=r"^input_ids: .*got a Tensor; "):
+        trainer(sniffer).predict(SnifferModule(str(model_dir("llama"))), loader)
+
+
+class OwnModule(pl.LightningModule):
+    """A module of someone's own, with or without what the callback asks for."""
+
+    def __init__(self, backbone: torch.nn.Module | None, *, captures: bool = True) -> None:
+        super().__init__()
+        if backbone is not None:
+            self.backbone = backbone
+        self.captures = captures
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        with capture_attention(self.backbone) if self.captures else nullcontext():
+            self.backbone(input_ids=batch["input_ids"], use_cache=False)
+
+
+def tiny_backbone(directory: Path, **overrides: Any) -> torch.nn.Module:
+    return decoder_backbone(load_model(ModelSource(str(directory)), config_overrides=overrides))
+
+
+def test_a_module_of_ones_own(model_dir: ModelDir, tmp_path: Path) -> None:
+    sniffer = SnifferCallback(OutputConfig(str(tmp_path / "root")), ALL)
+    module = OwnModule(tiny_backbone(model_dir("llama")))
+    trainer(sniffer).predict(module, own_loader(), return_predictions=False)
+    assert pq.read_table(tmp_path / "root" / "l00h00q" / "data.parquet").num_rows == 4
+
+
+def test_a_module_that_can_t_be_captured_is_refused(model_dir: ModelDir, tmp_path: Path) -> None:
+    for module, line in (
+        (OwnModule(None), r"^SnifferCallback: OwnModule has no backbone; "),
+        (
+            OwnModule(tiny_backbone(model_dir("llama")), captures=False),
+            r"^SnifferCallback: predict_step",
+        ),
+    ):
+        sniffer = SnifferCallback(OutputConfig(str(tmp_path / "root")), ALL, check=False)
+        with pytest.raises(UserError, match=line):
+            trainer(sniffer).predict(module, own_loader())
+    with pytest.raises(UserError, match=r"^model\.name: .* got LlamaModel; "):
+        SnifferModule(tiny_backbone(model_dir("llama")))  # type: ignore[arg-type]
+
+
+def test_a_module_of_ones_own_does_not_mix_frequencies(model_dir: ModelDir, tmp_path: Path) -> None:
+    dynamic = {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 2}
+    module = OwnModule(tiny_backbone(model_dir("llama"), **dynamic))
+    sniffer = SnifferCallback(OutputConfig(str(tmp_path / "root")), ALL)
+    with pytest.raises(UserError, match=r"^input_ids: a batch has texts of 3 and 1 tokens"):
+        trainer(sniffer).predict(module, own_loader())
+
+
+@pytest.mark.parametrize("logger", ["default", "CSVLogger"])
+def test_any_logger_of_a_trainer_is_told_of_the_run(
+    logger: str, model_dir: ModelDir, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = {} if logger == "default" else {"logger": CSVLogger(".", name="lightning_logs")}
+    sniffer = SnifferCallback(OutputConfig("root"), ALL)
+    module = SnifferModule(str(model_dir("llama")))
+    data = TextDataModule(str(text_file), id_column="id", batch_size=1)
+    own = pl.Trainer(accelerator="cpu", callbacks=[sniffer], log_every_n_steps=3, **options)
+    own.predict(module, datamodule=data, return_predictions=False)
+    (directory,) = Path("lightning_logs").iterdir()
+    metrics = list(csv.DictReader((directory / "metrics.csv").open()))
+    assert [row["step"] for row in metrics] == ["3", "6", "7"]
+    manifest = json.loads(Path("root/manifest.json").read_text())
+    assert float(metrics[-1]["rows_kept"]) == sum(head["rows"] for head in manifest["heads"].values())
+    assert float(metrics[-1]["tokens_read"]) == sum(LENGTHS)
+    assert all(float(row["tokens_per_second"]) > 0 for row in metrics)
+    settings = yaml.safe_load((directory / "hparams.yaml").read_text())
+    assert settings["model"]["name"] == str(model_dir("llama"))
+    assert settings["data"]["path"] == str(text_file)
+
+
+def test_a_logger_on_the_command_line(predict: Predict, tmp_path: Path) -> None:
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path / "logs")}}
+    assert predict(trainer={"logger": logger}) == 0
+    (metrics,) = (tmp_path / "logs").rglob("metrics.csv")
+    assert "rows_kept" in metrics.read_text()
 
 
 @pytest.mark.parametrize("mask", [[[0, 1, 1], [1, 1, 1]], [[1, 0, 1]]])
@@ -239,11 +391,13 @@ def test_a_signal_leaves_whole_batches(
                 assert process.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-            process.send_signal(sent)
+            for _ in range(3 if sent == signal.SIGINT else 1):
+                # Whoever waits for the end presses again.
+                process.send_signal(sent)
             _, printed = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 1}[sent]
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[sent]
     assert "Traceback" not in printed
     assert (f"qk-sniffer finalize {root}" in printed) == (sent != signal.SIGKILL)
     committed = commits.read_text().count("\n")

@@ -141,7 +141,7 @@ def test_a_sample_that_keeps_nothing_says_so(
     table = pq.read_table(tmp_path / "root" / "l00h00q" / "data.parquet")
     assert table.num_rows == 0
     assert [(field.name, field.type) for field in table.schema] == schema(16)
-    assert "no rows were kept; raise sniffer.capture.sampler.base_rate" in capsys.readouterr().out
+    assert "no rows were kept; set sniffer.capture.sampler.type: all" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

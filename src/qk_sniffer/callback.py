@@ -5,16 +5,16 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.strategies import DDPStrategy
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from qk_sniffer.batch_fields import batch_fields
 from qk_sniffer.capture import (
     CapturedHeads,
     build_sampler,
@@ -23,16 +23,28 @@ from qk_sniffer.capture import (
 )
 from qk_sniffer.config import CaptureConfig, OutputConfig
 from qk_sniffer.errors import UserError, first_line
+from qk_sniffer.forewarnings import beyond_positions, forewarnings
 from qk_sniffer.hub import Publication, check_access, pull, push
 from qk_sniffer.ids import ExampleFilter
-from qk_sniffer.models import check_capture, check_passages, probe_attention
+from qk_sniffer.models import (
+    begin_batch_of_like_frequencies,
+    check_capture,
+    check_passages,
+    probe_attention,
+    require_known_tokens,
+)
+from qk_sniffer.module import SnifferModule
+from qk_sniffer.progress import ProgressReport
 from qk_sniffer.provenance import describe, fingerprint, settings
 from qk_sniffer.ranks import ALONE, Ranks
 from qk_sniffer.recorder import Recorder
+from qk_sniffer.signals import Stopped, end_in_order
+from qk_sniffer.signals import stop as stop_command
 from qk_sniffer.storage import (
     CONFIG_FILE,
     JOURNAL_DIRECTORY,
     EarlierRun,
+    Ownership,
     check_space,
     clear_data_root,
     data_root_path,
@@ -55,9 +67,10 @@ class SnifferCallback(pl.Callback):
     """Captures queries and keys while a trainer predicts, and writes one Parquet file per head.
 
     It works in any trainer whose module keeps its decoder in ``backbone`` and runs it under
-    ``qk_sniffer.models.capture_attention``, as ``SnifferModule`` does, and whose batches are those of
-    ``TextDataModule``. In a run of several processes each captures what it reads, and all share the
-    data root.
+    ``qk_sniffer.models.capture_attention``, as ``SnifferModule`` does, and whose batches are like those
+    of ``TextDataModule``: ``input_ids`` and ``example_ids``, and what ``batch_fields`` takes beside
+    them. In a run of several processes each captures what it reads, and all share the data root.
+    Loggers of the trainer are given the settings, tokens per second and rows kept.
 
     Args:
         output: Where the captured vectors go.
@@ -84,22 +97,35 @@ class SnifferCallback(pl.Callback):
         )
         self._ranks = ALONE
         self._has_joined = False
+        self._ownership = Ownership(self.data_root)
         self._earlier: EarlierRun | None = None
         self._publication: Publication | None = None
         self._recorder: Recorder | None = None
-        self._received_sigterm = False
+        self._received_sigterm = self._is_reading = False
         self._started = 0.0
 
-    def check_output(self, *, repair_journal: bool = True) -> None:
-        """See that the data root can take a run, and repair what an interrupted one left there.
+    def check_output(self, *, n_nodes: int = 1) -> None:
+        """Take the data root for this run, and repair what an interrupted one left there.
+
+        The first process does so for all.
 
         Args:
-            repair_journal: Whether this process is the one that repairs.
+            n_nodes: Hosts that the processes of the run are on.
 
         Raises:
-            UserError: It is not writable, or what it holds can't be continued or replaced.
+            UserError: It belongs to another run, is not writable, or holds what can't be continued or
+                replaced.
         """
-        prepare_data_root(self.data_root, self.output.overwrite, repair_journal=repair_journal)
+        self._ownership.take(n_nodes)
+        try:
+            prepare_data_root(self.data_root, self.output.overwrite)
+        except UserError:
+            self._ownership.release()
+            raise
+
+    def release_output(self) -> None:
+        """Give the data root free for other runs."""
+        self._ownership.release()
 
     def earlier_run(
         self, module: pl.LightningModule, data: pl.LightningDataModule | None
@@ -120,8 +146,9 @@ class SnifferCallback(pl.Callback):
         return self._uncaptured()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Finish files that an earlier run has begun."""
+        """Finish files that an earlier run has begun, and see that the model knows the tokens."""
         self._join(trainer)
+        self._ranks.first(lambda: _check_tokens(_data_module(trainer), pl_module))
         if self._earlier is not None:
             if self._ranks.is_first:
                 n_texts = self._earlier.example_ids.size
@@ -131,7 +158,8 @@ class SnifferCallback(pl.Callback):
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the model's heads, open the journal and make the sniffer active."""
-        self._backbone = cast(nn.Module, pl_module.backbone)
+        self._stop_on_sigterm(trainer)
+        self._backbone = _backbone_of(pl_module)
         ranks, tokenizer = self._ranks, getattr(_data_module(trainer), "tokenizer", None)
         if self.capture.capture_token_strings and tokenizer is None:
             raise UserError(
@@ -154,10 +182,13 @@ class SnifferCallback(pl.Callback):
                 tokenizer,
             )
         )
-        self._stop_on_sigterm(trainer)
+        self._forewarn(trainer, header["n_positions"])
         self._checked = not self.check
+        self._is_reading = True
         self._unsaved_config = self.config_yaml
         self._started = time.monotonic()
+        if ranks.is_first:
+            self._progress = ProgressReport(trainer, header["settings"])
 
     def on_predict_batch_start(
         self,
@@ -170,16 +201,26 @@ class SnifferCallback(pl.Callback):
         """Draw the rows that this batch keeps, and check the capture before the first.
 
         Raises:
-            UserError: The batch is not padded on the right, or the check fails.
+            UserError: A field of the batch is missing or wrong, the model doesn't know one of its
+                tokens, or the check fails.
         """
         assert self._recorder is not None
+        self._fields = fields = batch_fields(batch)
+        smallest, largest = fields.input_ids.aminmax()
+        require_known_tokens(int(smallest), int(largest), self._backbone)
+        self._warn_of_positions(fields.sequence_lengths)
+        if not isinstance(pl_module, SnifferModule):
+            # That one takes texts apart by itself.
+            begin_batch_of_like_frequencies(
+                self._backbone, [*fields.sequence_lengths.tolist(), fields.input_ids.shape[1]]
+            )
         if not self._checked:
-            tokens = batch["input_ids"][:1, : int(batch["sequence_lengths"][0])]
+            tokens = batch["input_ids"][:1, : int(fields.sequence_lengths[0])]
             check_capture(self._backbone, tokens, list(self._heads))
             if pl_module.hparams.get("prefill_chunk_size") is not None:
                 check_passages(self._backbone, tokens)
             self._checked = True
-        self._recorder.begin_batch(batch)
+        self._recorder.begin_batch(fields)
 
     def on_predict_batch_end(
         self,
@@ -193,26 +234,36 @@ class SnifferCallback(pl.Callback):
         """Move the batch's rows to the journal, and stop after it where there is a reason.
 
         Raises:
-            SystemExit: A SIGTERM came, or another process died.
+            Stopped: A SIGTERM came.
+            SystemExit: Another process died.
         """
         assert self._recorder is not None
-        self._recorder.end_batch(batch)
+        self._ownership.require()
+        self._recorder.end_batch(self._fields)
         self._save_config()
         lifeline = self._ranks.lifeline
         if lifeline is not None:
             lifeline.progress = self._recorder.progress
             if lifeline.failure is not None:
                 raise SystemExit(1)
-        self._show_progress(trainer, lifeline.total_progress() if lifeline else self._recorder.progress)
+        if self._ranks.is_first:
+            progress = lifeline.total_progress() if lifeline else self._recorder.progress
+            self._progress.show(progress, self._all_batches(trainer))
         if self._received_sigterm:
-            raise SystemExit(128 + signal.SIGTERM)
+            raise Stopped(signal.SIGTERM)
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show what all processes have read, when the last of them has."""
+        """Show and log what all processes have read, when the last of them has."""
         assert self._recorder is not None
-        progress = self._ranks.gather(self._recorder.progress)
-        n_batches, *others = [sum(numbers) for numbers in zip(*progress, strict=True)]
-        self._show_progress(trainer, [n_batches, *others])
+        self._is_reading = False
+        if self._received_sigterm:
+            raise Stopped(signal.SIGTERM)
+        gathered = self._ranks.gather(self._recorder.progress)
+        progress = [sum(numbers) for numbers in zip(*gathered, strict=True)]
+        if self._ranks.is_first:
+            self._progress.show(progress, self._all_batches(trainer))
+            self._progress.log(progress)
+        n_batches = progress[0]
         if n_batches > 0 or not (self.data_root / CONFIG_FILE).exists():
             self._save_config()
 
@@ -232,15 +283,20 @@ class SnifferCallback(pl.Callback):
             tqdm.write(summary_table(self.data_root, manifest, seconds=seconds))
         # The others need not wait for uploads.
         self._leave(None)
+        if not ranks.is_first:
+            self._ownership.release()
         if self._publication is not None:
             push(self.data_root, self._publication)
             tqdm.write(published_table(self._publication.place, manifest))
+        self._ownership.release()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Close the journal, tell the other processes, and say where the captured rows are."""
+        end_in_order()
         if not self._has_joined:
+            self._ownership.release()
             return
         try:
             if self._recorder is not None:
@@ -248,10 +304,11 @@ class SnifferCallback(pl.Callback):
         except UserError as error:
             log.warning("%s", error)
         is_first, watched = self._ranks.is_first, self._ranks.lifeline is not None
-        if isinstance(exception, UserError) and watched and not is_first:
+        if isinstance(exception, UserError | Stopped) and watched and not is_first:
             exception.is_told = True
         holds_rows = self._recorder is not None and (self.data_root / JOURNAL_DIRECTORY).exists()
         self._leave(_reason(exception))
+        self._ownership.release()
         if holds_rows and is_first:
             again = " with sniffer.output.overwrite: false" if self.output.overwrite else ""
             log.warning(
@@ -270,7 +327,7 @@ class SnifferCallback(pl.Callback):
         if self._has_joined:
             return
         self._has_joined = True
-        self._recorder, self._received_sigterm = None, False
+        self._recorder, self._received_sigterm, self._is_reading = None, False, False
         self._started = time.monotonic()
         self._ranks = ranks = Ranks.of(trainer)
         if ranks.size > 1:
@@ -282,7 +339,9 @@ class SnifferCallback(pl.Callback):
                 )
             assert strategy.cluster_environment is not None
             ranks.watch(strategy.cluster_environment.main_address)
-        ranks.first(self.check_output)
+        ranks.first(lambda: self.check_output(n_nodes=trainer.num_nodes))
+        if not ranks.is_first:
+            self._ownership.join()
         require_shared(self.data_root, ranks)
         module, data = trainer.lightning_module, _data_module(trainer)
         check_heads = getattr(module, "check_heads", None)
@@ -345,17 +404,17 @@ class SnifferCallback(pl.Callback):
             self._unsaved_config = None
 
     def _stop_on_sigterm(self, trainer: pl.Trainer) -> None:
-        """Note a SIGTERM, and pass it on to the processes that the trainer has launched.
+        """While texts are read, note a SIGTERM, and pass it on to the processes that were launched.
 
         Lightning's own handler would let a run go on to its end, and wait in a handler for all
         processes to receive the signal, which hangs where one of them does not.
         """
 
         def stop(signum: int, frame: Any) -> None:
+            if not self._is_reading:
+                stop_command(signum)
+                return
             self._received_sigterm = True
-            if not self._has_joined:
-                # The files are written, and what is left is a push.
-                raise SystemExit(128 + signal.SIGTERM)
             if trainer.strategy.launcher is not None:
                 trainer.strategy.launcher.kill(signal.SIGTERM)
 
@@ -363,20 +422,14 @@ class SnifferCallback(pl.Callback):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, stop)
 
-    def _show_progress(self, trainer: pl.Trainer, progress: Sequence[int]) -> None:
-        """Show batches, tokens and rows of all processes in the bar of the first."""
-        bar_callback = trainer.progress_bar_callback
-        bar = getattr(bar_callback, "predict_progress_bar", None)
-        if bar is None or not self._ranks.is_first:
-            return
-        n_batches, n_tokens, n_rows = progress
+    def _all_batches(self, trainer: pl.Trainer) -> int | None:
+        """The batches of all processes, where the bar counts those of this one alone; else None."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if self._ranks.size > 1 and callbacks.index(bar_callback) < callbacks.index(self):
-            # The bar has counted the batches of this process alone.
-            bar.total = getattr(_data_module(trainer), "n_batches", lambda: None)()
-            bar.n = n_batches
-        rate = n_tokens / (time.monotonic() - self._started)
-        bar.set_postfix_str(f"{rate:,.0f} tokens/s, {n_rows:,} rows kept")
+        bar = trainer.progress_bar_callback
+        if bar is None or self._ranks.size == 1 or callbacks.index(bar) > callbacks.index(self):
+            return None
+        n_batches: int | None = getattr(_data_module(trainer), "n_batches", lambda: None)()
+        return n_batches
 
     def _file_progress(self, files: Any, total: int) -> Any:
         if not self._ranks.is_first:
@@ -387,6 +440,25 @@ class SnifferCallback(pl.Callback):
     def _uncaptured(self) -> ExampleFilter:
         captured = np.empty(0, np.int32) if self._earlier is None else self._earlier.example_ids
         return ExampleFilter(captured, listed=False)
+
+    def _forewarn(self, trainer: pl.Trainer, n_positions: int | None) -> None:
+        """Say what can be told of the texts beforehand, or else watch for them."""
+        data: Any = _data_module(trainer)
+        lengths = data.sequence_lengths() if hasattr(data, "sequence_lengths") else None
+        # Of several processes one speaks.
+        self._watched_positions = n_positions if lengths is None and self._ranks.is_first else None
+        if lengths is not None and self._ranks.is_first:
+            for line in forewarnings(self._sampler, lengths, n_positions):
+                log.warning("%s", line)
+
+    def _warn_of_positions(self, sequence_lengths: Tensor) -> None:
+        """Say it of the first text that is longer than the model's positions, where none was known."""
+        if self._watched_positions is None:
+            return
+        longest = int(sequence_lengths.max())
+        if longest > self._watched_positions:
+            log.warning("%s", beyond_positions(longest, self._watched_positions))
+            self._watched_positions = None
 
     def _check_space(self, trainer: pl.Trainer, streams: list[dict[str, Any]]) -> None:
         """Compare the room on the disk with what the texts that are left will take."""
@@ -406,6 +478,24 @@ def _data_module(trainer: pl.Trainer) -> pl.LightningDataModule | None:
     return getattr(trainer, "datamodule", None)
 
 
+def _backbone_of(module: pl.LightningModule) -> nn.Module:
+    backbone = getattr(module, "backbone", None)
+    if not isinstance(backbone, nn.Module):
+        raise UserError(
+            f"SnifferCallback: {type(module).__name__} has no backbone; let it keep its decoder there, "
+            "qk_sniffer.models.decoder_backbone(model), and run it under capture_attention, or use "
+            "SnifferModule"
+        )
+    return backbone
+
+
+def _check_tokens(data: Any, module: Any) -> None:
+    """See before the weights are loaded that the model knows all tokens, where these are known."""
+    token_range = data.token_range() if hasattr(data, "token_range") else None
+    if token_range is not None and hasattr(module, "check_tokens"):
+        module.check_tokens(*token_range)
+
+
 def _require_same(fingerprints: list[dict[str, Any]]) -> None:
     """See that all processes have loaded one model and have one config."""
     for rank, other in enumerate(fingerprints):
@@ -421,8 +511,8 @@ def _reason(exception: BaseException) -> str:
     """What the other processes are told of the end of this one."""
     if isinstance(exception, UserError):
         return str(exception)
-    if isinstance(exception, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(exception, SystemExit):
-        return "stopped by SIGTERM" if exception.code == 128 + signal.SIGTERM else "stopped"
+    if isinstance(exception, Stopped):
+        return str(exception)
+    if isinstance(exception, KeyboardInterrupt | SystemExit):
+        return "interrupted" if isinstance(exception, KeyboardInterrupt) else "stopped"
     return f"{type(exception).__name__}: {first_line(exception)}"

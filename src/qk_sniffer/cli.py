@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from qk_sniffer.errors import UserError
 from qk_sniffer.misspelt import did_you_mean, nearest
 from qk_sniffer.secrets import redact
+from qk_sniffer.signals import Stopped, stopping_on_signals
 
 if TYPE_CHECKING:
     from qk_sniffer.hub import Publication
@@ -83,12 +84,13 @@ def _finalize(args: list[str]) -> int:
     parser.add_argument("data_root", type=_data_root, help="directory of the run")
     data_root = parser.parse_args(args).data_root
 
-    from qk_sniffer.storage import PULLED_DIRECTORY, finalize, merge_pulled
+    from qk_sniffer.storage import PULLED_DIRECTORY, finalize, merge_pulled, owned
     from qk_sniffer.summary import file_progress, summary_table
 
     started = time.monotonic()
-    has_pulled = (data_root / PULLED_DIRECTORY).exists()
-    manifest = (merge_pulled if has_pulled else finalize)(data_root, file_progress)
+    with owned(data_root):
+        has_pulled = (data_root / PULLED_DIRECTORY).exists()
+        manifest = (merge_pulled if has_pulled else finalize)(data_root, file_progress)
     sys.stdout.write(summary_table(data_root, manifest, seconds=time.monotonic() - started) + "\n")
     return 0
 
@@ -103,10 +105,12 @@ def _verify(args: list[str]) -> int:
     )
     options = parser.parse_args(args)
 
-    from qk_sniffer.storage import count_rows, require_manifest
+    from qk_sniffer.storage import count_rows, note_owner, require_manifest
+    from qk_sniffer.summary import NOTHING_KEPT, warn_of_non_finite
     from qk_sniffer.verify import verify
 
     data_root = options.data_root
+    note_owner(data_root)
     faults = verify(data_root)
     if not faults and options.against_model:
         from qk_sniffer.against_model import verify_against_model
@@ -119,7 +123,11 @@ def _verify(args: list[str]) -> int:
         return 1
     manifest = require_manifest(data_root)
     heads, rows = len(manifest["heads"]), count_rows(manifest)
-    sys.stdout.write(f"{data_root}: all is well, {heads:,} heads, {rows:,} rows\n")
+    non_finite = warn_of_non_finite(manifest)
+    verdict, but = ("the files are whole", f", but {non_finite}") if non_finite else ("all is well", "")
+    if rows == 0:
+        verdict, but = "the files are as they must be, and they are empty", f"\n{NOTHING_KEPT}"
+    sys.stdout.write(f"{data_root}: {verdict}, {heads:,} heads, {rows:,} rows{but}\n")
     return 0
 
 
@@ -140,12 +148,14 @@ def _report(args: list[str]) -> int:
         )
 
     from qk_sniffer.report import write_report
+    from qk_sniffer.storage import owned
     from qk_sniffer.summary import file_progress
 
     def progress(heads: Any, total: int) -> Any:
         return file_progress(heads, total, "Measuring", unit="head")
 
-    page = write_report(options.data_root, progress, heads=options.heads, example=options.example)
+    with owned(options.data_root):
+        page = write_report(options.data_root, progress, heads=options.heads, example=options.example)
     sys.stdout.write(f"report   {page}\n")
     return 0
 
@@ -163,12 +173,19 @@ def _push(args: list[str]) -> int:
     options = parser.parse_args(args)
 
     from qk_sniffer.config import require_hub_names
+    from qk_sniffer.storage import owned
+
+    require_hub_names(options.hf_repo_id, options.hf_branch)
+    with owned(options.data_root):
+        return _push_owned(options)
+
+
+def _push_owned(options: argparse.Namespace) -> int:
     from qk_sniffer.hub import Publication, check_access, push
     from qk_sniffer.storage import require_manifest
     from qk_sniffer.summary import published_table
 
     data_root = options.data_root
-    require_hub_names(options.hf_repo_id, options.hf_branch)
     manifest, publication = require_manifest(data_root), Publication.read(data_root)
     if publication is None and not options.hf_repo_id:
         raise UserError(f"push: {data_root} was never published; name a dataset with --hf_repo_id")
@@ -224,8 +241,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, 1 where verify found a fault, 2 for a mistake in the config, the command
-        line or the data, or 130 after Ctrl-C.
+        line or the data, 130 after Ctrl-C, or 143 after SIGTERM.
     """
+    try:
+        with stopping_on_signals():
+            return _run(argv)
+    except Stopped as stopped:
+        if not stopped.is_told:
+            sys.stderr.write(f"qk-sniffer: {stopped}\n")
+        return int(stopped.code or 0)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(_USAGE)
@@ -241,9 +268,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             remedy = did_you_mean(args[0], (*_COMMANDS, "--version"), choices)
             raise UserError(f"{args[0]}: no such command; {remedy}")
         return _COMMANDS[args[0]](args[1:])
-    except KeyboardInterrupt:
-        sys.stderr.write("qk-sniffer: interrupted\n")
-        return 130
     except UserError as error:
         # A DataLoader worker wraps the message in its own traceback; the message is the last line.
         if error.is_told:

@@ -8,6 +8,7 @@ import datasets
 import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 import torch
 import xxhash
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -18,8 +19,9 @@ from qk_sniffer.config import TokenizerConfig
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import are_left
 from qk_sniffer.local_or_hub import explained_loading
-from qk_sniffer.models import ModelSource
+from qk_sniffer.models import ModelSource, vocabulary_size
 from qk_sniffer.ranks import Ranks
+from qk_sniffer.signals import tidied_up
 from qk_sniffer.streaming import StreamedBatches
 from qk_sniffer.texts import Row, TextSource, check_columns, example_ids
 from qk_sniffer.tokenizing import FEATURES, Encode
@@ -101,7 +103,8 @@ class TextDataModule(pl.LightningDataModule):
         ):
             if value is not None and value < 1:
                 raise UserError(f"data.{field}: must be at least 1, got {value}")
-        self.save_hyperparameters()
+        # The callback gives loggers the settings; Lightning would merge those of module and data.
+        self.save_hyperparameters(logger=False)
         self.path = path
         self.name = name
         self.revision = revision
@@ -140,7 +143,8 @@ class TextDataModule(pl.LightningDataModule):
         ranks = Ranks.of(self.trainer)
         if not ranks.is_first:
             datasets.disable_progress_bars()
-        ranks.after_first(self._load)
+        with tidied_up():
+            ranks.after_first(self._load)
         if not self.streaming:
             ranks.run(lambda: self._require_same_texts(ranks))
             self._plan()
@@ -200,6 +204,15 @@ class TextDataModule(pl.LightningDataModule):
         """Tokens in each text that is left to read, (N,) int64; None where the dataset streams."""
         return None if self.streaming else torch.from_numpy(self._lengths[self._is_left])
 
+    def token_range(self) -> tuple[int, int] | None:
+        """The smallest and the largest token id of all texts; None where the dataset streams."""
+        if self.streaming or int(self._lengths.sum()) == 0:
+            return None
+        # A part at a time, of a file that is mapped: no copy of the tokens is made.
+        parts = (part.flatten() for part in self._dataset.data.column("input_ids").chunks)
+        ends = [pc.min_max(part).as_py() for part in parts if len(part)]
+        return min(end["min"] for end in ends), max(end["max"] for end in ends)
+
     def n_batches(self) -> int | None:
         """Batches that are left to read, of all processes; None where the dataset streams."""
         return None if self.streaming else len(self._batches)
@@ -210,7 +223,7 @@ class TextDataModule(pl.LightningDataModule):
 
     def batch(self, number: int) -> TokenBatch:
         """One of the batches that ``n_batches`` counts."""
-        collate = _Collate(_pad_token_id(self.tokenizer))
+        collate = _Collate(self._pad_token_id())
         return collate(_EncodedRows(self._dataset)[self._batches[number]])
 
     def predict_dataloader(self) -> DataLoader[Any]:
@@ -235,9 +248,20 @@ class TextDataModule(pl.LightningDataModule):
             batch_size=None,
             sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=_Collate(_pad_token_id(self.tokenizer)),
+            collate_fn=_Collate(self._pad_token_id()),
             pin_memory=torch.cuda.is_available(),
         )
+
+    def _pad_token_id(self) -> int:
+        """Any token that the model knows: what stands in the padding reaches no row that is kept.
+
+        A token that was added to the tokenizer for padding may be none.
+        """
+        backbone = getattr(getattr(self.trainer, "lightning_module", None), "backbone", None)
+        n_known = None if backbone is None else vocabulary_size(backbone)
+        tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        known = (t for t in tokens if t is not None and (n_known is None or t < n_known))
+        return next(known, 0)
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         source = self._tokenizer_source()
@@ -322,8 +346,3 @@ def _token_counts(dataset: datasets.Dataset) -> npt.NDArray[np.int64]:
         return np.empty(0, np.int64)
     counts: npt.NDArray[np.int64] = dataset.select_columns("n_tokens")[:]["n_tokens"].to_numpy()
     return counts.astype(np.int64)
-
-
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any valid token: what stands in the padding reaches no row that is kept."""
-    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)

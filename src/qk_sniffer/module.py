@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,18 +12,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from qk_sniffer.batch_fields import sequence_lengths
 from qk_sniffer.capture import Sniffer, get_active_sniffer, heads_to_capture
 from qk_sniffer.errors import UserError
 from qk_sniffer.models import (
     ModelSource,
     attention_geometry,
     capture_attention,
+    config_vocabulary,
     decoder_backbone,
+    depends_on_length,
+    frequencies_for,
     load_config,
     load_model,
     load_skeleton,
     model_overlays,
     read_in_passages,
+    require_known_tokens,
+    spans_of_like_frequencies,
 )
 from qk_sniffer.ranks import Ranks
 
@@ -69,11 +75,18 @@ class SnifferModule(pl.LightningModule):
         prefill_chunk_size: int | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(name, str):
+            raise UserError(
+                f"model.name: expected the id or directory of a model, got {type(name).__name__}; "
+                "for one that is loaded already make SnifferModule(id) and set its backbone to "
+                "qk_sniffer.models.decoder_backbone(model)"
+            )
         if prefill_chunk_size is not None and prefill_chunk_size < 1:
             raise UserError(
                 f"model.prefill_chunk_size: must be at least 1 or null, got {prefill_chunk_size}"
             )
-        self.save_hyperparameters()
+        # The callback gives loggers the settings; Lightning would merge those of module and data.
+        self.save_hyperparameters(logger=False)
         self.source = ModelSource(name, revision, gguf_file, trust_remote_code)
         self._too_large = math.inf
 
@@ -85,6 +98,22 @@ class SnifferModule(pl.LightningModule):
         """
         with model_overlays(self.hparams["models_dir"]):
             load_config(self.source, self.hparams["config_overrides"])
+
+    def check_tokens(self, smallest: int, largest: int) -> None:
+        """See that the model has an embedding for each token, before its weights are loaded.
+
+        Args:
+            smallest: The smallest token id of the texts.
+            largest: The largest.
+
+        Raises:
+            UserError: It has not.
+        """
+        with model_overlays(self.hparams["models_dir"]):
+            n_known = config_vocabulary(load_config(self.source, self.hparams["config_overrides"]))
+        if n_known is not None and not 0 <= smallest <= largest < n_known:
+            # The embedding may have more rows than the config says.
+            require_known_tokens(smallest, largest, decoder_backbone(self.skeleton()))
 
     def check_heads(self, capture: Mapping[str, Any]) -> None:
         """See that the model has the layers and heads that a config names, before weights are loaded.
@@ -174,11 +203,13 @@ class SnifferModule(pl.LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> int:
         """Run the backbone; an active sniffer captures what its attention sees.
 
-        A batch that does not fit into the device's memory is read in halves.
+        Texts that a model reads with frequencies of their length are read with those alone that have
+        the same, and a batch that does not fit into the device's memory is read in halves.
 
         Args:
-            batch: ``input_ids`` (B, S) int64, padded on the right, and perhaps ``sequence_lengths``
-                (B,), for padding to be left out of a part of a batch.
+            batch: ``input_ids`` (B, S) int64, padded on the right, and ``sequence_lengths`` (B,) in
+                tokens, for padding to be left out of a part of a batch; without them, those of
+                ``attention_mask``, or S.
             batch_idx: Number of the batch.
 
         Returns:
@@ -189,9 +220,22 @@ class SnifferModule(pl.LightningModule):
                 does not fit into the device's memory.
         """
         input_ids: Tensor = batch["input_ids"]
-        require_positions(self.backbone.config, input_ids.shape[1])
-        self._read_as_fits(batch, 0, *input_ids.shape)
+        size, width = input_ids.shape
+        require_positions(self.backbone.config, width)
+        if depends_on_length(self.backbone):
+            spans = spans_of_like_frequencies(self.backbone, sequence_lengths(batch).tolist())
+            self._read_parts(batch, spans)
+        else:
+            self._read_as_fits(batch, 0, size, width)
         return input_ids.numel()
+
+    def _read_parts(self, batch: dict[str, Any], spans: Sequence[tuple[int, int]]) -> None:
+        """Read each span of a batch's sequences by itself, no wider than the longest of them."""
+        sniffer, lengths = get_active_sniffer(), sequence_lengths(batch).tolist()
+        for start, stop in spans:
+            if isinstance(sniffer, Sniffer):
+                sniffer.read_part(start, stop)
+            self._read_as_fits(batch, start, stop, max(1, *lengths[start:stop]))
 
     def _read_as_fits(self, batch: dict[str, Any], start: int, stop: int, width: int) -> None:
         """Read the sequences of a batch from ``start`` on, up to ``stop`` and the token at ``width``.
@@ -212,13 +256,8 @@ class SnifferModule(pl.LightningModule):
         # Here and not in the handler, where the error holds the tensors of the forward.
         self._warn_of_size(size, width)
         torch.cuda.empty_cache()
-        sniffer, middle = get_active_sniffer(), start + (size + 1) // 2
-        lengths = batch.get("sequence_lengths")
-        for first, last in ((start, middle), (middle, stop)):
-            if isinstance(sniffer, Sniffer):
-                sniffer.read_part(first, last)
-            longest = width if lengths is None else max(1, int(lengths[first:last].max()))
-            self._read_as_fits(batch, first, last, longest)
+        middle = start + (size + 1) // 2
+        self._read_parts(batch, [(start, middle), (middle, stop)])
 
     def _warn_of_size(self, size: int, width: int) -> None:
         """Say what did not fit, where nothing as small was said before."""
@@ -237,7 +276,8 @@ class SnifferModule(pl.LightningModule):
         with capture_attention(self.backbone):
             prefill_chunk_size = self.hparams["prefill_chunk_size"]
             if prefill_chunk_size is None:
-                self.backbone(input_ids=input_ids, use_cache=False)
+                with frequencies_for(self.backbone, input_ids.shape[1]):
+                    self.backbone(input_ids=input_ids, use_cache=False)
             else:
                 for _ in read_in_passages(self.backbone, input_ids, prefill_chunk_size):
                     pass

@@ -80,11 +80,17 @@ class PredictCLI(LightningCLI):
     def before_predict(self) -> None:
         """Check data root and model before data is loaded, and keep the resolved config."""
         sniffer: SnifferCallback = self._get(self.config_init, "sniffer")
-        sniffer.check_output(repair_journal=self.trainer.global_rank == 0)
+        trainer = self.trainer
+        if trainer.global_rank == 0:
+            sniffer.check_output(n_nodes=trainer.num_nodes)
         module: SnifferModule = self._get(self.config_init, "model")
-        module.check_model()
-        module.check_trainer(self.trainer)
-        sniffer.earlier_run(module, self.datamodule)
+        try:
+            module.check_model()
+            module.check_trainer(trainer)
+            sniffer.earlier_run(module, self.datamodule)
+        except BaseException:
+            sniffer.release_output()
+            raise
         config = self.config["predict"]
         sniffer.config_yaml = self._parser("predict").dump(config, skip_none=False)
 

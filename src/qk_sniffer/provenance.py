@@ -13,7 +13,7 @@ from torch import nn
 
 from qk_sniffer.capture import CapturedHeads
 from qk_sniffer.config import CaptureConfig
-from qk_sniffer.models import AttentionMap, weights_digest
+from qk_sniffer.models import AttentionMap, covered_positions, weights_digest
 from qk_sniffer.storage import SCHEMA_VERSION
 
 _PACKAGES = ("qk-sniffer", "torch", "transformers", "lightning", "datasets", "pyarrow")
@@ -99,8 +99,8 @@ def describe(
         heads: What is captured, by layer.
 
     Returns:
-        Its fingerprint, versions, settings, the geometry of all layers, notes, and the captured heads
-        of each layer and kind.
+        Its fingerprint, versions, settings, the geometry of all layers, notes, the captured heads of
+        each layer and kind, and the positions that the model covers.
     """
     capture = settings["capture"]
     streams = captured_streams(capture, heads)
@@ -118,6 +118,7 @@ def describe(
         "layers": layers,
         "notes": attention.notes + (attention.rotary.notes() if capture["capture_pre_rope"] else []),
         "streams": streams,
+        "n_positions": covered_positions(getattr(backbone, "config", None)),
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from qk_sniffer.batch_fields import BatchFields
 from qk_sniffer.capture import CapturedHeads, Chunk, Sampler, Sniffer, active_sniffer
 from qk_sniffer.config import CaptureConfig
 from qk_sniffer.errors import UserError
@@ -66,29 +67,27 @@ class Recorder:
         """Batches and tokens that were read, and rows kept, over all heads."""
         return self.batches_read, self.tokens_read, self._sniffer.rows_kept
 
-    def begin_batch(self, batch: Mapping[str, Any]) -> None:
-        """Draw the rows that a batch keeps.
+    def begin_batch(self, batch: BatchFields) -> None:
+        """Draw the rows that a batch keeps."""
+        # A loader of someone's own may give texts that are captured already: they keep no rows.
+        lengths = batch.sequence_lengths * self._is_new(batch)
+        self._sniffer.begin_batch(batch.example_ids.tolist(), lengths.tolist())
+
+    def end_batch(self, batch: BatchFields) -> None:
+        """Move the batch's rows to the journal.
 
         Raises:
-            UserError: The batch is not padded on the right.
+            UserError: The backbone has run outside ``capture_attention``.
         """
-        lengths, mask = batch["sequence_lengths"], batch["attention_mask"]
-        expected = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
-        if not torch.equal(mask.bool(), expected):
+        if batch.sequence_lengths.any() and not self._sniffer.has_captured:
             raise UserError(
-                "attention_mask: a batch is not padded on the right up to its sequence_lengths; set "
-                "the tokenizer's padding_side to right"
+                "SnifferCallback: predict_step has run, and nothing was captured; run self.backbone "
+                "under `with qk_sniffer.models.capture_attention(self.backbone):`"
             )
-        # A loader of someone's own may give texts that are captured already: they keep no rows.
-        lengths = lengths.cpu() * self._is_new(batch)
-        self._sniffer.begin_batch(batch["example_ids"].tolist(), lengths.tolist())
-
-    def end_batch(self, batch: Mapping[str, Any]) -> None:
-        """Move the batch's rows to the journal."""
         self._sniffer.flush_batch()
         self._journal.commit(self._examples(batch))
         self.batches_read += 1
-        self.tokens_read += int(batch["sequence_lengths"].sum())
+        self.tokens_read += int(batch.sequence_lengths.sum())
 
     def close(self) -> None:
         """Commit what is waiting, and stop capturing; a second call does nothing.
@@ -101,26 +100,19 @@ class Recorder:
     def _append(self, chunk: Chunk) -> None:
         self._journal.append(lambda: _block(chunk), chunk.n_bytes)
 
-    def _is_new(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        return torch.from_numpy(self._is_left(batch["example_ids"].cpu().numpy()))
+    def _is_new(self, batch: BatchFields) -> torch.Tensor:
+        return torch.from_numpy(self._is_left(batch.example_ids))
 
-    def _examples(self, batch: Mapping[str, Any]) -> list[Example]:
-        lengths = batch["sequence_lengths"].tolist()
+    def _examples(self, batch: BatchFields) -> list[Example]:
+        lengths = batch.sequence_lengths.tolist()
         tokens: list[list[str] | None] = [None] * len(lengths)
         if self._tokenizer is not None:
-            # Those of the host, where the batch kept them: nothing waits for a device.
-            input_ids = getattr(batch, "host_input_ids", batch["input_ids"]).tolist()
             tokens = [
                 self._tokenizer.convert_ids_to_tokens(ids[:length])
-                for ids, length in zip(input_ids, lengths, strict=True)
+                for ids, length in zip(batch.input_ids.tolist(), lengths, strict=True)
             ]
         rows = zip(
-            batch["example_ids"].tolist(),
-            batch["source_ids"],
-            lengths,
-            batch["truncated"],
-            tokens,
-            strict=True,
+            batch.example_ids.tolist(), batch.source_ids, lengths, batch.truncated, tokens, strict=True
         )
         is_new = self._is_new(batch).tolist()
         return [Example(*fields) for fields, new in zip(rows, is_new, strict=True) if new]

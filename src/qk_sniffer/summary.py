@@ -6,7 +6,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from qk_sniffer.storage import Place, count_rows
+from qk_sniffer.storage import Place, count_rows, describe_beyond, describe_non_finite
+
+NOTHING_KEPT = (
+    "no rows were kept; set sniffer.capture.sampler.type: all for short texts, or raise "
+    "sniffer.capture.sampler.base_rate or lower sniffer.capture.min_bucket_size"
+)
+"""What to do about a run that has sampled nothing."""
 
 
 def file_progress(
@@ -38,11 +44,24 @@ def summary_table(data_root: Path, manifest: dict[str, Any], *, seconds: float) 
     }
     table = "\n".join(f"{name:<8} {value}" for name, value in lines.items())
     if rows == 0:
-        table += (
-            "\nno rows were kept; raise sniffer.capture.sampler.base_rate or lower "
-            "sniffer.capture.min_bucket_size"
-        )
+        table += f"\n{NOTHING_KEPT}"
+    if (beyond := describe_beyond(manifest)) is not None:
+        table += f"\n{beyond}"
+    if non_finite := warn_of_non_finite(manifest):
+        table += f"\n{non_finite}"
     return table
+
+
+def warn_of_non_finite(manifest: dict[str, Any]) -> str:
+    """Which rows hold an infinity or a NaN, and what to do; empty where none does."""
+    found = describe_non_finite(manifest)
+    dtype = manifest["settings"]["model"].get("dtype")
+    if not found:
+        return ""
+    if dtype == "float32":
+        return f"{found}; look at the model's weights, since model.dtype is float32 already"
+    wider = "float32" if dtype == "bfloat16" else "bfloat16, or to float32,"
+    return f"{found}; set model.dtype to {wider} and capture them anew"
 
 
 def published_table(place: Place, manifest: dict[str, Any]) -> str:

@@ -41,6 +41,7 @@ from qk_sniffer.storage import (
     checksum,
     head_name,
     head_schema,
+    owner_of,
     require_manifest,
 )
 
@@ -77,11 +78,13 @@ def verify(data_root: Path) -> list[str]:
         UserError: There is no manifest, or it is damaged.
     """
     manifest = require_manifest(data_root)
+    # What a run at work has captured is for that run to merge.
+    is_at_work = owner_of(data_root) is not None
     faults = [
         f"{name}: rows are waiting to be merged; run predict again, or "
         f"`qk-sniffer finalize {data_root}`"
         for name in (JOURNAL_DIRECTORY, PULLED_DIRECTORY)
-        if (data_root / name).exists()
+        if (data_root / name).exists() and not is_at_work
     ]
     streams = _streams(manifest)
     faults += _check_names(data_root, manifest, [name for stream in streams for name in stream.names])

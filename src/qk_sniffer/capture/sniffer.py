@@ -240,6 +240,11 @@ class Sniffer:
                 if chunk.sequences.stop <= start or chunk.sequences.start >= stop
             ]
 
+    @property
+    def has_captured(self) -> bool:
+        """Whether a layer has handed over tokens of this batch."""
+        return any(any(read) for read in self._tokens_read.values())
+
     def capture(
         self,
         layer_idx: int,

@@ -14,7 +14,12 @@ from qk_sniffer.estimate.capture import Capture
 from qk_sniffer.estimate.table import Timing, table
 from qk_sniffer.estimate.texts import count_texts
 from qk_sniffer.estimate.timing import read_samples
-from qk_sniffer.models import attention_geometry, decoder_backbone
+from qk_sniffer.models import (
+    attention_geometry,
+    decoder_backbone,
+    require_known_tokens,
+    stored_quantization,
+)
 from qk_sniffer.module import SnifferModule, require_positions
 from qk_sniffer.predict import PredictCLI, start
 
@@ -75,9 +80,12 @@ def estimate(args: list[str], *, timed: bool) -> str:
     backbone = decoder_backbone(skeleton)
     geometry = None if timed else attention_geometry(backbone)
     # What a data module asks of a trainer; the real one would have the callback take the data root.
-    data.trainer = SimpleNamespace(lightning_module=module, world_size=1, callbacks=[])
+    model = SimpleNamespace(source=module.source, backbone=backbone)
+    data.trainer = SimpleNamespace(lightning_module=model, world_size=1, callbacks=[])
     data.setup("predict")
     texts = count_texts(data)
+    smallest, largest = data.token_range() or texts.largest["input_ids"].aminmax()
+    require_known_tokens(int(smallest), int(largest), backbone)
     require_positions(backbone.config, int(texts.lengths.max()))
     seconds_to_load = 0.0
     if geometry is None:
@@ -91,7 +99,8 @@ def estimate(args: list[str], *, timed: bool) -> str:
     if timed:
         samples = read_samples(module, capture, device, data.tokenizer)
         timing = Timing(seconds_to_load, samples, trainer.world_size, str(device))
-    return table(data, skeleton, capture, sniffer.data_root, timing)
+    quantization = stored_quantization(module.source.name, module.source.revision, skeleton.config)
+    return table(data, skeleton, capture, sniffer.data_root, timing, quantization)
 
 
 def _load(module: SnifferModule, device: torch.device) -> float:

@@ -13,6 +13,8 @@ from qk_sniffer.data import TextDataModule
 from qk_sniffer.estimate.capture import Capture, parameter_bytes
 from qk_sniffer.estimate.texts import Texts
 from qk_sniffer.estimate.timing import FILE_BYTES_PER_SECOND, Samples
+from qk_sniffer.forewarnings import forewarnings
+from qk_sniffer.models import Quantization, covered_positions
 from qk_sniffer.storage import n_threads
 
 _WIDTH = 96
@@ -46,6 +48,7 @@ def table(
     capture: Capture,
     data_root: Path,
     timing: Timing | None,
+    quantization: Quantization | None,
 ) -> str:
     """Everything that is expected of a run.
 
@@ -55,14 +58,16 @@ def table(
         capture: What is captured of which texts.
         data_root: Where it would go.
         timing: What was measured; None leaves the time out.
+        quantization: How the weights are stored; None as plain numbers.
     """
     lines = [
         *_heads(skeleton, capture),
         *_texts(data, capture),
         *_rows(capture),
         *_disk(capture, data_root),
-        *_memory(skeleton, capture),
+        *_memory(skeleton, capture, quantization),
         *_time(capture, timing),
+        *_warnings(skeleton, capture),
     ]
     return "\n".join(line for label, text in lines for line in _filled(label, text))
 
@@ -158,12 +163,17 @@ def _free_bytes(directory: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def _memory(skeleton: PreTrainedModel, capture: Capture) -> Iterator[Line]:
+def _memory(
+    skeleton: PreTrainedModel, capture: Capture, quantization: Quantization | None
+) -> Iterator[Line]:
     weights = list(skeleton.parameters())
     count, dtype = sum(weight.numel() for weight in weights), str(skeleton.dtype)
-    size = _size(parameter_bytes(weights))
-    numbers = f"{count:,} in {dtype.removeprefix('torch.')}"
-    yield "memory", f"{size}  weights of each process, {numbers}, beside activations"
+    n_bytes, numbers = parameter_bytes(weights), f"{count:,} in {dtype.removeprefix('torch.')}"
+    if quantization is not None and quantization.n_bytes is not None:
+        n_bytes, numbers = quantization.n_bytes, f"{count:,} quantized by {quantization.method}"
+    yield "memory", f"{_size(n_bytes)}  weights of each process, {numbers}, beside activations"
+    if quantization is not None and quantization.n_bytes is None:
+        yield "", f"less, since they are quantized by {quantization.method}; the checkpoint would tell"
     yield "", f"{_size(capture.batch_bytes)}  on its host: rows of the batch that keeps the most"
     yield (
         "",
@@ -191,6 +201,12 @@ def _time(capture: Capture, timing: Timing | None) -> Iterator[Line]:
         f"{_duration(files)}  to write the files, {n_threads()} threads of 165 MB of vectors a second",
     )
     yield "", _how(samples, texts, timing)
+
+
+def _warnings(skeleton: PreTrainedModel, capture: Capture) -> Iterator[Line]:
+    n_positions = covered_positions(skeleton.config)
+    for line in forewarnings(capture.sampler, capture.texts.lengths, n_positions):
+        yield "warning", line
 
 
 def _how(samples: Samples, texts: Texts, timing: Timing) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from qk_sniffer.batch_fields import batch_fields
 from qk_sniffer.data import TokenBatch
 from qk_sniffer.estimate.capture import Capture
 from qk_sniffer.ids import EVERY_EXAMPLE
@@ -99,12 +100,12 @@ def read_samples(
 
         def read(length: int) -> float:
             batch = cut(largest, length)
+            fields = batch_fields(batch)
             _synchronize(device)
             started = time.perf_counter()
-            recorder.begin_batch(batch)
-            on_device = batch.to(device)
-            module.predict_step(on_device, 0)
-            recorder.end_batch(on_device)
+            recorder.begin_batch(fields)
+            module.predict_step(batch.to(device), 0)
+            recorder.end_batch(fields)
             _synchronize(device)
             return time.perf_counter() - started
 

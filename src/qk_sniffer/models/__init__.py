@@ -3,6 +3,19 @@
 from qk_sniffer.models.attention import decoder_backbone
 from qk_sniffer.models.capturing import capture_attention
 from qk_sniffer.models.check import check_capture
+from qk_sniffer.models.checkpoint import Quantization, stored_quantization
+from qk_sniffer.models.frequencies import (
+    begin_batch_of_like_frequencies,
+    depends_on_length,
+    frequencies_for,
+    spans_of_like_frequencies,
+)
+from qk_sniffer.models.limits import (
+    config_vocabulary,
+    covered_positions,
+    require_known_tokens,
+    vocabulary_size,
+)
 from qk_sniffer.models.loading import ModelSource, load_config, load_model, weights_digest
 from qk_sniffer.models.overlay import model_overlays
 from qk_sniffer.models.passages import check_passages, read_in_passages
@@ -13,16 +26,26 @@ __all__ = [
     "AttentionGeometry",
     "AttentionMap",
     "ModelSource",
+    "Quantization",
     "attention_geometry",
+    "begin_batch_of_like_frequencies",
     "capture_attention",
     "check_capture",
     "check_passages",
+    "config_vocabulary",
+    "covered_positions",
     "decoder_backbone",
+    "depends_on_length",
+    "frequencies_for",
     "load_config",
     "load_model",
     "load_skeleton",
     "model_overlays",
     "probe_attention",
     "read_in_passages",
+    "require_known_tokens",
+    "spans_of_like_frequencies",
+    "stored_quantization",
+    "vocabulary_size",
     "weights_digest",
 ]

@@ -47,7 +47,7 @@ def watch_attention(
         numbered_by_call: Number the calls of a forward instead of the decoder's layers.
         rotary: Trace rotations.
     """
-    decoder = _text_decoder(backbone)
+    decoder = text_decoder(backbone)
     forward = _Forward(decoder, on_layer, numbered_by_call)
     with ExitStack() as stack:
         if rotary:
@@ -129,7 +129,7 @@ class _Forward:
         return self._on_layer(layer_idx, call, self._past_length, self.trace)
 
 
-def _text_decoder(backbone: nn.Module) -> nn.Module:
+def text_decoder(backbone: nn.Module) -> nn.Module:
     """The part that reads text, without the vision and audio towers of a multimodal model."""
     for name in ("language_model", "text_model"):
         if isinstance(decoder := getattr(backbone, name, None), nn.Module):

@@ -1,10 +1,12 @@
 """Loads a causal language model with its config changed as the user asks."""
 
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import transformers
 import xxhash
 from huggingface_hub.errors import StrictDataclassError
@@ -23,6 +25,7 @@ from qk_sniffer.errors import UserError, last_line
 from qk_sniffer.local_or_hub import explained_loading
 from qk_sniffer.misspelt import did_you_mean
 from qk_sniffer.models.attention import decoder_backbone
+from qk_sniffer.models.checkpoint import refuse_broken
 from qk_sniffer.models.explaining import explained_settings, require_files
 from qk_sniffer.models.refusals import refuse_unsupported
 
@@ -97,9 +100,21 @@ def load_model(
     return model
 
 
-def explained(source: ModelSource, remedy: str) -> AbstractContextManager[None]:
+@contextmanager
+def explained(source: ModelSource, remedy: str) -> Iterator[None]:
     """Turn what transformers raises for ``source`` into a ``UserError``."""
-    return explained_loading(f"model.name: {source.name} can't be loaded", remedy, source.name)
+    try:
+        with explained_loading(f"model.name: {source.name} can't be loaded", remedy, source.name):
+            yield
+    except Exception as error:
+        refuse_broken(source.name, source.revision, error)
+        if "ignore_mismatched_sizes" in str(error):
+            raise UserError(
+                f"model.name: some weights of {source.name} have other shapes than its config gives "
+                "them, see the report above; undo the change in model.config_overrides, or give a "
+                "checkpoint that fits its config"
+            ) from error
+        raise
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -172,11 +187,41 @@ def _merge(current: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights_digest(backbone: nn.Module) -> str:
-    """Names the weights of a model by some values of every one, wherever it came from."""
+    """Names the weights of a model by some values of every one, wherever it came from.
+
+    Those of a quantized layer may be buffers.
+    """
     digest = xxhash.xxh3_64()
     for parameter in backbone.parameters():
         if not parameter.is_meta:
             step = max(1, parameter.numel() // _DIGESTED_VALUES)
             values = parameter.detach().reshape(-1)[::step].float().cpu()
             digest.update(values.numpy().tobytes())
+    for buffer in _quantized_weights(backbone):
+        step = max(1, buffer.numel() // _DIGESTED_VALUES)
+        # Bits, since a float32 would round the eight weights of an int32.
+        values = buffer.detach().reshape(-1)[::step].contiguous().view(torch.uint8).cpu()
+        digest.update(values.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _quantized_weights(backbone: nn.Module) -> Iterator[torch.Tensor]:
+    """Persistent buffers of the layers that keep packed weights in one, as GPTQ, AWQ and BitNet do.
+
+    Other layers have buffers too, such as the bias of a router, and data roots know their models by a
+    digest without these.
+    """
+    for module in backbone.modules():
+        buffers = [
+            buffer
+            for name, buffer in module.named_buffers(recurse=False)
+            if name not in module._non_persistent_buffers_set and not buffer.is_meta
+        ]
+        if any(_is_packed(buffer) for buffer in buffers):
+            yield from buffers
+
+
+def _is_packed(buffer: torch.Tensor) -> bool:
+    """Whether a buffer holds integers or 8-bit numbers; a scalar is a counter."""
+    is_packed = not buffer.is_floating_point() or buffer.element_size() == 1
+    return is_packed and buffer.dim() > 0 and buffer.dtype != torch.bool

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.models.check import opening
+from qk_sniffer.models.frequencies import frequencies_for
 
 _CACHE_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _CACHE_NAMES = ("cache", "past_key_values")
@@ -28,14 +29,15 @@ def read_in_passages(backbone: nn.Module, input_ids: Tensor, passage_length: int
         UserError: The model keeps no cache.
     """
     cache: dict[str, Any] = {}
-    for passage in torch.split(input_ids, passage_length, dim=1):  # type: ignore[no-untyped-call]
-        output = backbone(input_ids=passage, **cache, use_cache=True)
-        # The name depends on the release of transformers.
-        names = [n for n in _CACHE_NAMES if hasattr(getattr(output, n, None), "get_seq_length")]
-        if not names:
-            raise _unreadable(backbone, "keeps no cache to read on from")
-        cache = {names[0]: getattr(output, names[0])}
-        yield output
+    with frequencies_for(backbone, input_ids.shape[1]):
+        for passage in torch.split(input_ids, passage_length, dim=1):  # type: ignore[no-untyped-call]
+            output = backbone(input_ids=passage, **cache, use_cache=True)
+            # The name depends on the release of transformers.
+            names = [n for n in _CACHE_NAMES if hasattr(getattr(output, n, None), "get_seq_length")]
+            if not names:
+                raise _unreadable(backbone, "keeps no cache to read on from")
+            cache = {names[0]: getattr(output, names[0])}
+            yield output
 
 
 @torch.inference_mode()
@@ -50,7 +52,8 @@ def check_passages(backbone: nn.Module, input_ids: Tensor) -> None:
         UserError: It does not, as some recurrent layers don't.
     """
     input_ids = opening(backbone, input_ids)
-    whole = backbone(input_ids=input_ids, use_cache=False)[0].float()
+    with frequencies_for(backbone, input_ids.shape[1]):
+        whole = backbone(input_ids=input_ids, use_cache=False)[0].float()
     passage_length = max(1, input_ids.shape[1] // 3)
     try:
         outputs = [output[0] for output in read_in_passages(backbone, input_ids, passage_length)]

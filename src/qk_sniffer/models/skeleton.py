@@ -10,12 +10,7 @@ from transformers import PreTrainedModel
 
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.models.explaining import explained_settings
-from qk_sniffer.models.loading import (
-    ModelSource,
-    auto_class,
-    explained,
-    load_config,
-)
+from qk_sniffer.models.loading import ModelSource, auto_class, explained, load_config
 from qk_sniffer.models.probe import AttentionGeometry, see_geometry
 
 

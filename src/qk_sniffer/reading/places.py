@@ -9,7 +9,13 @@ from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundErr
 from qk_sniffer.errors import UserError
 from qk_sniffer.hub.branch import MAIN, Branch
 from qk_sniffer.hub.requests import explained, retried
-from qk_sniffer.storage import MANIFEST_FILE, existing_data_root, read_manifest, require_manifest
+from qk_sniffer.storage import (
+    MANIFEST_FILE,
+    existing_data_root,
+    note_owner,
+    read_manifest,
+    require_manifest,
+)
 
 
 class CapturePlace(Protocol):
@@ -32,6 +38,7 @@ class LocalPlace:
     def __init__(self, data_root: Path) -> None:
         self._data_root = data_root
         self.manifest = require_manifest(data_root)
+        note_owner(data_root)
 
     def __str__(self) -> str:
         return str(self._data_root)

@@ -1,6 +1,13 @@
 """Bytes on disk: the journal of a running capture, Parquet files, manifest and dataset card."""
 
-from qk_sniffer.storage.card import Place, describe_run, render_card, shown_names, write_card
+from qk_sniffer.storage.card import (
+    Place,
+    describe_non_finite,
+    describe_run,
+    render_card,
+    shown_names,
+    write_card,
+)
 from qk_sniffer.storage.card_parts import compose_card, own_part
 from qk_sniffer.storage.data_root import (
     EarlierRun,
@@ -19,7 +26,14 @@ from qk_sniffer.storage.files import explained_writing, sync_directory, sync_fil
 from qk_sniffer.storage.finalizing import finalize, merge_pulled, n_threads
 from qk_sniffer.storage.finished import stored_example_ids
 from qk_sniffer.storage.journal import QUEUE_BYTES, Block, Example, JournalWriter
-from qk_sniffer.storage.manifest import count_rows, is_manifest, read_manifest, require_manifest
+from qk_sniffer.storage.manifest import (
+    count_rows,
+    describe_beyond,
+    is_manifest,
+    read_manifest,
+    require_manifest,
+)
+from qk_sniffer.storage.ownership import Owner, Ownership, note_owner, owned, owner_of
 from qk_sniffer.storage.parquet import FileFacts, StoredRows, checksum, is_described
 from qk_sniffer.storage.reports import remove_report, report_files
 from qk_sniffer.storage.schema import (
@@ -65,6 +79,8 @@ __all__ = [
     "FileFacts",
     "JournalWriter",
     "Kind",
+    "Owner",
+    "Ownership",
     "Place",
     "StoredRows",
     "check_space",
@@ -73,6 +89,8 @@ __all__ = [
     "compose_card",
     "count_rows",
     "data_root_path",
+    "describe_beyond",
+    "describe_non_finite",
     "describe_run",
     "differing_settings",
     "discard_pulled",
@@ -88,7 +106,10 @@ __all__ = [
     "journal_bytes",
     "merge_pulled",
     "n_threads",
+    "note_owner",
     "own_part",
+    "owned",
+    "owner_of",
     "prepare_data_root",
     "read_manifest",
     "remove_report",

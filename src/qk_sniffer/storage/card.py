@@ -9,7 +9,7 @@ from typing import Any
 
 from qk_sniffer.storage.card_parts import compose_card
 from qk_sniffer.storage.files import write_text
-from qk_sniffer.storage.manifest import count_rows
+from qk_sniffer.storage.manifest import count_rows, describe_beyond
 from qk_sniffer.storage.reports import report_files
 from qk_sniffer.storage.schema import CARD_FILE, DATA_FILE, EXAMPLES_DIRECTORY, REPORT_DIRECTORY
 
@@ -119,16 +119,30 @@ def describe_run(manifest: Mapping[str, Any]) -> str:
     settings = manifest["settings"]
     model, data, capture = settings["model"], settings["data"], settings["capture"]
     sampler = capture["sampler"]
+    non_finite = describe_non_finite(manifest)
+    non_finite = non_finite and f"\n- {non_finite}"
     kept = "every position"
     if sampler["type"] != "all":
         kept = f"sampler `{sampler['type']}`, base rate {sampler['base_rate']}, seed {sampler['seed']}"
+    beyond = "" if (found := describe_beyond(manifest)) is None else f"; {found}"
     return f"""\
 - model: `{model.get("name")}`, revision `{model.get("revision")}`, dtype `{model.get("dtype")}`, \
 attention `{model.get("attn_implementation")}`
 - text: `{data.get("path")}`, split `{data.get("split")}`, {manifest["examples"]["rows"]:,} examples
-- tokens: {_limit(data.get("tokenizer", {}).get("max_length"))} of each text
+- tokens: {_limit(data.get("tokenizer", {}).get("max_length"))} of each text{beyond}
 - positions: {kept}, buckets from {capture["min_bucket_size"]:,}
-- {len(manifest["heads"]):,} heads, {count_rows(manifest):,} rows"""
+- {len(manifest["heads"]):,} heads, {count_rows(manifest):,} rows{non_finite}"""
+
+
+def describe_non_finite(manifest: Mapping[str, Any]) -> str:
+    """Which rows hold an infinity or a NaN; empty where none does."""
+    found = manifest.get("non_finite")
+    if found is None:
+        return ""
+    layers, texts = found["layers"], found["texts"]
+    place = f"layer{'s' * (len(layers) > 1)} {_ranges(layers)}"
+    rows = f"{found['rows']:,} row{'s' * (found['rows'] > 1)}"
+    return f"{rows} of {texts:,} text{'s' * (texts > 1)} hold inf or NaN, in {place}"
 
 
 def _limit(max_length: int | None) -> str:

@@ -5,7 +5,6 @@ import re
 import secrets
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,6 +35,8 @@ from qk_sniffer.storage.schema import (
     HEAD_DIRECTORY,
     JOURNAL_DIRECTORY,
     MANIFEST_FILE,
+    OWNER_FILE,
+    OWNERS_FILE,
     PUBLICATION_FILE,
     PULLED_DIRECTORY,
     PULLING_DIRECTORY,
@@ -52,9 +53,14 @@ _BEFORE_A_JOURNAL = {
     f".{PUBLICATION_FILE}.tmp",
     CONFIG_FILE,
     f".{CONFIG_FILE}.tmp",
+    OWNER_FILE,
+    OWNERS_FILE,
 }
-# A person may have written in the card, and the publication is this run's already.
-_OWN_NAMES = (_BEFORE_A_JOURNAL - {PUBLICATION_FILE, CARD_FILE}) | {EXAMPLES_DIRECTORY, MANIFEST_FILE}
+# A person may have written in the card, and publication and ownership are this run's already.
+_OWN_NAMES = (_BEFORE_A_JOURNAL - {PUBLICATION_FILE, CARD_FILE, OWNER_FILE, OWNERS_FILE}) | {
+    EXAMPLES_DIRECTORY,
+    MANIFEST_FILE,
+}
 
 
 _TOKEN_FILE = re.compile(r"\.shared-[0-9a-f]+")
@@ -162,36 +168,24 @@ def existing_data_root(name: str | Path) -> Path:
     return data_root
 
 
-def prepare_data_root(data_root: Path, overwrite: bool, *, repair_journal: bool = True) -> None:
-    """Make the directory if it is missing, see that a run may write into it, and repair its journal.
+def prepare_data_root(data_root: Path, overwrite: bool) -> None:
+    """See that a run may write into a directory, and repair its journal.
 
     Args:
-        data_root: The directory.
+        data_root: The directory, which the run owns.
         overwrite: Whether what it holds is to be replaced.
-        repair_journal: Whether this process is the one that mends what an interrupted run left.
 
     Raises:
-        UserError: It is not writable or in use, or it holds what is not a run's and ``overwrite`` is
-            false.
+        UserError: It holds what is not a run's and ``overwrite`` is false.
     """
-    try:
-        data_root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=data_root):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"{_FIELD}: {data_root} is not writable ({error.strerror}); name another directory or "
-            "change its permissions"
-        ) from error
     tokens = [entry for entry in data_root.iterdir() if _TOKEN_FILE.fullmatch(entry.name)]
     names = {entry.name for entry in data_root.iterdir()} - {token.name for token in tokens}
-    if repair_journal:
-        for token in tokens:
-            token.unlink()
-        shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY, ignore_errors=True)
+    for token in tokens:
+        token.unlink()
+    shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY, ignore_errors=True)
     if overwrite:
         return
-    if repair_journal and (data_root / JOURNAL_DIRECTORY / HEADER_FILE).exists():
+    if (data_root / JOURNAL_DIRECTORY / HEADER_FILE).exists():
         _repair_journal(data_root / JOURNAL_DIRECTORY)
     if names <= _BEFORE_A_JOURNAL or earlier_run(data_root) is not None:
         return

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
@@ -36,7 +37,14 @@ from qk_sniffer.storage.commits import (
 from qk_sniffer.storage.files import explained_writing, sync_directory
 from qk_sniffer.storage.finished import FinishedRun, finished_runs
 from qk_sniffer.storage.journal import JournalWriter
-from qk_sniffer.storage.manifest import build_manifest, header_of, read_manifest, write_manifest
+from qk_sniffer.storage.manifest import (
+    build_manifest,
+    count_beyond,
+    header_of,
+    read_manifest,
+    write_manifest,
+)
+from qk_sniffer.storage.non_finite import NonFinite, non_finite_field
 from qk_sniffer.storage.parquet import EarlierFile, FileFacts, HeadFile, write_heads, write_table
 from qk_sniffer.storage.reader import JournalReader
 from qk_sniffer.storage.reports import remove_report
@@ -58,6 +66,8 @@ _HEADS_AT_ONCE = 16
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 _Group = tuple[int, list[HeadFile]]
 """Some heads of one layer and kind: the number of the stream, and their files."""
+_Share = tuple[dict[str, FileFacts], npt.NDArray[np.int32]]
+"""What a process has written: its heads, and the texts with rows that are not finite."""
 
 
 def finalize(
@@ -125,10 +135,10 @@ def finalize(
         )
         digest = ranks.first(explained(lambda: _digest(journal.header, examples)))
         groups = _groups(data_root, journal, earlier)
-        heads = ranks.gather(
+        shares = ranks.gather(
             ranks.run(explained(lambda: _write_share(journal, groups, digest, progress, ranks)))
         )
-        manifest = ranks.first(explained(lambda: _end(data_root, journal, examples, heads)))
+        manifest = ranks.first(explained(lambda: _end(data_root, journal, examples, shares)))
     ranks.first(explained(lambda: shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY)))
     return manifest
 
@@ -150,7 +160,10 @@ def merge_pulled(data_root: Path, progress: Progress) -> dict[str, Any]:
     if not runs:
         raise UserError(f"{data_root / PULLED_DIRECTORY}: damaged, it has no manifest; remove it")
     if not (journal / HEADER_FILE).exists():
-        JournalWriter(journal, header_of(runs[0].manifest)).close()
+        headers = [header_of(run.manifest) for run in runs]
+        # A run without texts beyond the model's positions does not say how many those are.
+        n_positions = next((h["n_positions"] for h in headers if h["n_positions"]), None)
+        JournalWriter(journal, headers[0] | {"n_positions": n_positions}).close()
     is_whole = not read_journal(journal).commits and all(run.manifest["complete"] for run in runs)
     return finalize(data_root, progress, complete=is_whole)
 
@@ -232,12 +245,17 @@ def n_threads(ranks: Ranks = ALONE) -> int:
 
 def _write_share(
     journal: JournalReader, groups: Sequence[_Group], digest: str, progress: Progress, ranks: Ranks
-) -> dict[str, FileFacts]:
+) -> _Share:
     """Write the head files that fall to this process, and describe them."""
     dealer = Dealer(ranks.size)
     own = [group for group in groups if dealer.deal(len(group[1])) == ranks.rank]
     finished = _write_heads(journal, own, digest, ranks)
-    return dict(progress(finished, sum(len(files) for _, files in own)))
+    heads: dict[str, FileFacts] = {}
+    example_ids = np.empty(0, np.int32)
+    for name, (facts, non_finite) in progress(finished, sum(len(files) for _, files in own)):
+        heads[name] = facts
+        example_ids = np.union1d(example_ids, non_finite.example_ids)
+    return heads, example_ids
 
 
 def _groups(data_root: Path, journal: JournalReader, earlier: Sequence[FinishedRun]) -> list[_Group]:
@@ -274,34 +292,44 @@ def _earlier_files(name: str, earlier: Sequence[FinishedRun]) -> tuple[EarlierFi
 
 def _write_heads(
     journal: JournalReader, groups: Sequence[_Group], digest: str, ranks: Ranks
-) -> Iterator[tuple[str, FileFacts]]:
+) -> Iterator[tuple[str, tuple[FileFacts, NonFinite]]]:
     """Write every head's file and describe it, several layers and kinds at once."""
     tokens = journal.tokens if journal.header["settings"]["capture"]["capture_token_strings"] else None
 
-    def write(group: _Group) -> list[FileFacts]:
+    def write(group: _Group) -> list[tuple[FileFacts, NonFinite]]:
         number, files = group
         with journal.stream(number) as stream:
             return write_heads(stream, files, tokens, digest)
 
     with ThreadPoolExecutor(n_threads(ranks)) as pool:
         try:
-            for (_, files), facts in zip(groups, pool.map(write, groups), strict=True):
-                yield from zip((file.path.parent.name for file in files), facts, strict=True)
+            for (_, files), written in zip(groups, pool.map(write, groups), strict=True):
+                yield from zip((file.path.parent.name for file in files), written, strict=True)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _end(
-    data_root: Path, journal: JournalReader, examples: Any, heads: Sequence[Mapping[str, FileFacts]]
+    data_root: Path, journal: JournalReader, examples: Any, shares: Sequence[_Share]
 ) -> dict[str, Any]:
     """Write what describes the files, and put the journal away."""
     facts = write_table(data_root / EXAMPLES_DIRECTORY / DATA_FILE, examples)
-    found = {name: fact for part in heads for name, fact in part.items()}
+    found = {name: facts for heads, _ in shares for name, facts in heads.items()}
     streams = journal.header["streams"]
     ordered = {name: found[name] for stream in streams for name in _head_names(stream)}
     complete = journal.log.finalizing is True
     buckets = _rows_by_bucket(data_root, streams)
-    manifest = build_manifest(journal.header, facts, ordered, buckets, complete=complete)
+    manifest = build_manifest(
+        journal.header,
+        facts,
+        ordered,
+        buckets,
+        complete=complete,
+        beyond_positions=count_beyond(
+            examples["n_tokens"].to_numpy(), journal.header.get("n_positions")
+        ),
+    )
+    manifest |= non_finite_field(ordered, [example_ids for _, example_ids in shares])
     # Its pictures are of fewer texts.
     remove_report(data_root)
     write_card(data_root, manifest)

@@ -5,8 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from qk_sniffer.errors import UserError
 from qk_sniffer.storage.files import read_json, write_text
+from qk_sniffer.storage.ownership import owner_of
 from qk_sniffer.storage.parquet import FileFacts
 from qk_sniffer.storage.schema import HEAD_DIRECTORY, MANIFEST_FILE, SCHEMA_VERSION
 
@@ -21,6 +25,7 @@ def build_manifest(
     buckets: Mapping[int, int],
     *,
     complete: bool,
+    beyond_positions: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """The manifest of a data root.
 
@@ -30,15 +35,43 @@ def build_manifest(
         heads: The same of each head's file, by its name.
         buckets: Rows of all heads in each bucket.
         complete: Whether the run read every text.
+        beyond_positions: What ``count_beyond`` found.
     """
+    beyond = {} if beyond_positions is None else {"beyond_positions": beyond_positions}
     return {
         "schema_version": SCHEMA_VERSION,
         "complete": complete,
         **{name: header[name] for name in _OF_THE_HEADER},
+        **beyond,
         "examples": examples,
         "buckets": {str(bucket): rows for bucket, rows in buckets.items()},
         "heads": heads,
     }
+
+
+def count_beyond(n_tokens: npt.NDArray[np.int32], n_positions: int | None) -> dict[str, int] | None:
+    """How many texts are longer than the positions that the model covers; None where none is.
+
+    Args:
+        n_tokens: (N,) tokens in each text of a data root.
+        n_positions: Positions that the model covers; None where that is not known, or any number.
+    """
+    n_texts = 0 if n_positions is None else int((n_tokens > n_positions).sum())
+    if n_positions is None or n_texts == 0:
+        return None
+    return {"positions": n_positions, "texts": n_texts, "longest": int(n_tokens.max())}
+
+
+def describe_beyond(manifest: Mapping[str, Any]) -> str | None:
+    """What a reader is told of texts beyond the model's positions; None where there are none."""
+    beyond = manifest.get("beyond_positions")
+    if beyond is None:
+        return None
+    return (
+        f"{beyond['texts']:,} of {manifest['examples']['rows']:,} texts are longer than the "
+        f"{beyond['positions']:,} positions that the model's config covers, the longest has "
+        f"{beyond['longest']:,} tokens"
+    )
 
 
 def count_rows(manifest: Mapping[str, Any]) -> int:
@@ -56,7 +89,10 @@ def header_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
         layer_idx, kind = int(match[1]), match[3]
         new = {"layer_idx": layer_idx, "kind": kind, "heads": [], "head_dim": head_dims[layer_idx]}
         streams.setdefault((layer_idx, kind), new)["heads"].append(int(match[2]))
-    return {name: manifest[name] for name in _OF_THE_HEADER} | {"streams": list(streams.values())}
+    return {name: manifest[name] for name in _OF_THE_HEADER} | {
+        "streams": list(streams.values()),
+        "n_positions": manifest.get("beyond_positions", {}).get("positions"),
+    }
 
 
 def write_manifest(data_root: Path, manifest: Mapping[str, Any]) -> None:
@@ -100,6 +136,10 @@ def require_manifest(data_root: Path) -> dict[str, Any]:
     """
     manifest = read_manifest(data_root)
     if manifest is None:
+        if (owner := owner_of(data_root)) is not None:
+            raise UserError(
+                f"{data_root} belongs to {owner}, which has not written its files yet; wait for its end"
+            )
         raise UserError(
             f"{data_root}: no manifest.json is here, so no run has finished; name a data root, or "
             f"write what an interrupted run captured with `qk-sniffer finalize {data_root}`"

@@ -16,6 +16,7 @@ import xxhash
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import EVERY_EXAMPLE, ExampleFilter
 from qk_sniffer.storage.files import replacing, sync_directory
+from qk_sniffer.storage.non_finite import NonFinite
 from qk_sniffer.storage.reader import Runs, StreamReader
 from qk_sniffer.storage.schema import PULLED_DIRECTORY, head_schema
 
@@ -77,7 +78,7 @@ class HeadFile:
 
 def write_heads(
     stream: StreamReader, files: Sequence[HeadFile], tokens: TokensOf | None, digest: str
-) -> list[FileFacts]:
+) -> list[tuple[FileFacts, NonFinite]]:
     """Write some heads of one layer and kind; each file appears under its name when it is complete.
 
     Files that hold ``digest`` already, from an attempt that was cut off, stay as they are, and one of
@@ -90,11 +91,13 @@ def write_heads(
         digest: Names the examples that the files hold in the end.
 
     Returns:
-        Rows, size in bytes and checksum of each file.
+        Rows, size in bytes and checksum of each file, with the number of rows that are not finite where
+        there are any; and those rows.
 
     Raises:
         UserError: A file that is to be merged is damaged.
     """
+    counted: dict[Path, NonFinite] = {}
     missing = [file for file in files if not (_holds(file.path, digest) or _is_moved(file, digest))]
     if missing:
         with ExitStack() as stack:
@@ -105,7 +108,8 @@ def write_heads(
                 for head in heads:
                     head.write(numbers)
                 stream.forget()
-    return [describe_file(file.path) for file in files]
+            counted = {head.path: head.non_finite for head in heads}
+    return [_describe_head(file.path, counted.get(file.path)) for file in files]
 
 
 def write_table(path: Path, table: pa.Table) -> FileFacts:
@@ -122,6 +126,22 @@ def describe_file(path: Path) -> FileFacts:
         "bytes": path.stat().st_size,
         "xxh3_128": checksum(path),
     }
+
+
+def _describe_head(path: Path, non_finite: NonFinite | None) -> tuple[FileFacts, NonFinite]:
+    """A head's file; its rows are read again where they were not written just now."""
+    if non_finite is None:
+        non_finite = NonFinite()
+        for batch in _batches(path, ["example_id", "vector"], EVERY_EXAMPLE):
+            non_finite.count(batch["example_id"], [_as_rows(batch["vector"])])
+    more = {"non_finite": non_finite.rows} if non_finite.rows else {}
+    return describe_file(path) | more, non_finite
+
+
+def _as_rows(vectors: Any) -> npt.NDArray[np.float32]:
+    """The values of an Arrow column of vectors, (n, head_dim)."""
+    rows: npt.NDArray[np.float32] = vectors.flatten().to_numpy().reshape(len(vectors), -1)
+    return rows
 
 
 def checksum(path: Path) -> str:
@@ -286,6 +306,8 @@ class _HeadWriter:
 
     def __init__(self, file: HeadFile, stream: StreamReader, digest: str) -> None:
         self._file = file
+        self.path = file.path
+        self.non_finite = NonFinite()
         self._stream = stream
         self._digest = digest
         self._schema = head_schema(stream.head_dim)
@@ -309,6 +331,7 @@ class _HeadWriter:
         pieces = self._stream.vectors(self._file.number, numbers.blocks, numbers.rows)
         if numbers.new.size < numbers.size:
             pieces = [self._with_stored(pieces, numbers)]
+        self.non_finite.count(numbers.columns["example_id"], pieces)
         kind = self._schema.field("vector").type
         column = pa.chunked_array(
             [
@@ -327,7 +350,7 @@ class _HeadWriter:
         vectors = np.empty((numbers.size, head_dim), np.float32)
         for rows, places in zip(self.earlier, numbers.stored, strict=True):
             stored = rows.vectors.take(places.size)["vector"].combine_chunks()
-            vectors[places] = stored.flatten().to_numpy().reshape(-1, head_dim)
+            vectors[places] = _as_rows(stored)
         if pieces:
             vectors[numbers.new] = np.concatenate(pieces)
         return vectors

@@ -1,0 +1,124 @@
+"""Ctrl-C and SIGTERM: a command ends in order, once, with the status that a shell expects of them."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_USUAL: dict[signal.Signals, Any] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+}
+"""The signals that stop a command, and what Python does with them by itself."""
+
+
+class Stopped(SystemExit):
+    """A signal has come: what is running ends, and the exit status is 128 and the signal's number.
+
+    It is no ``KeyboardInterrupt``, which Lightning would turn into a status of 1.
+    """
+
+    is_told = False
+    """Whether another process of the run tells of it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+
+    def __str__(self) -> str:
+        if self.code == 128 + signal.SIGINT:
+            return "interrupted"
+        return f"stopped by {signal.Signals(int(self.code or 0) - 128).name}"
+
+
+class _Interrupt(KeyboardInterrupt):
+    """What a signal raises where libraries tidy up after a ``KeyboardInterrupt`` alone."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__()
+        self.signum = signum
+
+
+class _Handler:
+    """Raises where the command is, until it is ending."""
+
+    is_installed = is_ending = False
+    raised: type[Stopped] | type[_Interrupt] = Stopped
+
+    def __call__(self, signum: int, frame: Any) -> None:
+        # A library may swallow what is raised: the next signal is heard too.
+        if not self.is_ending:
+            raise self.raised(signum)
+
+
+_handler = _Handler()
+
+
+@contextmanager
+def stopping_on_signals() -> Iterator[None]:
+    """Let SIGINT and SIGTERM raise ``Stopped`` in the main thread, within a block.
+
+    What was ignored before, as a shell does for its background, stays ignored. After a block that was
+    stopped neither has an effect: the process is at its end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _handler.is_installed, _handler.is_ending = True, False
+    installed = [s for s, usual in _USUAL.items() if signal.getsignal(s) == usual]
+    for signum in installed:
+        signal.signal(signum, _handler)
+    stopped = False
+    try:
+        yield
+    except Stopped:
+        stopped = True
+        end_in_order()
+        raise
+    finally:
+        if not stopped:
+            _handler.is_installed = _handler.is_ending = False
+            for signum in installed:
+                signal.signal(signum, _USUAL[signum])
+
+
+def end_in_order() -> None:
+    """Let further signals change nothing: the command is ending, and loses nothing if it is let."""
+    _handler.is_ending = _handler.is_installed
+
+
+def stop(signum: int) -> None:
+    """Stop the command, for a signal handler of another kind.
+
+    Raises:
+        Stopped: Unless it is ending already.
+    """
+    if not _handler.is_ending:
+        raise Stopped(signum)
+
+
+@contextmanager
+def tidied_up() -> Iterator[None]:
+    """Let signals raise a ``KeyboardInterrupt`` within a block: libraries remove their files after it.
+
+    Raises:
+        Stopped: One has come.
+    """
+    _handler.raised = _Interrupt
+    try:
+        yield
+    except _Interrupt as interrupt:
+        raise Stopped(interrupt.signum) from None
+    finally:
+        _handler.raised = Stopped
+
+
+def _let_go() -> None:
+    """A forked process, a data loader's for example, does not speak for the command."""
+    for signum, usual in _USUAL.items():
+        if signal.getsignal(signum) is _handler:
+            signal.signal(signum, usual)
+
+
+os.register_at_fork(after_in_child=_let_go)

@@ -1,0 +1,265 @@
+"""Ctrl-C and SIGTERM in every phase of a command: one clear end, 130 or 143, and nothing is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from conftest import HUB_TOKEN, LENGTHS, REPO, write_jsonl
+from killing import Ended, Processes, Started
+from loopback import LoopbackHub, environment_of
+from qk_sniffer.cli import main
+
+ModelDir = Callable[[str], Path]
+WriteRun = Callable[..., list[str]]
+COMMAND = str(Path(sys.executable).with_name("qk-sniffer"))
+END = {signal.SIGINT: "qk-sniffer: interrupted", signal.SIGTERM: "qk-sniffer: stopped by SIGTERM"}
+each_signal = pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+
+
+def until(
+    reached: Callable[[], bool], is_alive: Callable[[], bool], printed: Callable[[], str]
+) -> None:
+    """Wait for a process to be in a phase."""
+    deadline = time.monotonic() + 120
+    while not reached():
+        assert is_alive(), printed()
+        assert time.monotonic() < deadline, printed()
+        time.sleep(0.01)
+
+
+def stopped_at(
+    started: Started,
+    sent: signal.Signals,
+    reached: Callable[[], bool],
+    afterwards: Callable[[], None] = lambda: None,
+) -> Ended:
+    """Send a signal to a process once it is in a phase, and let it end."""
+    until(reached, started.is_alive, lambda: started.printed)
+    os.kill(started.process.pid, sent)
+    afterwards()
+    return assert_stopped(started.wait(60), sent)
+
+
+def assert_stopped(ended: Ended, sent: signal.Signals) -> Ended:
+    assert ended.exitcode == 128 + sent, ended.printed
+    assert ended.printed.splitlines()[-1] == END[sent]
+    assert ended.printed.count("qk-sniffer: ") == 1
+    assert "Traceback" not in ended.printed
+    return ended
+
+
+@each_signal
+@pytest.mark.parametrize("command", ["predict", "verify"])
+def test_while_python_imports(
+    sent: signal.Signals, command: str, write_run: WriteRun, tmp_path: Path
+) -> None:
+    """The interpreter tells each module that it has imported; the signal comes with one of torch's."""
+    arguments = write_run() if command == "predict" else [command, str(tmp_path / "root")]
+    heeded = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    told = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
+    with subprocess.Popen(
+        [COMMAND, *arguments], stderr=subprocess.PIPE, text=True, env=told, preexec_fn=heeded
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if " torch." in line:
+                process.send_signal(sent)
+                break
+        printed = [line for line in process.stderr if not line.startswith("import time:")]
+    assert process.returncode == 128 + sent
+    assert [line.rstrip() for line in printed] == [END[sent]]
+    assert not (tmp_path / "root").exists()
+
+
+HELD = """
+import pathlib, time
+from transformers import LlamaForCausalLM
+
+class Held(LlamaForCausalLM):
+    def __init__(self, config):
+        pathlib.Path({marker!r}).touch()
+        time.sleep(100)
+"""
+
+
+@each_signal
+def test_while_the_model_is_loaded(
+    sent: signal.Signals,
+    model_dir: ModelDir,
+    processes: Processes,
+    write_run: WriteRun,
+    tmp_path: Path,
+) -> None:
+    """A model with code of its own, which takes its time."""
+    model, marker = tmp_path / f"held_{sent.name}", tmp_path / "loading"
+    model.mkdir()
+    for file in model_dir("llama").iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "held.Held"}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "held.py").write_text(HELD.format(marker=str(marker)))
+    run = write_run(model={"name": str(model), "trust_remote_code": True})
+    ended = stopped_at(processes.start(run), sent, marker.exists)
+    assert "is safe" not in ended.printed
+
+
+@each_signal
+def test_while_texts_are_tokenized(
+    sent: signal.Signals, processes: Processes, write_run: WriteRun, tmp_path: Path
+) -> None:
+    rows = [{"id": i, "text": "word " * 400} for i in range(20_000)]
+    run = write_run(data={"path": str(write_jsonl(tmp_path / "long.jsonl", rows))})
+    cache = processes.directory / f"cache-{sent.name}"
+    started = processes.start(run, cache=cache.name)
+    stopped_at(started, sent, lambda: any(size_of(file) for file in cache.rglob("tmp*")))
+    # datasets has removed what it had begun.
+    assert not list(cache.rglob("tmp*"))
+
+
+def size_of(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+@each_signal
+def test_while_texts_are_read_and_while_files_are_written(
+    sent: signal.Signals, processes: Processes, write_run: WriteRun, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    rows = [{"id": i, "text": "y" * LENGTHS[0]} for i in range(20_000)]
+    data = {"path": str(write_jsonl(tmp_path / "many.jsonl", rows)), "streaming": True}
+    commits = root / ".journal" / "rank-00000" / "commits.jsonl"
+    started = processes.start(write_run(data=data))
+    ended = stopped_at(started, sent, lambda: commits.exists() and commits.read_text().count("\n") > 5)
+    assert f"or write it as Parquet with: qk-sniffer finalize {root}" in ended.printed
+    captured = commits.read_text().count("\n") * 3
+
+    # With no more to read the same command writes files, of which one can't be opened for now.
+    run = write_run(data=data | {"max_samples": 3})
+    for command, is_safe in ((run, True), (["finalize", str(root)], False)):
+        with held_file(root / "l03h03q") as release:
+            ended = stopped_at(
+                processes.start(command), sent, (root / "l00h00q" / "data.parquet").exists, release
+            )
+        assert (f"qk-sniffer finalize {root}" in ended.printed) is is_safe
+        assert not (root / "manifest.json").exists()
+        (root / "l00h00q" / "data.parquet").unlink()
+
+    assert main(run) == 0
+    assert pq.read_table(root / "l03h03q" / "data.parquet").num_rows == captured * LENGTHS[0]
+    assert main(["verify", str(root)]) == 0
+
+
+@contextmanager
+def held_file(head: Path) -> Iterator[Callable[[], None]]:
+    """A head's file that nobody can open for writing until it is released."""
+    head.mkdir(exist_ok=True)
+    pipe = head / ".data.parquet.tmp"
+    os.mkfifo(pipe)
+    readers: list[int] = []
+    try:
+        yield lambda: readers.append(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK))
+    finally:
+        for reader in readers:
+            os.close(reader)
+        pipe.unlink(missing_ok=True)
+
+
+@each_signal
+def test_while_files_are_pushed(
+    sent: signal.Signals, hub: LoopbackHub, processes: Processes, write_run: WriteRun, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    arrived: list[str] = []
+    hub.before = lambda method, path: hold(arrived, method)
+    run = write_run(sniffer={"output": {"hf_repo_id": REPO, "hf_branch": "held"}})
+    environment = environment_of(hub, HUB_TOKEN, tmp_path / "its-cache")
+    for command in (run, ["push", str(root)]):
+        arrived.clear()
+        started = processes.start(command, environment=environment)
+        ended = stopped_at(started, sent, lambda: bool(arrived))
+        assert "is not published, nothing in it is lost" in ended.printed
+        assert f"publish it with: `qk-sniffer push {root}`" in ended.printed
+    hub.before = lambda method, path: None
+    assert main(["push", str(root)]) == 0
+
+
+def hold(arrived: list[str], method: str) -> None:
+    """Let an upload wait for some time."""
+    if method == "PUT":
+        arrived.append(method)
+        time.sleep(2)
+
+
+@each_signal
+def test_while_a_report_is_drawn(
+    sent: signal.Signals, processes: Processes, write_run: WriteRun, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    assert main(write_run()) == 0
+    stopped_at(processes.start(["report", str(root)]), sent, (root / "report").exists)
+    assert main(["verify", str(root)]) == 0
+
+
+@each_signal
+def test_two_ranks(
+    sent: signal.Signals, model_dir: ModelDir, write_run: WriteRun, tmp_path: Path
+) -> None:
+    """Ctrl-C reaches all processes of a terminal, SIGTERM the one that it is sent to."""
+    root = tmp_path / "root"
+    rows = [{"id": i, "text": "y" * LENGTHS[0]} for i in range(20_000)]
+    run = write_run(
+        data={"path": str(write_jsonl(tmp_path / "many.jsonl", rows)), "streaming": True},
+        trainer={"devices": 2, "strategy": "ddp"},
+    )
+    parts = [root / ".journal" / f"rank-{rank:05d}" / "commits.jsonl" for rank in range(2)]
+    heeded = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    output = tmp_path / "output"
+    with (
+        output.open("w") as file,
+        subprocess.Popen(
+            [COMMAND, *run], stdout=file, stderr=file, preexec_fn=heeded, start_new_session=True
+        ) as process,
+    ):
+        try:
+            until(
+                lambda: all(part.exists() and part.read_text().count("\n") > 5 for part in parts),
+                lambda: process.poll() is None,
+                output.read_text,
+            )
+            (os.killpg if sent == signal.SIGINT else os.kill)(process.pid, sent)
+            process.wait(60)
+            until(lambda: not is_running(process.pid), lambda: True, output.read_text)
+        finally:
+            if is_running(process.pid):
+                os.killpg(process.pid, signal.SIGKILL)
+    printed = output.read_text()
+    assert process.returncode == 128 + sent, printed
+    assert printed.count(END[sent]) == 1
+    assert "Traceback" not in printed
+    assert f"qk-sniffer finalize {root}" in printed
+    captured = sum(part.read_text().count("\n") for part in parts) * 3
+    assert main(["finalize", str(root)]) == 0
+    assert pq.read_table(root / "examples" / "data.parquet").num_rows == captured
+
+
+def is_running(group: int) -> bool:
+    """Whether a process of a group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
