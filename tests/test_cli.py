@@ -52,6 +52,10 @@ COMMAND = str(Path(sys.executable).with_name("qk-sniffer"))
         ({"model": {"name": __file__}}, "test_cli.py is a file; name its directory, and set model.gguf_file"),
         ({"model": {"name": str(Path(__file__).parent)}}, "tests has no config.json"),
         ({"model": {"gguf_file": "model.gguf"}}, "model.gguf_file: "),
+        ({"model": {"config_overrides": {"num_hidden_layers": "many"}}}, "model.config_overrides.num_hidden_layers: TypeError: Field 'num_hidden_layers' expected int, got str"),
+        ({"model": {"config_overrides": {"rope_scaling": {"rope_type": "yarrn", "factor": 4.0}}}}, "model.config_overrides.rope_scaling.rope_type: there is no yarrn; did you mean yarn?"),
+        ({"model": {"device_map": "autoo"}}, "model.device_map: autoo can't be used"),
+        ({"data": {"num_workers": -1}}, "data.num_workers: must be at least 0, got -1"),
         ({"model": {"attn_implementation": "spda"}}, "model.attn_implementation: spda can't be used"),
         ({"model": {"config_overrides": {"rope_scalng": 1}}}, "model.config_overrides.rope_scalng: LlamaConfig has no such field; did you mean rope_scaling?"),
         ({"data": {"path": "no-such-file.jsonl"}}, "data.path: no file or directory no-such-file.jsonl is here; mend the path, which starts from "),
@@ -351,6 +355,20 @@ def test_the_installed_command_ends_with_the_status_of_the_mistake(tmp_path: Pat
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("qk-sniffer: error: --config: File does not exist")
+
+
+def test_a_config_of_the_original_scripts_is_to_be_converted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text("dataset: {path: texts.jsonl}\nmodel: {name: gpt2}\n")
+    assert main(["predict", "--config", str(file)]) == 2
+    assert "`qk-sniffer convert-config FILE`" in error_line(capsys)
+    file.write_text("model: {name: gpt2}\nsniffer: {output: {data_root: x}}\n")
+    assert main(["convert-config", str(file)]) == 2
+    assert error_line(capsys).startswith(
+        f"{file}: a config of predict already; run `qk-sniffer predict"
+    )
 
 
 def test_required_fields_are_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,6 +93,8 @@ class TextDataModule(pl.LightningDataModule):
         num_proc: int | None = None,
     ) -> None:
         super().__init__()
+        if num_workers < 0:
+            raise UserError(f"data.num_workers: must be at least 0, got {num_workers}")
         for field, value in (
             ("batch_size", batch_size),
             ("max_samples", max_samples),

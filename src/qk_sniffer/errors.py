@@ -17,3 +17,9 @@ def first_line(error: BaseException) -> str:
     """The first line of an exception's text, for quoting a library inside a one-line message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an exception's text, where the first only says that there is something wrong."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import is_offline_mode
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 
-from qk_sniffer.errors import UserError, first_line
+from qk_sniffer.errors import UserError, first_line, last_line
 
 _FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow|txt|ya?ml)(\.(gz|bz2|xz|zst))?$")
 
@@ -63,8 +63,8 @@ def explained_loading(problem: str, remedy: str, name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
-        reason = first_line(error)
+    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
+        reason = last_line(error) if isinstance(error, StrictDataclassError) else first_line(error)
         if Path(name).expanduser().exists():
             # transformers would look for a directory of this machine on the Hub.
             reason = re.sub(r" Checkout 'https?://\S*' for available files\.$", "", reason)

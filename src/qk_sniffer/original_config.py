@@ -141,6 +141,10 @@ def read_original(file: Path) -> dict[str, Section]:
         raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict):
         raise UserError(f"{file}: expected a mapping with the sections {', '.join(SECTIONS)}")
+    if "sniffer" in loaded:
+        raise UserError(
+            f"{file}: a config of predict already; run `qk-sniffer predict --config {file}`"
+        )
     for name in loaded:
         if name not in SECTIONS:
             remedy = did_you_mean(str(name), SECTIONS, "remove it or mend its name")

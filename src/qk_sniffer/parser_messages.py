@@ -8,6 +8,9 @@ from qk_sniffer.misspelt import nearest
 HELP = "`qk-sniffer predict --help` lists the fields"
 """The remedy where there is no better one."""
 
+_ORIGINAL = r"does not accept option '((?:dataset|inference)\..+)'"
+"""Of sections that a config of the original scripts has, and one of ours has not."""
+
 _MISSPELT = (
     (r"does not accept option '(.+)'", "", "{}: no such key; {}"),
     (r'Parser key "(.+?)":.*Option \'(.+?)\' is not accepted', "", "{}: no such key; {}"),
@@ -60,6 +63,11 @@ def explain(message: str, fields: Collection[str]) -> str:
         message: The text of an ``ArgumentError``.
         fields: The fields of the config, such as ``data.path``.
     """
+    if found := re.search(_ORIGINAL, message):
+        return (
+            f"{found[1]}: no such key; if this is a config of the original scripts, convert it with "
+            "`qk-sniffer convert-config FILE`"
+        )
     for pattern, dashes, template in _MISSPELT:
         if found := re.search(pattern, message, re.DOTALL):
             name = ".".join(found.groups())

@@ -1,16 +1,15 @@
 """Loads a causal language model with its config changed as the user asks."""
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 import xxhash
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -22,15 +21,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from qk_sniffer.errors import UserError, first_line
+from qk_sniffer.errors import UserError, last_line
 from qk_sniffer.local_or_hub import explained_loading
 from qk_sniffer.misspelt import did_you_mean
 from qk_sniffer.models.attention import decoder_backbone
 from qk_sniffer.models.checkpoint import refuse_broken
+from qk_sniffer.models.explaining import explained_settings, require_files
 from qk_sniffer.models.refusals import refuse_unsupported
 
 _DIGESTED_VALUES = 64
-_ATTENTION = re.compile("attn_implementation|flash ?attention", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def load_config(
             can't be captured.
     """
     with explained(source, "give a local directory with a config.json or a Hub id that you can reach"):
-        _require_files(source)
+        require_files(source.name, source.gguf_file)
         config = AutoConfig.from_pretrained(**source.kwargs())
     for name, value in (config_overrides or {}).items():
         override_config(config, name, value)
@@ -94,7 +93,7 @@ def load_model(
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with (
         explained(source, "see the model section of the config"),
-        explained_attention(attn_implementation),
+        explained_settings(config, attn_implementation, device_map),
     ):
         model, info = auto_class(config).from_pretrained(**kwargs, output_loading_info=True)
     _refuse_missing_weights(source, model, info["missing_keys"])
@@ -116,34 +115,6 @@ def explained(source: ModelSource, remedy: str) -> Iterator[None]:
                 "checkpoint that fits its config"
             ) from error
         raise
-
-
-def _require_files(source: ModelSource) -> None:
-    """See that a local model is a directory with what it is loaded from."""
-    path, gguf_file = Path(source.name), source.gguf_file
-    if path.is_file():
-        raise UserError(
-            f"model.name: {path} is a file; name its directory, and set model.gguf_file if it is "
-            "a GGUF file"
-        )
-    if path.is_dir() and gguf_file and not (path / gguf_file).exists():
-        raise UserError(f"model.gguf_file: {path} has no {gguf_file}; name a GGUF file that it has")
-    if path.is_dir() and not gguf_file and not (path / "config.json").exists():
-        raise UserError(f"model.name: {path} has no config.json; give a directory with a model")
-
-
-@contextmanager
-def explained_attention(attn_implementation: str | None) -> Iterator[None]:
-    """Turn what transformers raises for an attention that it can't use into a ``UserError``."""
-    try:
-        yield
-    except (ValueError, ImportError) as error:
-        if attn_implementation is None or not _ATTENTION.search(str(error)):
-            raise
-        raise UserError(
-            f"model.attn_implementation: {attn_implementation} can't be used ({first_line(error)}); "
-            "choose another, install what it needs, or set it to null"
-        ) from error
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -188,12 +159,22 @@ def override_config(config: PreTrainedConfig, name: str, value: Any) -> None:
         )
     current = getattr(config, name)
     if isinstance(current, PreTrainedConfig):
+        if not isinstance(value, dict):
+            raise UserError(
+                f"model.config_overrides.{name}: expected a mapping, got {value}; see the model's "
+                "config.json"
+            )
         for key, nested in value.items():
             override_config(current, key, nested)
-    elif isinstance(current, dict) and isinstance(value, dict):
-        setattr(config, name, _merge(current, value))
-    else:
+        return
+    if isinstance(current, dict) and isinstance(value, dict):
+        value = _merge(current, value)
+    try:
         setattr(config, name, value)
+    except StrictDataclassError as error:
+        raise UserError(
+            f"model.config_overrides.{name}: {last_line(error)}; see the model's config.json"
+        ) from error
 
 
 def _merge(current: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

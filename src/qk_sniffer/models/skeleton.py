@@ -9,13 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from qk_sniffer.errors import UserError, first_line
-from qk_sniffer.models.loading import (
-    ModelSource,
-    auto_class,
-    explained,
-    explained_attention,
-    load_config,
-)
+from qk_sniffer.models.explaining import explained_settings
+from qk_sniffer.models.loading import ModelSource, auto_class, explained, load_config
 from qk_sniffer.models.probe import AttentionGeometry, see_geometry
 
 
@@ -46,7 +41,7 @@ def load_skeleton(
         kwargs["attn_implementation"] = attn_implementation
     with (
         explained(source, "see the model section of the config"),
-        explained_attention(attn_implementation),
+        explained_settings(config, attn_implementation),
         torch.device("meta"),
     ):
         model: PreTrainedModel = auto_class(config).from_config(config, **kwargs)
