@@ -3,8 +3,10 @@
 import logging
 import shlex
 import signal
+import subprocess
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -26,6 +28,7 @@ from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.forewarnings import beyond_positions, forewarnings
 from qk_sniffer.hub import Publication, check_access, pull, push
 from qk_sniffer.ids import ExampleFilter
+from qk_sniffer.lifeline import STOP_SECONDS
 from qk_sniffer.models import (
     begin_batch_of_like_frequencies,
     check_capture,
@@ -34,7 +37,7 @@ from qk_sniffer.models import (
     require_known_tokens,
 )
 from qk_sniffer.module import SnifferModule
-from qk_sniffer.progress import ProgressReport
+from qk_sniffer.progress import ProgressReport, progress_bar
 from qk_sniffer.provenance import describe, fingerprint, settings
 from qk_sniffer.ranks import ALONE, Ranks
 from qk_sniffer.recorder import Recorder
@@ -308,7 +311,10 @@ class SnifferCallback(pl.Callback):
             exception.is_told = True
         holds_rows = self._recorder is not None and (self.data_root / JOURNAL_DIRECTORY).exists()
         self._leave(_reason(exception))
+        _await_launched(trainer)
         self._ownership.release()
+        if (bar := progress_bar(trainer)) is not None:
+            bar.close()
         if holds_rows and is_first:
             again = " with sniffer.output.overwrite: false" if self.output.overwrite else ""
             log.warning(
@@ -494,6 +500,14 @@ def _check_tokens(data: Any, module: Any) -> None:
     token_range = data.token_range() if hasattr(data, "token_range") else None
     if token_range is not None and hasattr(module, "check_tokens"):
         module.check_tokens(*token_range)
+
+
+def _await_launched(trainer: pl.Trainer) -> None:
+    """Let the processes that the trainer has launched end, as all do when one of them does."""
+    for process in getattr(trainer.strategy.launcher, "procs", ()):
+        if isinstance(process, subprocess.Popen):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
 
 
 def _require_same(fingerprints: list[dict[str, Any]]) -> None:

@@ -26,6 +26,17 @@ STOP_SECONDS = 30.0
 _FAREWELL = "farewell"
 
 
+def stand_in_for_the_observer() -> None:
+    """End the thread with which Lightning observes the processes that it has launched.
+
+    It would kill this one some seconds after another has ended, also where both end in order.
+    """
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            # It ends when there is nothing to observe.
+            vars(thread)["_child_processes"] = []
+
+
 @dataclass(frozen=True)
 class Failure:
     """The end of a process before its time.

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -31,7 +32,7 @@ class ProgressReport:
         """
         batches, tokens, rows = progress
         rate = tokens / (time.monotonic() - self._started)
-        bar = getattr(self._trainer.progress_bar_callback, "predict_progress_bar", None)
+        bar = progress_bar(self._trainer)
         if bar is not None:
             if n_batches is not None:
                 bar.total, bar.n = n_batches, batches
@@ -51,3 +52,10 @@ class ProgressReport:
         for logger in self._trainer.loggers:
             logger.log_metrics({name: float(value) for name, value in metrics.items()}, step=batches)
             logger.save()
+
+
+def progress_bar(trainer: pl.Trainer) -> Any:
+    """The bar of tqdm over the batches; None where there is none, or not yet."""
+    with suppress(TypeError):
+        return getattr(trainer.progress_bar_callback, "predict_progress_bar", None)
+    return None

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from qk_sniffer.errors import UserError
-from qk_sniffer.lifeline import Lifeline
+from qk_sniffer.lifeline import Lifeline, stand_in_for_the_observer
 
 T = TypeVar("T")
 
@@ -132,6 +132,7 @@ class Ranks:
         port = self.gather(lifeline.port)[0]
         self.run(lambda: lifeline.connect(main_address, port))
         self.lifeline = lifeline
+        stand_in_for_the_observer()
 
     def leave(self, reason: str | None = None) -> None:
         """End the watch of this process.
