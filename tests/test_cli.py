@@ -94,6 +94,7 @@ COMMAND = str(Path(sys.executable).with_name("qk-sniffer"))
         ({"trainer": {"precision": "bf16-true"}}, "trainer.precision: bf16-true would also cast RoPE"),
         ({"trainer": {"precision": "16-mixed"}}, "trainer.precision: "),
         ({"trainer": {"devices": -3}}, "trainer: "),
+        ({"trainer": {"logger": "CSVLogger"}}, "trainer.logger.save_dir: required; "),
         ({"trainer": {"callbacks": {"class_path": "qk_sniffer.callback.SnifferCallback", "init_args": {"output": {"data_root": "x"}}}}}, "trainer.callbacks: SnifferCallback"),
     ],
 )  # fmt: skip

@@ -277,7 +277,13 @@ WRONG = [
     ("model", {"name": None}, "model.name: expected text, got null"),
     ("tokenizer", {"max_length": True}, "tokenizer.max_length: expected an integer above 0, got true"),
     ("dataset", {"max_samples": 0}, "dataset.max_samples: expected an integer above 0, got 0"),
-    ("sniffer", {}, "sniffer: no section of the original scripts, which have dataset, model, tok"),
+    ("sniffer", {}, "a config of predict already; run `qk-sniffer predict --config "),
+    (
+        "captrue",
+        {},
+        "captrue: no section of the original scripts, which have dataset, model, tokenizer, inference, "
+        "capture, output; did you mean capture?",
+    ),
 ]
 
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from csv import DictReader
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from conftest import LENGTHS, byte_tokenizer, write_jsonl
 from families import FAMILIES, tiny_model
 from killing import BEFORE, Death, Processes
 from qk_sniffer.cli import main
+from qk_sniffer.storage import count_rows
+from test_ranks import Run
 
 Predict = Callable[..., int]
 WriteRun = Callable[..., list[str]]
@@ -105,8 +109,8 @@ def test_a_text_that_overflows_is_named_everywhere(
 def test_counts_are_those_of_all_that_is_there(
     write_run: WriteRun, overflowing: str, loud_texts: str, tmp_path: Path, processes: Processes
 ) -> None:
-    """Whether files are written at once, after a death between the last of them and the manifest, or
-    joined with those of an earlier run."""
+    """Whether files are written at once, after a death before the manifest, by two
+    processes, or joined with those of an earlier run."""
     changed: dict[str, Any] = {"model": {"name": overflowing}, "data": {"path": loud_texts}}
     assert main(write_run("whole", **changed)) == 0
     expected = json.loads((tmp_path / "whole" / "manifest.json").read_text())
@@ -117,11 +121,19 @@ def test_counts_are_those_of_all_that_is_there(
     assert ended.exitcode == -9
     assert main(["finalize", str(tmp_path / "killed")]) == 0
 
+    (tmp_path / "shared").mkdir()
+    config = yaml.safe_load((tmp_path / "whole.yaml").read_text())
+    config["sniffer"]["output"]["data_root"] = str(tmp_path / "shared" / "root")
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path), "name": "logs"}}
+    Run(processes, tmp_path / "shared", config).succeed(2, logger=logger)
+    with (tmp_path / "logs" / "version_0" / "metrics.csv").open() as file:
+        assert [float(row["rows_kept"]) for row in DictReader(file)] == [count_rows(expected)]
+
     for max_samples in (4, len(LENGTHS)):
         changed["data"]["max_samples"] = max_samples
         assert main(write_run("grown", **changed)) == 0
 
-    for name in ("killed", "grown"):
+    for name in ("killed", "shared/root", "grown"):
         manifest = json.loads((tmp_path / name / "manifest.json").read_text())
         assert manifest["non_finite"] == expected["non_finite"], name
         assert stored(tmp_path / name) == counted(tmp_path / name)[0] == stored(tmp_path / "whole")

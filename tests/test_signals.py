@@ -115,16 +115,23 @@ def test_while_the_model_is_loaded(
 
 
 @each_signal
+@pytest.mark.parametrize("num_proc", [None, 2])
 def test_while_texts_are_tokenized(
-    sent: signal.Signals, processes: Processes, write_run: WriteRun, tmp_path: Path
+    sent: signal.Signals,
+    num_proc: int | None,
+    processes: Processes,
+    write_run: WriteRun,
+    tmp_path: Path,
 ) -> None:
     rows = [{"id": i, "text": "word " * 400} for i in range(20_000)]
-    run = write_run(data={"path": str(write_jsonl(tmp_path / "long.jsonl", rows))})
-    cache = processes.directory / f"cache-{sent.name}"
+    path = write_jsonl(tmp_path / "long.jsonl", rows)
+    run = write_run(data={"path": str(path), "num_proc": num_proc})
+    cache = processes.directory / f"cache-{sent.name}-{num_proc}"
     started = processes.start(run, cache=cache.name)
     stopped_at(started, sent, lambda: any(size_of(file) for file in cache.rglob("tmp*")))
-    # datasets has removed what it had begun.
-    assert not list(cache.rglob("tmp*"))
+    if num_proc is None:
+        # datasets has removed what it had begun.
+        assert not list(cache.rglob("tmp*"))
 
 
 def size_of(file: Path) -> int:
@@ -222,7 +229,8 @@ def test_two_ranks(
     root = tmp_path / "root"
     rows = [{"id": i, "text": "y" * LENGTHS[0]} for i in range(20_000)]
     run = write_run(
-        data={"path": str(write_jsonl(tmp_path / "many.jsonl", rows)), "streaming": True},
+        data={"path": str(write_jsonl(tmp_path / "many.jsonl", rows))}
+        | {"streaming": True, "num_workers": 1},
         trainer={"devices": 2, "strategy": "ddp"},
     )
     parts = [root / ".journal" / f"rank-{rank:05d}" / "commits.jsonl" for rank in range(2)]

@@ -35,21 +35,26 @@ class Stopped(SystemExit):
 class _Interrupt(KeyboardInterrupt):
     """What a signal raises where libraries tidy up after a ``KeyboardInterrupt`` alone."""
 
-    def __init__(self, signum: int) -> None:
-        super().__init__()
-        self.signum = signum
-
 
 class _Handler:
     """Raises where the command is, until it is ending."""
 
     is_installed = is_ending = False
     raised: type[Stopped] | type[_Interrupt] = Stopped
+    signum: int | None = None
+    """The signal that has come."""
 
     def __call__(self, signum: int, frame: Any) -> None:
         # A library may swallow what is raised: the next signal is heard too.
         if not self.is_ending:
+            self.signum = signum
             raise self.raised(signum)
+
+    def stopped(self, error: BaseException) -> Stopped | None:
+        """The end that an error stands for, where it came of a signal; None for other errors."""
+        if isinstance(error, Stopped):
+            return error
+        return None if self.signum is None else Stopped(self.signum)
 
 
 _handler = _Handler()
@@ -65,19 +70,20 @@ def stopping_on_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _handler.is_installed, _handler.is_ending = True, False
+    _handler.is_installed, _handler.is_ending, _handler.signum = True, False, None
     installed = [s for s, usual in _USUAL.items() if signal.getsignal(s) == usual]
     for signum in installed:
         signal.signal(signum, _handler)
-    stopped = False
+    stopped: Stopped | None = None
     try:
         yield
-    except Stopped:
-        stopped = True
+    except BaseException as error:
+        if (stopped := _handler.stopped(error)) is None:
+            raise
         end_in_order()
-        raise
+        raise stopped from None
     finally:
-        if not stopped:
+        if stopped is None:
             _handler.is_installed = _handler.is_ending = False
             for signum in installed:
                 signal.signal(signum, _USUAL[signum])
@@ -108,17 +114,24 @@ def tidied_up() -> Iterator[None]:
     _handler.raised = _Interrupt
     try:
         yield
-    except _Interrupt as interrupt:
-        raise Stopped(interrupt.signum) from None
+    except BaseException as error:
+        # With several processes datasets raises an error of its own instead.
+        if (stopped := _handler.stopped(error)) is None:
+            raise
+        raise stopped from None
     finally:
         _handler.raised = Stopped
 
 
 def _let_go() -> None:
-    """A forked process, a data loader's for example, does not speak for the command."""
-    for signum, usual in _USUAL.items():
+    """A forked process, a data loader's for example, ends without a word where the command does."""
+    for signum, handler in ((signal.SIGINT, _leave), (signal.SIGTERM, signal.SIG_DFL)):
         if signal.getsignal(signum) is _handler:
-            signal.signal(signum, usual)
+            signal.signal(signum, handler)
+
+
+def _leave(signum: int, frame: Any) -> None:
+    raise SystemExit(0)
 
 
 os.register_at_fork(after_in_child=_let_go)

@@ -41,7 +41,9 @@ def stored_example_ids(directory: Path) -> npt.NDArray[np.int32]:
     path = directory / EXAMPLES_DIRECTORY / DATA_FILE
     if not path.exists():
         return _NONE
-    ids: npt.NDArray[np.int32] = read_examples(path, ["example_id"])["example_id"].to_numpy()
+    ids: npt.NDArray[np.int32] = read_examples(path, ["example_id", "n_tokens"])[
+        "example_id"
+    ].to_numpy()
     return ids
 
 
