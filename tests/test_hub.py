@@ -729,7 +729,7 @@ def test_a_local_run_is_published_later(
 ) -> None:
     root = str(tmp_path / "root")
     assert main(["push", root]) == 2
-    assert "no manifest.json is here" in error_line(capsys)
+    assert "no such directory is here" in error_line(capsys)
     assert predict() == 0
     capsys.readouterr()
     assert main(["push", root]) == 2

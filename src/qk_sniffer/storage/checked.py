@@ -198,7 +198,7 @@ def manifest_fault(content: Any) -> str | None:
 
 def header_fault(content: Any) -> str | None:
     """What is wrong with the header of a journal; None where nothing is."""
-    return _fault(_HEADER, content) or _fault_of_layers(content["layers"])
+    return _fault(_HEADER, content) or _fault_of_streams(content)
 
 
 def is_commit(content: Any) -> bool:
@@ -272,6 +272,29 @@ def _fault_of_heads(manifest: dict[str, Any]) -> str | None:
         n_heads = "num_attention_heads" if match[3] == "q" else "num_key_value_heads"
         if layer is None or int(match[2]) >= layer[n_heads]:
             return f"heads: {name} is no head of the layers"
+    return None
+
+
+def _fault_of_streams(header: dict[str, Any]) -> str | None:
+    """Whether the heads of a journal are heads of its layers."""
+    if fault := _fault_of_layers(header["layers"]):
+        return fault
+    layers = {layer["layer_idx"]: layer for layer in header["layers"]}
+    seen: set[tuple[int, str]] = set()
+    for stream in header["streams"]:
+        key = (stream["layer_idx"], stream["kind"])
+        layer = layers.get(key[0])
+        n_heads = "num_attention_heads" if key[1] == "q" else "num_key_value_heads"
+        heads = stream["heads"]
+        if (
+            layer is None
+            or key in seen
+            or heads != sorted(set(heads))
+            or heads[-1] >= layer[n_heads]
+            or stream["head_dim"] != layer["head_dim"]
+        ):
+            return f"streams: that of layer {key[0]}, {key[1]}, is none of the layers"
+        seen.add(key)
     return None
 
 
