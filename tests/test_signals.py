@@ -64,7 +64,7 @@ def test_while_python_imports(
     sent: signal.Signals, command: str, write_run: WriteRun, tmp_path: Path
 ) -> None:
     """The interpreter tells each module that it has imported; the signal comes with one of torch's."""
-    arguments = write_run() if command == "predict" else [command, str(tmp_path / "root")]
+    arguments = write_run() if command == "predict" else [command, str(tmp_path)]
     heeded = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     told = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
     with subprocess.Popen(
