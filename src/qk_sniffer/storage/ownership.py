@@ -85,7 +85,8 @@ class Ownership:
         self._path = data_root / OWNER_FILE
         self._descriptor: int | None = None
         self._made: list[Path] = []
-        self._ended = threading.Event()
+        # Made when there is something to end: a callback that is sent to a process has no lock.
+        self._ended: threading.Event | None = None
         self._is_lost = False
 
     def take(self, n_nodes: int = 1) -> None:
@@ -117,8 +118,9 @@ class Ownership:
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, self._record, 0)
         atexit.register(self.release)
-        self._ended.clear()
-        threading.Thread(target=self._beat, name="ownership", daemon=True).start()
+        self._ended = threading.Event()
+        beat = threading.Thread(target=self._beat, args=[self._ended], name="ownership", daemon=True)
+        beat.start()
 
     def join(self) -> None:
         """Take part in the run whose first process has taken the data root."""
@@ -148,7 +150,8 @@ class Ownership:
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is None:
             return
-        self._ended.set()
+        if self._ended is not None:
+            self._ended.set()
         atexit.unregister(self.release)
         if self._path.name == OWNER_FILE and not self._is_lost:
             with suppress(OSError):
@@ -224,8 +227,8 @@ class Ownership:
             return False
         return _age(self._path) < DEAD_SECONDS
 
-    def _beat(self) -> None:
-        while not self._ended.wait(BEAT_SECONDS):
+    def _beat(self, ended: threading.Event) -> None:
+        while not ended.wait(BEAT_SECONDS):
             descriptor = self._descriptor
             if descriptor is None:
                 return
