@@ -62,7 +62,7 @@ def differences(name: str, rope_type: str) -> dict[str, float]:
         model = model_with(name, rope_type)
         with torch.inference_mode():
             fresh(model)(input_ids=texts[0][None], use_cache=False)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         # As where RoPE turns part of a head and `proportional` gives frequencies for the whole.
         raise NotApplicable from error
     alone: Rows = {}
