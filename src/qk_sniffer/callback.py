@@ -6,9 +6,10 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -62,6 +63,8 @@ from qk_sniffer.storage import (
     write_text,
 )
 from qk_sniffer.summary import file_progress, published_table, summary_table
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -275,6 +278,7 @@ class SnifferCallback(pl.Callback):
         assert self._recorder is not None
         ranks = self._ranks
         ranks.run(self._recorder.close)
+        ranks.first(self._ownership.require)
         limit = trainer.limit_predict_batches
         complete = isinstance(limit, float) and limit == 1.0
         planned = getattr(_data_module(trainer), "example_ids", None)
@@ -289,6 +293,7 @@ class SnifferCallback(pl.Callback):
         if not ranks.is_first:
             self._ownership.release()
         if self._publication is not None:
+            self._ownership.require()
             push(self.data_root, self._publication)
             tqdm.write(published_table(self._publication.place, manifest))
         self._ownership.release()
@@ -441,7 +446,12 @@ class SnifferCallback(pl.Callback):
         if not self._ranks.is_first:
             return files
         share = "" if self._ranks.size == 1 else f" the first of {self._ranks.size} shares"
-        return file_progress(files, total, f"Writing{share}")
+        return self._while_owned(file_progress(files, total, f"Writing{share}"))
+
+    def _while_owned(self, files: Iterable[T]) -> Iterator[T]:
+        for file in files:
+            self._ownership.require()
+            yield file
 
     def _uncaptured(self) -> ExampleFilter:
         captured = np.empty(0, np.int32) if self._earlier is None else self._earlier.example_ids

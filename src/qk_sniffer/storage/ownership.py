@@ -12,6 +12,7 @@ import fcntl
 import json
 import logging
 import os
+import secrets
 import socket
 import tempfile
 import threading
@@ -88,6 +89,8 @@ class Ownership:
         # Made when there is something to end: a callback that is sent to a process has no lock.
         self._ended: threading.Event | None = None
         self._is_lost = False
+        self._record: bytes | None = None
+        self._process = os.getpid()
 
     def take(self, n_nodes: int = 1) -> None:
         """Make the data root this run's, and make it if it is missing; a second call changes nothing.
@@ -112,11 +115,13 @@ class Ownership:
             if self._descriptor is None:
                 self._unmake()
         _descriptors.add(self._descriptor)
+        self._process = os.getpid()
         now = datetime.now().isoformat(sep=" ", timespec="seconds")
         owner = Owner(socket.gethostname(), os.getpid(), now, n_nodes)
-        self._record = json.dumps(asdict(owner)).encode()
+        record = json.dumps(asdict(owner)).encode()
         os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, self._record, 0)
+        os.pwrite(self._descriptor, record, 0)
+        self._record, self._is_lost = record, False
         atexit.register(self.release)
         self._ended = threading.Event()
         beat = threading.Thread(target=self._beat, args=[self._ended], name="ownership", daemon=True)
@@ -129,7 +134,7 @@ class Ownership:
         self._path = self.data_root / OWNERS_FILE
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         _flock(descriptor, fcntl.LOCK_SH)
-        self._descriptor = descriptor
+        self._descriptor, self._process = descriptor, os.getpid()
         _descriptors.add(descriptor)
         atexit.register(self.release)
 
@@ -139,6 +144,7 @@ class Ownership:
         Raises:
             UserError: Another run has taken this one for dead.
         """
+        self._look()
         if self._is_lost:
             raise UserError(
                 f"{self._field}{self.data_root} was taken over by another run, while this one stood "
@@ -147,9 +153,10 @@ class Ownership:
 
     def release(self) -> None:
         """Give the data root free, and remove it where nothing was written to one that was made."""
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is None:
+        # A forked process has let go already, and the data root is still its parent's.
+        if self._descriptor is None or self._process != os.getpid():
             return
+        descriptor, self._descriptor = self._descriptor, None
         if self._ended is not None:
             self._ended.set()
         atexit.unregister(self.release)
@@ -157,6 +164,7 @@ class Ownership:
             with suppress(OSError):
                 (self.data_root / OWNERS_FILE).unlink(missing_ok=True)
                 self._path.unlink(missing_ok=True)
+        self._record = None
         _descriptors.discard(descriptor)
         os.close(descriptor)
         self._unmake()
@@ -209,14 +217,16 @@ class Ownership:
 
     def _put_aside(self, dead: Owner | None) -> None:
         """Remove the file of a dead owner, unless another run has just replaced it by its own."""
-        aside = self._path.with_name(f"{self._path.name}.{socket.gethostname()}.{os.getpid()}")
+        aside = self._path.with_name(f"{self._path.name}.{secrets.token_hex(8)}")
         with suppress(FileNotFoundError):
             self._path.rename(aside)
             descriptor = os.open(aside, os.O_RDONLY)
             is_dead = _owner_in(descriptor) == dead
             os.close(descriptor)
             if not is_dead:
-                os.link(aside, self._path)
+                # Where a third has come first, the second finds out at its next look.
+                with suppress(FileExistsError):
+                    os.link(aside, self._path)
             aside.unlink()
 
     def _is_alive(self, owner: Owner | None, is_locked: bool | None) -> bool:
@@ -230,13 +240,17 @@ class Ownership:
     def _beat(self, ended: threading.Event) -> None:
         while not ended.wait(BEAT_SECONDS):
             descriptor = self._descriptor
-            if descriptor is None:
+            self._look()
+            if descriptor is None or self._is_lost:
                 return
             with suppress(OSError):
-                self._is_lost = self._path.read_bytes() != self._record
-                if self._is_lost:
-                    return
                 os.utime(descriptor)
+
+    def _look(self) -> None:
+        """See whether the owner's file is another run's."""
+        if self._record is not None:
+            with suppress(OSError):
+                self._is_lost |= self._path.read_bytes() != self._record
 
 
 @contextmanager
@@ -321,6 +335,7 @@ def _owner_in(descriptor: int) -> Owner | None:
 
 
 def _age(path: Path) -> float:
-    """Seconds since a file was touched, by the clock of its file system."""
-    with tempfile.TemporaryFile(dir=path.parent) as now:
+    """Seconds since a file was touched, by the clock of its file system; 0 where it has just gone."""
+    with tempfile.TemporaryFile(dir=path.parent) as now, suppress(FileNotFoundError):
         return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
+    return 0.0

@@ -140,7 +140,7 @@ def _describe_head(path: Path, non_finite: NonFinite | None) -> tuple[FileFacts,
 
 def _as_rows(vectors: Any) -> npt.NDArray[np.float32]:
     """The values of an Arrow column of vectors, (n, head_dim)."""
-    rows: npt.NDArray[np.float32] = vectors.flatten().to_numpy().reshape(len(vectors), -1)
+    rows: npt.NDArray[np.float32] = vectors.flatten().to_numpy().reshape(-1, vectors.type.list_size)
     return rows
 
 
