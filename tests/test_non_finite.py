@@ -43,9 +43,9 @@ def overflowing(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def loud_texts(texts: list[dict[str, Any]], tmp_path: Path) -> str:
-    """The texts, of which one has the loud token in its middle."""
+    """The texts, of which one has the loud token in its middle; it begins no batch, to be checked."""
     rows = [dict(row) for row in texts]
-    rows[3]["text"] = rows[3]["text"][:12] + LOUD + rows[3]["text"][13:]
+    rows[2]["text"] = rows[2]["text"][:12] + LOUD + rows[2]["text"][13:]
     return str(write_jsonl(tmp_path / "loud.jsonl", rows))
 
 
