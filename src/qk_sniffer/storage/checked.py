@@ -334,11 +334,11 @@ def refuse_links(data_root: Path) -> None:
         UserError: One is.
     """
     for entry in os.scandir(data_root):
-        if entry.name not in _OWN_NAMES and not HEAD_DIRECTORY.fullmatch(entry.name):
-            continue
-        if entry.is_symlink():
+        is_own = entry.name in _OWN_NAMES or HEAD_DIRECTORY.fullmatch(entry.name) is not None
+        # Names that begin with a dot are those of files that are being written.
+        if entry.is_symlink() and (is_own or entry.name.startswith(".")):
             _refuse_link(Path(entry.path))
-        if entry.is_dir():
+        if is_own and entry.is_dir():
             for directory, directories, files in os.walk(entry.path):
                 for name in (*directories, *files):
                     if os.path.islink(path := os.path.join(directory, name)):
