@@ -351,9 +351,9 @@ class SnifferCallback(pl.Callback):
             assert strategy.cluster_environment is not None
             ranks.watch(strategy.cluster_environment.main_address)
         ranks.first(lambda: self.check_output(n_nodes=trainer.num_nodes))
+        require_shared(self.data_root, ranks)
         if not ranks.is_first:
             self._ownership.join()
-        require_shared(self.data_root, ranks)
         module, data = trainer.lightning_module, _data_module(trainer)
         check_heads = getattr(module, "check_heads", None)
         if check_heads is not None:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 from qk_sniffer.errors import UserError
@@ -35,6 +36,9 @@ DEAD_SECONDS = 60.0
 _ATTEMPTS = 5
 _ATTEMPT_SECONDS = 0.1
 """Someone who only looks whether there is an owner holds the lock for a moment."""
+
+_SETTLE_SECONDS = 0.5
+"""Without locks, the time after which whoever came at the same moment has made or removed its file."""
 
 _NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
 _FIELD = "sniffer.output.data_root: "
@@ -61,15 +65,30 @@ class Owner:
         process: Number of that process.
         since: When it began, in local time.
         n_nodes: Hosts that its processes are on.
+        boot: The boot of that host, as its kernel names it: hosts may share a name. Empty where the
+            kernel gives no such name.
     """
 
     host: str
     process: int
     since: str
     n_nodes: int = 1
+    boot: str = ""
 
     def __str__(self) -> str:
         return f"a run at work on {self.host}, process {self.process}, since {self.since}"
+
+    @property
+    def is_here(self) -> bool:
+        """Whether all of its processes are on this host, where their locks are seen."""
+        return (self.host, self.boot, self.n_nodes) == (socket.gethostname(), _boot(), 1)
+
+
+@cache
+def _boot() -> str:
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
 
 
 class Ownership:
@@ -117,7 +136,7 @@ class Ownership:
         _descriptors.add(self._descriptor)
         self._process = os.getpid()
         now = datetime.now().isoformat(sep=" ", timespec="seconds")
-        owner = Owner(socket.gethostname(), os.getpid(), now, n_nodes)
+        owner = Owner(socket.gethostname(), os.getpid(), now, n_nodes, _boot())
         record = json.dumps(asdict(owner)).encode()
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, record, 0)
@@ -160,6 +179,7 @@ class Ownership:
         if self._ended is not None:
             self._ended.set()
         atexit.unregister(self.release)
+        self._look()
         if self._path.name == OWNER_FILE and not self._is_lost:
             with suppress(OSError):
                 (self.data_root / OWNERS_FILE).unlink(missing_ok=True)
@@ -186,27 +206,47 @@ class Ownership:
         Raises:
             UserError: The data root is another run's.
         """
-        reason = "wait for its end, or name another directory"
+        owner, wait = None, "wait for its end"
         for attempt in range(_ATTEMPTS):
             time.sleep(attempt and _ATTEMPT_SECONDS)
             descriptor, is_new = self._open()
+            if descriptor is None:
+                continue
             owner, is_locked = _owner_in(descriptor), _flock(descriptor, fcntl.LOCK_EX)
+            if is_new and is_locked is None:
+                time.sleep(_SETTLE_SECONDS)
             if is_locked is not False and self._is_there(descriptor):
-                if is_new or not self._is_alive(owner, is_locked):
-                    if is_new or is_locked:
+                if is_new:
+                    return descriptor
+                if _needs_signs(owner, is_locked):
+                    wait = f"wait for its end, or {DEAD_SECONDS:.0f} seconds if it is dead"
+                    self._await_sign()
+                if not self._is_alive(owner, is_locked):
+                    if is_locked:
                         return descriptor
                     # Without locks it is whoever makes the file that owns the data root.
-                    self._put_aside(owner)
-                elif is_locked is None or (owner is not None and owner.host != socket.gethostname()):
-                    reason += f"; if it is dead, try again in {DEAD_SECONDS:.0f} seconds"
+                    self._put_aside(descriptor)
             os.close(descriptor)
-        raise UserError(f"{self._field}{self.data_root} belongs to {owner or 'another run'}; {reason}")
+        raise UserError(
+            f"{self._field}{self.data_root} belongs to {owner or 'another run'}; {wait}, or name another "
+            "directory"
+        )
 
-    def _open(self) -> tuple[int, bool]:
-        """The owner's file, and whether it was made."""
+    def _await_sign(self) -> None:
+        """Wait for an owner that misses its signs to give one, or to be dead.
+
+        A job that a scheduler starts again on another host need not fail for being quick.
+        """
+        while 2 * BEAT_SECONDS < _age(self._path) < DEAD_SECONDS:
+            time.sleep(_SETTLE_SECONDS)
+
+    def _open(self) -> tuple[int | None, bool]:
+        """The owner's file, and whether it was made; None where it was removed in this moment."""
         with suppress(FileExistsError):
             return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
-        return os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), False
+        with suppress(FileNotFoundError):
+            return os.open(self._path, os.O_RDWR), False
+        return None, False
 
     def _is_there(self, descriptor: int) -> bool:
         """Whether a file is the owner's still: its owner may have removed it meanwhile."""
@@ -215,16 +255,13 @@ class Ownership:
         except FileNotFoundError:
             return False
 
-    def _put_aside(self, dead: Owner | None) -> None:
+    def _put_aside(self, dead: int) -> None:
         """Remove the file of a dead owner, unless another run has just replaced it by its own."""
         aside = self._path.with_name(f"{self._path.name}.{secrets.token_hex(8)}")
         with suppress(FileNotFoundError):
             self._path.rename(aside)
-            descriptor = os.open(aside, os.O_RDONLY)
-            is_dead = _owner_in(descriptor) == dead
-            os.close(descriptor)
-            if not is_dead:
-                # Where a third has come first, the second finds out at its next look.
+            if not os.path.samestat(os.fstat(dead), aside.stat()):
+                # Where a third has come first, the second finds out when it looks.
                 with suppress(FileExistsError):
                     os.link(aside, self._path)
             aside.unlink()
@@ -233,9 +270,7 @@ class Ownership:
         """Whether an owner whose lock is free, or can't be seen, is at work."""
         if _is_shared(self.data_root / OWNERS_FILE):
             return True
-        if is_locked and (owner is None or (owner.host, owner.n_nodes) == (socket.gethostname(), 1)):
-            return False
-        return _age(self._path) < DEAD_SECONDS
+        return _needs_signs(owner, is_locked) and _age(self._path) < DEAD_SECONDS
 
     def _beat(self, ended: threading.Event) -> None:
         while not ended.wait(BEAT_SECONDS):
@@ -311,6 +346,11 @@ def _flock(descriptor: int, operation: int) -> bool | None:
     return True
 
 
+def _needs_signs(owner: Owner | None, is_locked: bool | None) -> bool:
+    """Whether an owner whose lock is free may be alive: on another host, or where there are no locks."""
+    return is_locked is None or (owner is not None and not owner.is_here)
+
+
 def _is_shared(path: Path) -> bool:
     """Whether another process of a run holds its lock."""
     try:
@@ -328,7 +368,11 @@ def _owner_in(descriptor: int) -> Owner | None:
     try:
         fields = json.loads(os.pread(descriptor, 4096, 0))
         return Owner(
-            str(fields["host"]), int(fields["process"]), str(fields["since"]), int(fields["n_nodes"])
+            str(fields["host"]),
+            int(fields["process"]),
+            str(fields["since"]),
+            int(fields["n_nodes"]),
+            str(fields["boot"]),
         )
     except (KeyError, TypeError, ValueError, RecursionError):
         return None
