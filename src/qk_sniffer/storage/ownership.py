@@ -228,8 +228,8 @@ class Ownership:
                     self._put_aside(descriptor)
             os.close(descriptor)
         raise UserError(
-            f"{self._field}{self.data_root} belongs to {owner or 'another run'}; {wait}, or name another "
-            "directory"
+            f"{self._field}{self.data_root} belongs to {owner or 'another run'}; {wait}, or name "
+            "another directory"
         )
 
     def _await_sign(self) -> None:
@@ -347,7 +347,7 @@ def _flock(descriptor: int, operation: int) -> bool | None:
 
 
 def _needs_signs(owner: Owner | None, is_locked: bool | None) -> bool:
-    """Whether an owner whose lock is free may be alive: on another host, or where there are no locks."""
+    """Whether an owner whose lock is free may be alive: on another host, or where no locks are."""
     return is_locked is None or (owner is not None and not owner.is_here)
 
 
