@@ -3,6 +3,7 @@
 The string under each field is its help text on the command line.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -43,8 +44,8 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         _require(
-            self.base_rate > 0,
-            f"sniffer.capture.sampler.base_rate: must be above 0, got {self.base_rate}",
+            0 < self.base_rate < math.inf,
+            f"sniffer.capture.sampler.base_rate: must be a finite number above 0, got {self.base_rate}",
         )
         _require(
             0 <= self.seed < 2**64,

@@ -109,5 +109,5 @@ def _page(captures: Captures, source: list[str], sections: Sequence[Section]) ->
     load = f"from qk_sniffer import Captures\n\nhead = Captures({arguments}).head({head})"
     summary += f"<pre>{escape(load)}</pre>"
     versions = captures.manifest["versions"]
-    footer = f"qk-sniffer {versions['qk-sniffer']}, transformers {versions['transformers']}"
+    footer = ", ".join(f"{name} {versions.get(name)}" for name in ("qk-sniffer", "transformers"))
     return render_page(f"Queries and keys of {model} on {text}", summary, sections, footer)

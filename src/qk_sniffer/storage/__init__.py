@@ -9,7 +9,7 @@ from qk_sniffer.storage.card import (
     write_card,
 )
 from qk_sniffer.storage.card_parts import compose_card, own_part
-from qk_sniffer.storage.checked import manifest_fault, publication_fault, refuse_links
+from qk_sniffer.storage.checked import manifest_fault, publication_fault, require_own_files
 from qk_sniffer.storage.data_root import (
     EarlierRun,
     check_space,
@@ -115,12 +115,12 @@ __all__ = [
     "publication_fault",
     "read_examples",
     "read_manifest",
-    "refuse_links",
     "remove_report",
     "render_card",
     "report_files",
     "require_captured",
     "require_manifest",
+    "require_own_files",
     "require_shared",
     "shown_names",
     "stored_example_ids",

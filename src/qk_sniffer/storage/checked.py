@@ -8,6 +8,7 @@ those of a later version, and stay.
 import math
 import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,11 @@ from jsonschema.validators import extend
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.storage.schema import (
-    CARD_FILE,
-    CONFIG_FILE,
-    EXAMPLES_DIRECTORY,
+    DIRECTORIES,
+    FILES,
     HEAD_DIRECTORY,
-    JOURNAL_DIRECTORY,
-    MANIFEST_FILE,
-    PUBLICATION_FILE,
-    PULLED_DIRECTORY,
-    PULLING_DIRECTORY,
-    REPORT_DIRECTORY,
     SCHEMA_VERSION,
+    temporary_name,
 )
 
 _MOST = 2**53
@@ -81,7 +76,7 @@ _CAPTURE = _object(
         "sampler": _object(
             {
                 "type": _TEXT,
-                "base_rate": {"type": "number", "minimum": 0},
+                "base_rate": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": math.inf},
                 "seed": {"type": "integer", "minimum": -(2**63), "exclusiveMaximum": 2**64},
             }
         ),
@@ -122,30 +117,30 @@ _LAYER = _object(
 )
 _RUN: dict[str, Any] = {
     "fingerprint": {"type": "object"},
+    "versions": {"type": "object", "additionalProperties": _TEXT},
     "settings": _SETTINGS,
     "layers": _array(_LAYER, 1),
+    "notes": _array(_TEXT),
 }
-_OF_A_RUN: dict[str, Any] = {"versions": {"type": "object"}, "notes": _array(_TEXT)}
 _MANIFEST = _object(
     {
         "schema_version": _integer(1),
         "complete": _FLAG,
         **_RUN,
         "examples": _FILE,
+        "buckets": {
+            "type": "object",
+            "propertyNames": {"pattern": r"^[0-9]{1,10}\Z"},
+            "additionalProperties": _integer(),
+        },
         "heads": {
             "type": "object",
             "minProperties": 1,
-            "propertyNames": {"pattern": rf"^{HEAD_DIRECTORY.pattern}\Z"},
+            "propertyNames": {"pattern": rf"^(?:{HEAD_DIRECTORY.pattern})\Z"},
             "additionalProperties": _FILE,
         },
     },
     {
-        **_OF_A_RUN,
-        "buckets": {
-            "type": "object",
-            "propertyNames": {"pattern": r"^\d+\Z"},
-            "additionalProperties": _integer(),
-        },
         "beyond_positions": _object(
             {"positions": _integer(1), "texts": _integer(1), "longest": _integer(1)}
         ),
@@ -162,16 +157,14 @@ _STREAM = _object(
         "head_dim": _integer(1, _LONGEST_VECTOR),
     }
 )
-_HEADER = _object(
-    {**_RUN, **_OF_A_RUN, "streams": _array(_STREAM, 1)}, {"n_positions": _or_null(_integer(1))}
-)
+_HEADER = _object({**_RUN, "streams": _array(_STREAM, 1)}, {"n_positions": _or_null(_integer(1))})
 _PUBLICATION = _object(
     {"repo_id": _TEXT, "branch": _TEXT},
     {"private": _FLAG, "replaces": _or_null({"pattern": r"^[0-9a-f]{40}\Z", **_TEXT}), "card": _TEXT},
 )
 
 
-_SEGMENT = re.compile(r"segment-\d{5,}\.arrow")
+_SEGMENT = re.compile(r"segment-[0-9]{5,9}\.arrow")
 
 
 def _is_integer(_: Any, value: Any) -> bool:
@@ -312,41 +305,42 @@ def require_schema_version(path: Path, content: Any) -> None:
         )
 
 
-_OWN_NAMES = {
-    CARD_FILE,
-    CONFIG_FILE,
-    EXAMPLES_DIRECTORY,
-    JOURNAL_DIRECTORY,
-    MANIFEST_FILE,
-    PUBLICATION_FILE,
-    PULLED_DIRECTORY,
-    PULLING_DIRECTORY,
-    REPORT_DIRECTORY,
-}
+def require_own_files(data_root: Path) -> None:
+    """See that what a data root holds is its own: no link to elsewhere, no pipe and no device.
 
-
-def refuse_links(data_root: Path) -> None:
-    """See that no file of a data root is a link to one outside of it.
-
-    Such a file would be read, replaced or removed where it is. The data root itself may be a link.
+    Behind a link, a file would be read, replaced or removed where it is; a pipe would be waited for.
+    The data root itself may be a link, and the Hub's client keeps the files of its cache beside it.
 
     Raises:
-        UserError: One is.
+        UserError: It is not.
     """
+    places = [data_root.resolve()]
+    if places[0].parent.name == "snapshots":
+        places.append(places[0].parent.parent / "blobs")
     for entry in os.scandir(data_root):
-        is_own = entry.name in _OWN_NAMES or HEAD_DIRECTORY.fullmatch(entry.name) is not None
-        # Names that begin with a dot are those of files that are being written.
-        if entry.is_symlink() and (is_own or entry.name.startswith(".")):
-            _refuse_link(Path(entry.path))
-        if is_own and entry.is_dir():
+        if entry.name in _NAMES or HEAD_DIRECTORY.fullmatch(entry.name) is not None:
+            _require_own(entry.path, places)
+            # Links to directories are not followed here.
             for directory, directories, files in os.walk(entry.path):
                 for name in (*directories, *files):
-                    if os.path.islink(path := os.path.join(directory, name)):
-                        _refuse_link(Path(path))
+                    _require_own(os.path.join(directory, name), places)
 
 
-def _refuse_link(path: Path) -> None:
-    raise UserError(
-        f"{path}: a link to {os.readlink(path)}; a data root holds its files itself, so put the file "
-        "there, or remove the link"
-    )
+_NAMES = DIRECTORIES | FILES | {temporary_name(name) for name in FILES}
+
+
+def _require_own(path: str, places: list[Path]) -> None:
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        # A run that is at work there has just given it another name.
+        return
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return
+    if not stat.S_ISLNK(mode):
+        raise UserError(f"{path}: neither a file nor a directory; remove it")
+    if not any(Path(os.path.realpath(path)).is_relative_to(place) for place in places):
+        raise UserError(
+            f"{path}: a link to {os.readlink(path)}; a data root holds its files itself, so put the "
+            "file there, or remove the link"
+        )

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from qk_sniffer.errors import UserError
 from qk_sniffer.local_or_hub import is_address
 from qk_sniffer.ranks import Ranks
-from qk_sniffer.storage.checked import refuse_links
+from qk_sniffer.storage.checked import require_own_files
 from qk_sniffer.storage.commits import (
     HEADER_FILE,
     locked_journal,
@@ -32,7 +32,7 @@ from qk_sniffer.storage.reports import remove_report
 from qk_sniffer.storage.schema import (
     CARD_FILE,
     CONFIG_FILE,
-    EXAMPLES_DIRECTORY,
+    DIRECTORIES,
     FINISHED_JOURNAL_DIRECTORY,
     HEAD_DIRECTORY,
     JOURNAL_DIRECTORY,
@@ -42,6 +42,8 @@ from qk_sniffer.storage.schema import (
     PUBLICATION_FILE,
     PULLED_DIRECTORY,
     PULLING_DIRECTORY,
+    REPORT_DIRECTORY,
+    temporary_name,
 )
 
 _FIELD = "sniffer.output.data_root"
@@ -52,18 +54,20 @@ _BEFORE_A_JOURNAL = {
     PULLED_DIRECTORY,
     PULLING_DIRECTORY,
     PUBLICATION_FILE,
-    f".{PUBLICATION_FILE}.tmp",
+    temporary_name(PUBLICATION_FILE),
     CONFIG_FILE,
-    f".{CONFIG_FILE}.tmp",
+    temporary_name(CONFIG_FILE),
     OWNER_FILE,
     OWNERS_FILE,
 }
-# A person may have written in the card, and publication and ownership are this run's already.
-_OWN_NAMES = (_BEFORE_A_JOURNAL - {PUBLICATION_FILE, CARD_FILE, OWNER_FILE, OWNERS_FILE}) | {
-    EXAMPLES_DIRECTORY,
+# A person may have written in the card and beside the report, and publication and ownership are this
+# run's already.
+_CLEARED = (DIRECTORIES - {REPORT_DIRECTORY}) | {
+    CONFIG_FILE,
+    temporary_name(CONFIG_FILE),
+    temporary_name(PUBLICATION_FILE),
     MANIFEST_FILE,
 }
-
 
 _TOKEN_FILE = re.compile(r"\.shared-[0-9a-f]+")
 """What ``require_shared`` writes; a run that was killed may leave one."""
@@ -180,7 +184,7 @@ def prepare_data_root(data_root: Path, overwrite: bool) -> None:
     Raises:
         UserError: It holds a link, or what is not a run's and ``overwrite`` is false.
     """
-    refuse_links(data_root)
+    require_own_files(data_root)
     tokens = [entry for entry in data_root.iterdir() if _TOKEN_FILE.fullmatch(entry.name)]
     names = {entry.name for entry in data_root.iterdir()} - {token.name for token in tokens}
     for token in tokens:
@@ -260,7 +264,7 @@ def clear_data_root(data_root: Path) -> None:
     for name in (MANIFEST_FILE, JOURNAL_DIRECTORY, PULLED_DIRECTORY):
         _remove(data_root / name)
     for entry in data_root.iterdir():
-        if entry.name in _OWN_NAMES or HEAD_DIRECTORY.fullmatch(entry.name):
+        if entry.name in _CLEARED or HEAD_DIRECTORY.fullmatch(entry.name):
             _remove(entry)
     remove_report(data_root)
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.secrets import redact
+from qk_sniffer.storage.schema import temporary_name
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its name once it is written and synced."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         yield temporary
         sync_file(temporary)
@@ -54,6 +55,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        # JSON can name halves of characters, which no file, terminal or path takes.
+        json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError, OSError) as error:
         raise damaged(path, f"it is no JSON ({first_line(error)})") from error
     return content

@@ -20,7 +20,7 @@ import xxhash
 from qk_sniffer.errors import UserError
 from qk_sniffer.ranks import ALONE, Dealer, Ranks
 from qk_sniffer.storage.card import write_card
-from qk_sniffer.storage.checked import refuse_links
+from qk_sniffer.storage.checked import require_own_files
 from qk_sniffer.storage.commits import (
     COMMITS_FILE,
     HEADER_FILE,
@@ -96,7 +96,7 @@ def finalize(
     """
     directory = data_root / JOURNAL_DIRECTORY
     if data_root.is_dir():
-        ranks.first(lambda: refuse_links(data_root))
+        ranks.first(lambda: require_own_files(data_root))
     if not ranks.first((directory / HEADER_FILE).exists):
         return ranks.first(lambda: _end_removal(data_root))
     again = f"qk-sniffer finalize {data_root}"

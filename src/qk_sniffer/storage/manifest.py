@@ -1,6 +1,7 @@
 """The manifest: what a data root holds, with which settings it was made, and the files' checksums."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qk_sniffer.errors import UserError
-from qk_sniffer.storage.checked import manifest_fault, refuse_links, require_schema_version
+from qk_sniffer.storage.checked import manifest_fault, require_own_files, require_schema_version
 from qk_sniffer.storage.files import damaged, read_json, write_text
 from qk_sniffer.storage.ownership import owner_of
 from qk_sniffer.storage.parquet import FileFacts
@@ -122,9 +123,9 @@ def require_manifest(data_root: Path) -> dict[str, Any]:
     Raises:
         UserError: There is none, or it is damaged.
     """
+    if os.path.lexists(data_root / MANIFEST_FILE):
+        require_own_files(data_root)
     manifest = read_manifest(data_root)
-    if manifest is not None:
-        refuse_links(data_root)
     if manifest is None:
         if (owner := owner_of(data_root)) is not None:
             raise UserError(

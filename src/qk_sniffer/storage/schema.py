@@ -18,8 +18,20 @@ CARD_FILE = "README.md"
 REPORT_DIRECTORY = "report"
 CONFIG_FILE = "config.yaml"
 
-HEAD_DIRECTORY = re.compile(r"l(\d{2,})h(\d{2,})([qk])")
+_NUMBER = "0[0-9]|[1-9][0-9]{1,6}"
+HEAD_DIRECTORY = re.compile(f"l({_NUMBER})h({_NUMBER})([qk])")
 """Every name that ``head_name`` gives: its layer, head and kind."""
+
+DIRECTORIES = {
+    EXAMPLES_DIRECTORY,
+    JOURNAL_DIRECTORY,
+    FINISHED_JOURNAL_DIRECTORY,
+    PULLED_DIRECTORY,
+    PULLING_DIRECTORY,
+    REPORT_DIRECTORY,
+}
+FILES = {CARD_FILE, CONFIG_FILE, MANIFEST_FILE, PUBLICATION_FILE, OWNER_FILE, OWNERS_FILE}
+"""What a data root holds beside the heads; files have ``temporary_name`` while they are written."""
 
 REPORT_FILE = re.compile(
     r"index\.html|((rows|positional-r2|norms)-(queries|keys)|components-\d+[qk]|attention-\d+)\.png"
@@ -36,6 +48,11 @@ EXAMPLES_SCHEMA = pa.schema(
         pa.field("truncated", pa.bool_(), nullable=False),
     ]
 )
+
+
+def temporary_name(name: str) -> str:
+    """What a file is called until it is complete."""
+    return f".{name}.tmp"
 
 
 def head_name(layer_idx: int, head: int, kind: Kind) -> str:
