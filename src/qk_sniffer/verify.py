@@ -26,7 +26,7 @@ from qk_sniffer.capture import (
     draw_positions,
     heads_to_capture,
 )
-from qk_sniffer.errors import first_line
+from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.storage import (
     CARD_FILE,
     DATA_FILE,
@@ -39,6 +39,7 @@ from qk_sniffer.storage import (
     Kind,
     StoredRows,
     checksum,
+    fault_of_columns,
     head_name,
     head_schema,
     owner_of,
@@ -159,12 +160,11 @@ def _check_file(
     if checksum(path) != facts["xxh3_128"]:
         return None, [f"{label}: damaged, its checksum is not that of the manifest"]
     try:
-        stored, rows = pq.read_schema(path), pq.read_metadata(path).num_rows
+        fault, rows = fault_of_columns(path, schema), pq.read_metadata(path).num_rows
     except _UNREADABLE as error:
         return None, [f"{label}: can't be read ({first_line(error)})"]
-    if not stored.equals(schema):
-        wrong = [field.name for field in schema if field not in stored] or ["the order"]
-        return None, [f"{label}: other columns than the schema has, see {', '.join(wrong)}"]
+    if fault is not None:
+        return None, [f"{label}: {fault}"]
     if rows != facts["rows"]:
         return path, [f"{label}: {rows} rows, and the manifest says {facts['rows']}"]
     return path, []
@@ -198,11 +198,14 @@ def _check_stream(
             if path is not None and not found:
                 heads.append(_Head(path, f"{name}/{DATA_FILE}", stream.layer.sliding_window, tokens))
     if examples is not None and heads:
-        for expected in _expected_rows(manifest, stream, examples):
+        try:
+            for expected in _expected_rows(manifest, stream, examples):
+                for head in heads:
+                    head.compare(expected)
             for head in heads:
-                head.compare(expected)
-        for head in heads:
-            faults += head.end()
+                faults += head.end()
+        except UserError as error:
+            faults.append(str(error))
     return faults
 
 

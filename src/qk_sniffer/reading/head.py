@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qk_sniffer.capture import AttentionLayer
 from qk_sniffer.errors import UserError
-from qk_sniffer.reading.rows import NUMBERS, HeadBatches, arrays, readable, tensors
+from qk_sniffer.reading.rows import NUMBERS, HeadBatches, arrays, read_rows, reading, tensors
 from qk_sniffer.storage import Kind, head_name, head_schema
 
 if TYPE_CHECKING:
@@ -58,9 +58,8 @@ class Head:
     def __len__(self) -> int:
         if self._condition is None:
             return self._n_rows
-        path = self._path()
-        with readable(path):
-            return int(_dataset(path).count_rows(filter=self._condition))
+        with reading(self._path(), self.layer.head_dim) as dataset:
+            return int(dataset.count_rows(filter=self._condition))
 
     def where(
         self,
@@ -104,8 +103,8 @@ class Head:
             if column not in known:
                 raise UserError(f"columns: there is no {column}; choose from {', '.join(known)}")
         path = self._path()
-        with readable(path):
-            return _dataset(path).to_table(columns=columns, filter=self._condition)
+        with reading(path, self.layer.head_dim) as dataset:
+            return read_rows(path, dataset, columns, self._condition)
 
     def numpy(self) -> dict[str, npt.NDArray[Any]]:
         """Arrays of N rows by column.
@@ -166,10 +165,6 @@ class Head:
         if isinstance(number, str) and column == "example_id":
             return self._example_id(number)
         return operator.index(number)
-
-
-def _dataset(path: Path) -> ds.Dataset:
-    return ds.dataset(path, format="parquet")
 
 
 def _is_one_of(column: str, numbers: range | list[int]) -> ds.Expression:

@@ -14,21 +14,61 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from qk_sniffer.errors import UserError, first_line
+from qk_sniffer.storage import fault_of_columns, fault_of_values, head_schema
 
 NUMBERS = ("bucket", "example_id", "position")
 """The columns of numbers that every row has."""
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn what pyarrow raises for a damaged file into a ``UserError``."""
+def reading(path: Path, head_dim: int) -> Iterator[ds.Dataset]:
+    """A head's file, as a dataset of Arrow's.
+
+    Args:
+        path: The file.
+        head_dim: Length of a vector.
+
+    Raises:
+        UserError: It is damaged, or has other columns than a head.
+    """
     try:
-        yield
+        fault = fault_of_columns(path, head_schema(head_dim))
+        if fault is None:
+            yield ds.dataset(path, format="parquet")
     except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path}: can't be read ({first_line(error)}); `qk-sniffer verify` tells which files of a "
-            "data root are damaged, and a copy or a new run brings them back"
-        ) from error
+        fault = first_line(error)
+    if fault is not None:
+        raise _unreadable(path, fault)
+
+
+def read_rows(
+    path: Path,
+    rows: ds.Dataset | ds.Fragment,
+    columns: list[str] | None,
+    condition: ds.Expression | None,
+) -> pa.Table:
+    """Some rows of a head's file.
+
+    Args:
+        path: The file.
+        rows: All of it, or one of its row groups.
+        columns: Those that are read; None reads all.
+        condition: Which rows are read; None reads all.
+
+    Raises:
+        UserError: A value is missing.
+    """
+    table = rows.to_table(columns=columns, filter=condition)
+    if fault := fault_of_values(table):
+        raise _unreadable(path, fault)
+    return table
+
+
+def _unreadable(path: Path, fault: str) -> UserError:
+    return UserError(
+        f"{path}: can't be read ({fault}); `qk-sniffer verify` tells which files of a data root are "
+        "damaged, and a copy or a new run brings them back"
+    )
 
 
 def arrays(table: pa.Table, head_dim: int) -> dict[str, npt.NDArray[Any]]:
@@ -74,18 +114,17 @@ class HeadBatches(IterableDataset[dict[str, Tensor]]):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         worker = get_worker_info()
         number, n_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        with readable(self._path):
-            file = next(ds.dataset(self._path, format="parquet").get_fragments())
-            groups = file.split_by_row_group(self._condition)[number::n_workers]
+        with reading(self._path, self._head_dim) as dataset:
+            groups = next(dataset.get_fragments()).split_by_row_group(self._condition)
+        groups = groups[number::n_workers]
         for index in self._order(len(groups)):
             # A function of its own, so that a row group is let go of before the next is read.
             yield from self._of_group(groups[index])
 
     def _of_group(self, group: ds.Fragment) -> Iterator[dict[str, Tensor]]:
-        with readable(self._path):
-            rows = tensors(
-                group.to_table(columns=["vector", *NUMBERS], filter=self._condition), self._head_dim
-            )
+        with reading(self._path, self._head_dim):
+            table = read_rows(self._path, group, ["vector", *NUMBERS], self._condition)
+        rows = tensors(table, self._head_dim)
         for batch in torch.split(self._order(len(rows["vector"])), self._batch_size):
             yield {name: values[batch] for name, values in rows.items()}
 

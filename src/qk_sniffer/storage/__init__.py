@@ -9,7 +9,7 @@ from qk_sniffer.storage.card import (
     write_card,
 )
 from qk_sniffer.storage.card_parts import compose_card, own_part
-from qk_sniffer.storage.checked import manifest_fault, publication_fault, require_own_files
+from qk_sniffer.storage.checked import manifest_fault, publication_fault
 from qk_sniffer.storage.data_root import (
     EarlierRun,
     check_space,
@@ -35,7 +35,7 @@ from qk_sniffer.storage.manifest import (
     require_manifest,
 )
 from qk_sniffer.storage.ownership import Owner, Ownership, note_owner, owned, owner_of
-from qk_sniffer.storage.parquet import FileFacts, StoredRows, checksum, is_described
+from qk_sniffer.storage.parquet import FileFacts, checksum, is_described
 from qk_sniffer.storage.reports import remove_report, report_files
 from qk_sniffer.storage.schema import (
     CARD_FILE,
@@ -57,6 +57,7 @@ from qk_sniffer.storage.schema import (
     head_schema,
 )
 from qk_sniffer.storage.sizes import head_files_bytes, journal_bytes
+from qk_sniffer.storage.stored_rows import StoredRows, fault_of_columns, fault_of_values
 
 __all__ = [
     "CARD_FILE",
@@ -98,6 +99,8 @@ __all__ = [
     "earlier_run",
     "existing_data_root",
     "explained_writing",
+    "fault_of_columns",
+    "fault_of_values",
     "finalize",
     "head_files_bytes",
     "head_name",
@@ -120,7 +123,6 @@ __all__ = [
     "report_files",
     "require_captured",
     "require_manifest",
-    "require_own_files",
     "require_shared",
     "shown_names",
     "stored_example_ids",

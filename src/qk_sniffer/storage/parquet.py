@@ -19,6 +19,7 @@ from qk_sniffer.storage.files import replacing, sync_directory
 from qk_sniffer.storage.non_finite import NonFinite
 from qk_sniffer.storage.reader import Runs, StreamReader
 from qk_sniffer.storage.schema import PULLED_DIRECTORY, head_schema
+from qk_sniffer.storage.stored_rows import StoredRows, require_columns, stored_batches
 
 ROW_GROUP_BYTES = 32 * 2**20
 """Size of the vectors in a row group: enough for a column chunk to compress and read well."""
@@ -27,8 +28,6 @@ EXAMPLES_KEY = b"qk_sniffer.examples"
 """Metadata of a head's file: the digest of the examples that it holds, from ``finalize``."""
 
 _ROWS_ENCODED_AT_ONCE = 2**16
-_STORED_ROWS_AT_ONCE = 2**14
-_READ_AT_ONCE = 2**20
 
 FileFacts = dict[str, Any]
 TokensOf = Callable[[int], pa.Array]
@@ -132,7 +131,7 @@ def _describe_head(path: Path, non_finite: NonFinite | None) -> tuple[FileFacts,
     """A head's file; its rows are read again where they were not written just now."""
     if non_finite is None:
         non_finite = NonFinite()
-        for batch in _batches(path, ["example_id", "vector"], EVERY_EXAMPLE):
+        for batch in stored_batches(path, ["example_id", "vector"], EVERY_EXAMPLE):
             non_finite.count(batch["example_id"], [_as_rows(batch["vector"])])
     more = {"non_finite": non_finite.rows} if non_finite.rows else {}
     return describe_file(path) | more, non_finite
@@ -282,6 +281,7 @@ class _EarlierRows:
 
     def __init__(self, file: EarlierFile, schema: pa.Schema) -> None:
         file.require_intact()
+        require_columns(file.path, schema)
         self._file = file
         self.vectors = StoredRows(file.path, ["vector"], file.selects)
         columns = [name for name in schema.names if name != "vector"]
@@ -291,7 +291,7 @@ class _EarlierRows:
         """The runs of this file, as those of the block that stands for it."""
         runs = [np.empty((0, 4), np.int64)]
         first = 0
-        for batch in _batches(self._file.path, ["example_id"], self._file.selects):
+        for batch in stored_batches(self._file.path, ["example_id"], self._file.selects):
             ids = batch["example_id"].to_numpy().astype(np.int64)
             starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))
             stops = np.append(starts[1:], ids.size)
@@ -354,33 +354,3 @@ class _HeadWriter:
         if pieces:
             vectors[numbers.new] = np.concatenate(pieces)
         return vectors
-
-
-class StoredRows:
-    """The rows of some columns of a file, in order and a bounded number at a time."""
-
-    def __init__(self, path: Path, columns: list[str], selects: ExampleFilter = EVERY_EXAMPLE) -> None:
-        self._schema = pa.schema([pq.read_schema(path).field(name) for name in columns])
-        self._batches = _batches(path, columns, selects)
-        self._rest: list[pa.RecordBatch] = []
-
-    def take(self, count: int) -> pa.Table:
-        """The next rows; fewer at the end of the file."""
-        size = sum(batch.num_rows for batch in self._rest)
-        while size < count and (batch := next(self._batches, None)) is not None:
-            self._rest.append(batch)
-            size += batch.num_rows
-        table = pa.Table.from_batches(self._rest, self._schema)
-        self._rest = table.slice(count).to_batches()
-        return table.slice(0, count)
-
-
-def _batches(path: Path, columns: list[str], selects: ExampleFilter) -> Iterator[pa.RecordBatch]:
-    asked = [*dict.fromkeys([*columns, "example_id"])] if selects.ids.size else columns
-    # Buffered whole columns would stay in memory as long as the file is open.
-    with pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_AT_ONCE) as file:
-        for batch in file.iter_batches(_STORED_ROWS_AT_ONCE, columns=asked, use_threads=False):
-            if selects.ids.size:
-                batch = batch.filter(pa.array(selects(batch["example_id"].to_numpy())))
-            if batch.num_rows:
-                yield batch.select(columns)
