@@ -1,6 +1,8 @@
 """Stored vectors against the model: it reads a few of the texts again."""
 
+import json
 import random
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -9,32 +11,44 @@ import lightning.pytorch as pl
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor, nn
 
 from qk_sniffer.capture import Chunk, Sniffer, active_sniffer, build_sampler
-from qk_sniffer.config import TokenizerConfig
 from qk_sniffer.data import TextDataModule
-from qk_sniffer.errors import UserError
+from qk_sniffer.errors import UserError, last_line
 from qk_sniffer.ids import ExampleFilter
 from qk_sniffer.models import check_capture
 from qk_sniffer.module import SnifferModule
-from qk_sniffer.storage import DATA_FILE, EXAMPLES_DIRECTORY, head_name, read_examples, require_manifest
+from qk_sniffer.storage import (
+    DATA_FILE,
+    EXAMPLES_DIRECTORY,
+    MANIFEST_FILE,
+    damaged,
+    head_name,
+    read_examples,
+    require_manifest,
+)
 from qk_sniffer.verify import captured_heads
 
 _TEXTS = 4
 
 
-def verify_against_model(data_root: Path) -> list[str]:
+def verify_against_model(data_root: Path, *, trust_code: bool = False) -> list[str]:
     """Let the model of a data root read a few of its texts again, and compare.
 
     Attention is recomputed from the vectors that the model uses and must be the model's own, and the
     stored vectors, of a few heads of every layer, must be those vectors.
 
+    Args:
+        data_root: The data root.
+        trust_code: Whether code that its settings name may run.
+
     Returns:
         One line for each fault; none if all is well.
 
     Raises:
-        UserError: The model or the texts can't be loaded.
+        UserError: The model or the texts can't be loaded, or need code that is not trusted.
     """
     manifest = require_manifest(data_root)
     settings = manifest["settings"]
@@ -43,9 +57,10 @@ def verify_against_model(data_root: Path) -> list[str]:
             f"{data_root}: the run had a module or texts of its own, which the manifest does not name, "
             "so they can't be read again; leave out --against-model"
         )
+    if not trust_code:
+        _refuse_code(data_root, settings)
     comparison = _Comparison(data_root, manifest)
-    tokenizer = TokenizerConfig(**settings["data"]["tokenizer"])
-    data = TextDataModule(**settings["data"] | {"tokenizer": tokenizer, "batch_size": 1})
+    made = _modules_of(data_root, settings)
     trainer = pl.Trainer(
         devices=1,
         logger=False,
@@ -53,8 +68,47 @@ def verify_against_model(data_root: Path) -> list[str]:
         enable_progress_bar=False,
         callbacks=[comparison],
     )
-    trainer.predict(SnifferModule(**settings["model"]), datamodule=data, return_predictions=False)
+    trainer.predict(made.model, datamodule=made.data, return_predictions=False)
     return comparison.faults()
+
+
+def _refuse_code(data_root: Path, settings: Mapping[str, Any]) -> None:
+    """See that no code runs which a manifest names: it may be somebody else's.
+
+    Raises:
+        UserError: It names some.
+    """
+    model, data = settings["model"], settings["data"]
+    named = {
+        "model.trust_remote_code": model.get("trust_remote_code"),
+        "model.models_dir": model.get("models_dir"),
+        "data.tokenizer.trust_remote_code": data.get("tokenizer", {}).get("trust_remote_code"),
+    }
+    for field, value in named.items():
+        if value:
+            raise UserError(
+                f"{data_root / MANIFEST_FILE}: {field} is {json.dumps(value)}, so code that comes with "
+                "the run's model would run; if you trust it, add --trust-code"
+            )
+
+
+def _modules_of(data_root: Path, settings: Mapping[str, Any]) -> Any:
+    """The module and the data module of a run, which reads a text at a time.
+
+    Raises:
+        UserError: Its settings are none.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(SnifferModule, "model")
+    parser.add_class_arguments(TextDataModule, "data")
+    sections = {"model": settings["model"], "data": settings["data"] | {"batch_size": 1}}
+    try:
+        parsed = parser.parse_object(sections)
+    except ArgumentError as error:
+        raise damaged(
+            data_root / MANIFEST_FILE, f"its settings are none of a run ({last_line(error)})"
+        ) from error
+    return parser.instantiate_classes(parsed)
 
 
 class _Comparison(pl.Callback):

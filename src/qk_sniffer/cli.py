@@ -103,6 +103,11 @@ def _verify(args: list[str]) -> int:
         action="store_true",
         help="let the model read four texts again, and compare their vectors",
     )
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="let it run code that the run's settings name: trust_remote_code, models_dir",
+    )
     options = parser.parse_args(args)
 
     from qk_sniffer.storage import count_rows, note_owner, require_manifest
@@ -117,7 +122,7 @@ def _verify(args: list[str]) -> int:
         from qk_sniffer.predict import quiet_lightning
 
         quiet_lightning()
-        faults = verify_against_model(data_root)
+        faults = verify_against_model(data_root, trust_code=options.trust_code)
     if faults:
         sys.stdout.write("".join(f"{fault}\n" for fault in faults))
         return 1

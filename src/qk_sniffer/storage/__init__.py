@@ -24,7 +24,7 @@ from qk_sniffer.storage.data_root import (
     require_shared,
 )
 from qk_sniffer.storage.examples import read_examples
-from qk_sniffer.storage.files import explained_writing, sync_directory, sync_file, write_text
+from qk_sniffer.storage.files import damaged, explained_writing, sync_directory, sync_file, write_text
 from qk_sniffer.storage.finalizing import finalize, merge_pulled, n_threads
 from qk_sniffer.storage.finished import stored_example_ids
 from qk_sniffer.storage.journal import QUEUE_BYTES, Block, Example, JournalWriter
@@ -90,6 +90,7 @@ __all__ = [
     "clear_data_root",
     "compose_card",
     "count_rows",
+    "damaged",
     "data_root_path",
     "describe_beyond",
     "describe_non_finite",
