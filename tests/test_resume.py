@@ -203,7 +203,7 @@ def test_merged_files_keep_their_order_over_many_row_groups(
     predict: Predict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qk_sniffer.storage.parquet.ROW_GROUP_BYTES", 7 * 4 * 16)
-    monkeypatch.setattr("qk_sniffer.storage.parquet._STORED_ROWS_AT_ONCE", 5)
+    monkeypatch.setattr("qk_sniffer.storage.stored_rows._ROWS_AT_ONCE", 5)
     monkeypatch.setattr("qk_sniffer.storage.journal.SEGMENT_BYTES", 1)
     data: dict[str, Any] = {"batch_size": 2}
     assert predict("whole", data=data) == 0

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import random
 import shutil
@@ -25,7 +26,10 @@ from test_resume import interrupt
 __all__ = ["interrupt"]
 
 N_MUTATIONS = 30
-HOSTILE = ("../evil", "/etc", "l00h00q/../../evil", "..", "", "l00h00q\n", "l00h00x", ".journal", "~")
+HOSTILE = (
+    *("../evil", "/etc", "l00h00q/../../evil", "..", "", "l00h00q\n", "l00h00x", ".journal", "~"),
+    *("l000h00q", "l00h\u0661\u0661q", "l" + "9" * 5000 + "h00q", "\ud800"),
+)
 DEEP = 3000
 
 Mutation = tuple[str, str]
@@ -47,9 +51,9 @@ def mutations(good: dict[str, Any], seed: int) -> Iterator[Mutation]:
             yield f"deep at {place}", _with(content, place, "@").replace('"@"', "[" * DEEP + "]" * DEEP)
             continue
         if kind == "value":
-            odd: list[Any] = [None, -1, 2**70, 1.5, True, "x", [], {}, [[1]], {"rows": -1}, *HOSTILE]
-            value = draw.choice(odd)
-            yield f"{place} is {value!r}", _with(content, place, value)
+            odd: list[Any] = [None, -1, 2**70, 1.5, math.inf, True, "x", [], {}, [[1]], {"rows": -1}]
+            value = draw.choice([*odd, *HOSTILE])
+            yield f"{place} is {value!r:.99}", _with(content, place, value)
             continue
         owner = _owner(content, place)
         if kind == "drop":
@@ -58,7 +62,7 @@ def mutations(good: dict[str, Any], seed: int) -> Iterator[Mutation]:
         elif isinstance(owner, dict):
             name = draw.choice(HOSTILE)
             owner[name] = owner.pop(place[-1])
-            yield f"{place} is called {name!r}", json.dumps(content)
+            yield f"{place} is called {name!r:.99}", json.dumps(content)
 
 
 def _places(content: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -329,6 +333,184 @@ def test_no_link_leads_out_of_a_data_root(
         assert outside() == before
     assert main(["verify", str(root)]) == 2
     assert error_line(capsys).startswith(f"{path}: a link to {target}")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "l00h00q/data.parquet", "examples", ".hub.json"])
+def test_a_pipe_is_not_waited_for(
+    name: str, good: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, root = good
+    path = root / name
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    for run in (
+        lambda: main(command),
+        lambda: main(["verify", str(root)]),
+        lambda: main(["finalize", str(root)]),
+        lambda: main(["push", str(root), "--hf_repo_id", REPO]),
+        lambda: Captures(root),
+    ):
+        assert refuses(run, name, capsys)
+    assert main(["verify", str(root)]) == 2
+    assert error_line(capsys) == f"{path}: neither a file nor a directory; remove it"
+
+
+def test_links_that_stay_inside_are_read(good: tuple[list[str], Path], tmp_path: Path) -> None:
+    """As in the Hub client's cache, where every file is a link to one beside the snapshots."""
+    root, cache = good[1], tmp_path / "datasets--some--one"
+    snapshot, blobs = cache / "snapshots" / ("a" * 40), cache / "blobs"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in sorted(root.rglob("*")):
+        place = snapshot / path.relative_to(root)
+        if path.is_dir():
+            place.mkdir()
+        else:
+            blob = blobs / xxhash.xxh3_64_hexdigest(str(path).encode())
+            shutil.copy(path, blob)
+            place.symlink_to(os.path.relpath(blob, place.parent))
+    assert main(["verify", str(snapshot)]) == 0
+    read_all(Captures(snapshot))
+    (root / "l00h00q" / "data.parquet").rename(root / "l00h00q" / "moved")
+    (root / "l00h00q" / "data.parquet").symlink_to("moved")
+    assert main(["verify", str(root)]) == 0
+
+
+def test_a_file_that_is_being_written_is_no_link(
+    good: tuple[list[str], Path], outside: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, root = good
+    (root / ".manifest.json.tmp").symlink_to(tmp_path / "roots" / "data.parquet")
+    before = outside()
+    assert main(command) == 2
+    assert error_line(capsys).startswith(f"{root / '.manifest.json.tmp'}: a link to")
+    assert outside() == before
+
+
+def vectors_of(change: Callable[[Any], Any]) -> Callable[[pa.Table], pa.Table]:
+    return with_column("vector", lambda vectors: change(vectors.combine_chunks()))
+
+
+HEADS: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
+    "other width": (
+        vectors_of(
+            lambda v: pa.FixedSizeListArray.from_arrays(v.flatten(), v.type.list_size // 2)[: len(v)]
+        ),
+        "other columns than the schema has, see vector",
+    ),
+    "texts for numbers": (with_column("position", lambda p: ["x"] * len(p)), "see position"),
+    "no ids": (lambda table: table.drop_columns(["example_id"]), "see example_id"),
+    "ids that are null": (
+        with_column("example_id", lambda ids: pa.array([None] * len(ids), pa.int32())),
+        "example_id has no value in some rows",
+    ),
+    "vectors that are null": (
+        vectors_of(lambda v: pa.array([None] * len(v), v.type)),
+        "vector has no value in some rows",
+    ),
+    "vectors with gaps": (
+        vectors_of(lambda v: pa.array([[None] * v.type.list_size] * len(v), v.type)),
+        "some vectors have gaps",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_hostile_heads(
+    case: str, good: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A head's file with other columns or without values, which a manifest describes as it is."""
+    command, root = good
+    change, fault = HEADS[case]
+    assert main([*command, "--data.max_samples", "3", "--sniffer.output.overwrite", "true"]) == 0
+    path = root / "l00h00q" / "data.parquet"
+    pq.write_table(change(pq.read_table(path)), path)
+    manifest = json.loads((root / "manifest.json").read_text())
+    content = path.read_bytes()
+    digest = xxhash.xxh3_128_hexdigest(content)
+    manifest["heads"]["l00h00q"] |= {"bytes": len(content), "xxh3_128": digest}
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    assert main(["verify", str(root)]) == 1
+    if "vector has" not in fault and "gaps" not in fault:
+        assert fault in capsys.readouterr().out
+    head = Captures(root).head(layer=0, head=0)
+    for read in (head.numpy, head.torch, lambda: list(head.batches(7)), lambda: head.arrow()):
+        with pytest.raises(UserError, match=fault):
+            read()
+    assert main(["report", str(root)]) == 2
+    assert fault in error_line(capsys)
+    # One more text, which is merged into the file.
+    assert main([*command, "--data.max_samples", "null"]) == 2
+    assert fault in error_line(capsys)
+
+
+def test_code_that_a_manifest_names_runs_when_it_is_trusted(
+    good: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, models = good[1], tmp_path / "theirs"
+    (models / "llama").mkdir(parents=True)
+    (models / "llama" / "modeling_llama.py").write_text("raise RuntimeError('their code ran')")
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["settings"]["model"]["models_dir"] = str(models)
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["verify", str(root), "--against-model"]) == 2
+    line = error_line(capsys)
+    assert f"model.models_dir is {json.dumps(str(models))}" in line
+    assert line.endswith("if you trust it, add --trust-code")
+    assert main(["verify", str(root), "--against-model", "--trust-code"]) == 2
+    assert "RuntimeError: their code ran" in error_line(capsys)
+
+
+def test_settings_that_no_run_has_are_not_read_again(
+    good: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = good[1]
+    whole = json.loads((root / "manifest.json").read_text())
+    for section, change in (
+        ("model", {"evil": 1}),
+        ("model", {"attn_implementation": ["eager"]}),
+        ("data", {"num_workers": "many"}),
+    ):
+        manifest = copy.deepcopy(whole)
+        manifest["settings"][section] |= change
+        (root / "manifest.json").write_text(json.dumps(manifest))
+        assert main(["verify", str(root), "--against-model"]) == 2
+        line = error_line(capsys)
+        assert "manifest.json: damaged, its settings are no run's" in line
+        assert next(iter(change)) in line
+
+
+CARDS = {
+    "latin": "---\nlicense: mit\n---\n\nCaptur\xe9".encode("latin-1"),
+    "names of two types": b"---\n1: a\nb: c\n---\n",
+    "tags of tags": b"---\ntags: [[a], {b: c}]\n---\n",
+    "one tag, a number": b"---\ntags: 5\n---\n",
+    "a list that holds itself": b"---\na: &a [*a]\n---\n",
+    "an object of Python": b"---\na: !!python/object/apply:os.system ['touch evil']\n---\n",
+    "deep": b"---\na: " + b"[" * DEEP + b"]" * DEEP + b"\n---\n",
+}
+
+
+@pytest.mark.parametrize("case", CARDS)
+def test_hostile_cards(
+    case: str,
+    hub: LoopbackHub,
+    good: tuple[list[str], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """They are refused before a run, not when all texts are read, and on the Hub before a push."""
+    command, root = good
+    assert main(["push", str(root), "--hf_repo_id", REPO, "--hf_branch", "b"]) == 0
+    hub.commit(REPO, "b", {"README.md": CARDS[case]})
+    assert refuses(lambda: main(["push", str(root)]), case, capsys)
+    (root / "README.md").write_bytes(CARDS[case])
+    before = sorted(path.name for path in root.iterdir())
+    assert main([*command, "--sniffer.output.overwrite", "true"]) == 2
+    assert error_line(capsys).startswith("README.md: ")
+    assert sorted(path.name for path in root.iterdir()) == before
 
 
 def test_a_data_root_may_be_a_link_itself(good: tuple[list[str], Path], tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from qk_sniffer.capture import Chunk, Sniffer, active_sniffer, build_sampler
 from qk_sniffer.data import TextDataModule
-from qk_sniffer.errors import UserError, last_line
+from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter
 from qk_sniffer.models import check_capture
 from qk_sniffer.module import SnifferModule
+from qk_sniffer.parser_messages import explain
 from qk_sniffer.storage import (
     DATA_FILE,
     EXAMPLES_DIRECTORY,
@@ -105,9 +106,8 @@ def _modules_of(data_root: Path, settings: Mapping[str, Any]) -> Any:
     try:
         parsed = parser.parse_object(sections)
     except ArgumentError as error:
-        raise damaged(
-            data_root / MANIFEST_FILE, f"its settings are none of a run ({last_line(error)})"
-        ) from error
+        fault = explain(str(error), ())
+        raise damaged(data_root / MANIFEST_FILE, f"its settings are no run's ({fault})") from error
     return parser.instantiate_classes(parsed)
 
 

@@ -1,6 +1,5 @@
 """One branch of a Hub dataset, through the Hub's own client."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +19,7 @@ from tqdm.auto import tqdm
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.hub.requests import HTTP_ERROR, retried, status_of
-from qk_sniffer.storage import CARD_FILE, MANIFEST_FILE, manifest_fault
+from qk_sniffer.storage import CARD_FILE, MANIFEST_FILE, manifest_fault, parse_json, read_card
 
 Operation = CommitOperationAdd | CommitOperationDelete
 
@@ -110,25 +109,36 @@ class Branch:
         )
         return {file.rfilename: StoredFile(file.size, file.blob_id) for file in info.siblings or ()}
 
-    def text(self, commit: str, path: str) -> str | None:
-        """A text file of a commit; None where there is none."""
+    def card(self, commit: str) -> str | None:
+        """The card of a commit; None where there is none.
+
+        Raises:
+            UserError: It is no text.
+        """
+        path = self._file(commit, CARD_FILE)
         try:
-            file = retried(
-                lambda: self._api.hf_hub_download(
-                    self.repo_id, path, repo_type="dataset", revision=commit
-                )
-            )
-        except RemoteEntryNotFoundError:
-            return None
-        return Path(file).read_text(encoding="utf-8")
+            return None if path is None else read_card(path)
+        except UserError as error:
+            raise UserError(f"{self.repo_id}, branch {self.name}: {error}") from error
 
     def manifest(self, commit: str) -> dict[str, Any] | None:
         """The manifest of a commit; None where its files are no capture."""
+        path = self._file(commit, MANIFEST_FILE)
         try:
-            manifest = json.loads(self.text(commit, MANIFEST_FILE) or "null")
-        except (ValueError, RecursionError):
+            manifest = None if path is None else parse_json(path.read_bytes())
+        except ValueError:
             return None
         return manifest if manifest_fault(manifest) is None else None
+
+    def _file(self, commit: str, path: str) -> Path | None:
+        """A file of a commit in the client's cache; None where there is none."""
+        ask = partial(
+            self._api.hf_hub_download, self.repo_id, path, repo_type="dataset", revision=commit
+        )
+        try:
+            return Path(retried(ask))
+        except RemoteEntryNotFoundError:
+            return None
 
     def download(self, commit: str, paths: Sequence[str], directory: Path) -> None:
         """Bring files of a commit into a directory; those that are there already stay.

@@ -13,6 +13,7 @@ from qk_sniffer.storage import (
     PUBLICATION_FILE,
     Place,
     explained_writing,
+    parse_json,
     publication_fault,
     write_text,
 )
@@ -88,11 +89,11 @@ class Publication:
         if not path.exists():
             return None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_bytes())
             fault = publication_fault(content)
             if fault is None:
                 require_hub_names(content["repo_id"], content["branch"])
-        except (ValueError, RecursionError, OSError, UserError) as error:
+        except (ValueError, OSError, UserError) as error:
             fault = first_line(error)
         if fault is not None:
             raise UserError(

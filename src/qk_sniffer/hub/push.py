@@ -32,6 +32,7 @@ from qk_sniffer.storage import (
     is_described,
     merge_pulled,
     own_part,
+    read_card,
     render_card,
     report_files,
     require_manifest,
@@ -112,7 +113,7 @@ def _push_branch(data_root: Path, publication: Publication) -> None:
         if theirs is not None and bring(data_root, branch, head, theirs):
             manifest = merge_pulled(data_root, file_progress)
     is_new = theirs is None and not branch.has_commits(head)
-    card = None if is_new else branch.text(head, CARD_FILE)
+    card = None if is_new else branch.card(head)
     there = branch.files(head)
     if theirs is not None and theirs["heads"] == manifest["heads"] and not report_files(data_root):
         # A report that another machine has made of these very rows.
@@ -130,7 +131,7 @@ def _push_branch(data_root: Path, publication: Publication) -> None:
         branch.upload(operations)
         branch.commit(operations, _title(manifest), describe_run(manifest), head)
     publication.replaces = None
-    publication.card = own_part((data_root / CARD_FILE).read_text(encoding="utf-8"))
+    publication.card = own_part(read_card(data_root / CARD_FILE))
     publication.write(data_root)
 
 
@@ -151,7 +152,7 @@ def _join_cards(
         kept: The branch's report, where that stays.
     """
     path = data_root / CARD_FILE
-    ours = path.read_text(encoding="utf-8") if path.exists() else None
+    ours = read_card(path) if path.exists() else None
     existing = ours
     their_part = "" if theirs is None else _own_part_of_branch(theirs, publication.place)
     if theirs is not None and their_part != publication.card:
@@ -293,7 +294,7 @@ def _push_index(publication: Publication) -> None:
         for name, commit in sorted(heads.items())
         if name != MAIN
     ]
-    existing = main.text(heads[MAIN], CARD_FILE)
+    existing = main.card(heads[MAIN])
     _own_part_of_branch(existing or "", Place(publication.repo_id, MAIN))
     card = render_index([(branch, m) for branch, m in manifests if m is not None], existing)
     if card != existing:

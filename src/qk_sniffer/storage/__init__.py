@@ -8,7 +8,7 @@ from qk_sniffer.storage.card import (
     shown_names,
     write_card,
 )
-from qk_sniffer.storage.card_parts import compose_card, own_part
+from qk_sniffer.storage.card_parts import compose_card, own_part, read_card
 from qk_sniffer.storage.checked import manifest_fault, publication_fault
 from qk_sniffer.storage.data_root import (
     EarlierRun,
@@ -24,7 +24,14 @@ from qk_sniffer.storage.data_root import (
     require_shared,
 )
 from qk_sniffer.storage.examples import read_examples
-from qk_sniffer.storage.files import damaged, explained_writing, sync_directory, sync_file, write_text
+from qk_sniffer.storage.files import (
+    damaged,
+    explained_writing,
+    parse_json,
+    sync_directory,
+    sync_file,
+    write_text,
+)
 from qk_sniffer.storage.finalizing import finalize, merge_pulled, n_threads
 from qk_sniffer.storage.finished import stored_example_ids
 from qk_sniffer.storage.journal import QUEUE_BYTES, Block, Example, JournalWriter
@@ -115,8 +122,10 @@ __all__ = [
     "own_part",
     "owned",
     "owner_of",
+    "parse_json",
     "prepare_data_root",
     "publication_fault",
+    "read_card",
     "read_examples",
     "read_manifest",
     "remove_report",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qk_sniffer.storage.card_parts import compose_card
+from qk_sniffer.storage.card_parts import compose_card, read_card
 from qk_sniffer.storage.files import write_text
 from qk_sniffer.storage.manifest import count_rows, describe_beyond
 from qk_sniffer.storage.reports import report_files
@@ -56,7 +56,7 @@ def write_card(data_root: Path, manifest: Mapping[str, Any], place: Place | None
         UserError: The YAML of the card that is there is broken.
     """
     path = data_root / CARD_FILE
-    existing = path.read_text(encoding="utf-8") if path.exists() else None
+    existing = read_card(path) if path.exists() else None
     write_text(path, render_card(manifest, existing, place, report_files(data_root)))
 
 

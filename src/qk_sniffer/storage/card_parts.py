@@ -6,11 +6,12 @@ A person's text around the marks and their fields in the YAML stay when a card i
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from qk_sniffer.errors import UserError
+from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.storage.schema import CARD_FILE
 
 _BEGIN = "<!-- qk-sniffer begin: text up to the end mark is written anew, write yours outside -->"
@@ -24,6 +25,21 @@ _YAML_BLOCK = re.compile(r"\A\s*---\r?\n(.*?\r?\n)?---[ \t]*(\r?\n|\Z)", re.DOTA
 # A card lists a config for each of perhaps a thousand heads, which takes PyYAML's own parser seconds.
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+def read_card(path: Path) -> str:
+    """The text of a card.
+
+    Raises:
+        UserError: It is not in UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise UserError(
+            f"{CARD_FILE}: not in UTF-8 ({first_line(error)}); save it in that encoding, or remove the "
+            "file to have it written anew"
+        ) from error
 
 
 def compose_card(existing: str | None, fields: Mapping[str, Any], generated: str) -> str:
@@ -82,10 +98,16 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
     if block is None:
         return {}, card
     try:
-        return dict(yaml.load(block[1] or "{}", Loader=_LOADER) or {}), card[block.end() :]
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+        fields = dict(yaml.load(block[1] or "{}", Loader=_LOADER) or {})
+        # What is no JSON can't be compared: names of two types, or a list that holds itself.
+        json.dumps(fields, sort_keys=True, default=str)
+        tags = fields.get("tags") or []
+        if not isinstance(tags, str) and not all(isinstance(tag, str) for tag in tags):
+            raise ValueError("tags are not names")
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{CARD_FILE}: the YAML between its --- lines is broken ({reason}); mend it, or remove the "
             "file to have it written anew"
         ) from error
+    return fields, card[block.end() :]

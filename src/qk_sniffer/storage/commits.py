@@ -87,7 +87,7 @@ def read_header(journal: Path) -> dict[str, Any]:
         UserError: It is damaged.
     """
     path = journal / HEADER_FILE
-    header = read_json(path)
+    header: dict[str, Any] = read_json(path)
     if fault := header_fault(header):
         raise damaged(path, f"it is no header of a journal ({fault})")
     return header

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from qk_sniffer.errors import UserError
 from qk_sniffer.local_or_hub import is_address
 from qk_sniffer.ranks import Ranks
+from qk_sniffer.storage.card_parts import own_part, read_card
 from qk_sniffer.storage.checked import require_own_files
 from qk_sniffer.storage.commits import (
     HEADER_FILE,
@@ -182,9 +183,13 @@ def prepare_data_root(data_root: Path, overwrite: bool) -> None:
         overwrite: Whether what it holds is to be replaced.
 
     Raises:
-        UserError: It holds a link, or what is not a run's and ``overwrite`` is false.
+        UserError: It holds a link, a card that can't be kept, or what is not a run's and ``overwrite``
+            is false.
     """
     require_own_files(data_root)
+    if (data_root / CARD_FILE).exists():
+        # It stays, and its fault would else be found when all texts are read.
+        own_part(read_card(data_root / CARD_FILE))
     tokens = [entry for entry in data_root.iterdir() if _TOKEN_FILE.fullmatch(entry.name)]
     names = {entry.name for entry in data_root.iterdir()} - {token.name for token in tokens}
     for token in tokens:

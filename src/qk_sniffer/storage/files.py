@@ -47,18 +47,30 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(redact(text), encoding="utf-8")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
 
     Raises:
         UserError: It is damaged.
     """
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        # JSON can name halves of characters, which no file, terminal or path takes.
-        json.dumps(content, ensure_ascii=False).encode()
-    except (ValueError, RecursionError, OSError) as error:
+        return parse_json(path.read_bytes())
+    except (ValueError, OSError) as error:
         raise damaged(path, f"it is no JSON ({first_line(error)})") from error
+
+
+def parse_json(text: bytes) -> Any:
+    """What JSON says that somebody else may have written.
+
+    Raises:
+        ValueError: It is none, it is nested too deeply, or it has halves of characters, which no file,
+            terminal or path takes.
+    """
+    try:
+        content = json.loads(text)
+        json.dumps(content, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     return content
 
 

@@ -110,7 +110,7 @@ def read_manifest(data_root: Path) -> dict[str, Any] | None:
     path = data_root / MANIFEST_FILE
     if not path.exists():
         return None
-    manifest = read_json(path)
+    manifest: dict[str, Any] = read_json(path)
     require_schema_version(path, manifest)
     if fault := manifest_fault(manifest):
         raise damaged(path, f"it is no manifest of a run ({fault})")
