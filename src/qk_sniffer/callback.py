@@ -3,11 +3,9 @@
 import logging
 import shlex
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -25,11 +23,10 @@ from qk_sniffer.capture import (
     heads_to_capture,
 )
 from qk_sniffer.config import CaptureConfig, OutputConfig
-from qk_sniffer.errors import UserError, first_line
+from qk_sniffer.errors import UserError
 from qk_sniffer.forewarnings import beyond_positions, forewarnings
 from qk_sniffer.hub import Publication, check_access, pull, push
 from qk_sniffer.ids import ExampleFilter
-from qk_sniffer.lifeline import STOP_SECONDS
 from qk_sniffer.models import (
     begin_batch_of_like_frequencies,
     check_capture,
@@ -40,7 +37,7 @@ from qk_sniffer.models import (
 from qk_sniffer.module import SnifferModule
 from qk_sniffer.progress import ProgressReport, progress_bar
 from qk_sniffer.provenance import describe, fingerprint, settings
-from qk_sniffer.ranks import ALONE, Ranks
+from qk_sniffer.ranks import ALONE, Ranks, await_launched, reason_of
 from qk_sniffer.recorder import Recorder
 from qk_sniffer.signals import Stopped, end_in_order
 from qk_sniffer.signals import stop as stop_command
@@ -63,6 +60,7 @@ from qk_sniffer.storage import (
     write_text,
 )
 from qk_sniffer.summary import file_progress, published_table, summary_table
+from qk_sniffer.texts_ahead import TextsAhead
 
 T = TypeVar("T")
 
@@ -154,7 +152,7 @@ class SnifferCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Finish files that an earlier run has begun, and see that the model knows the tokens."""
         self._join(trainer)
-        self._ranks.first(lambda: _check_tokens(_data_module(trainer), pl_module))
+        self._ranks.first(lambda: _check_tokens(TextsAhead(trainer), pl_module))
         if self._earlier is not None:
             if self._ranks.is_first:
                 n_texts = self._earlier.example_ids.size
@@ -166,15 +164,15 @@ class SnifferCallback(pl.Callback):
         """Find the model's heads, open the journal and make the sniffer active."""
         self._stop_on_sigterm(trainer)
         self._backbone = _backbone_of(pl_module)
-        ranks, tokenizer = self._ranks, getattr(_data_module(trainer), "tokenizer", None)
-        if self.capture.capture_token_strings and tokenizer is None:
+        ranks, texts = self._ranks, TextsAhead(trainer)
+        if self.capture.capture_token_strings and texts.tokenizer is None:
             raise UserError(
                 "sniffer.capture.capture_token_strings: the trainer has no TextDataModule to take the "
                 "tokenizer from; pass one as datamodule, or set it to false"
             )
         header, self._heads = ranks.run(lambda: self._describe(trainer, pl_module))
-        ranks.run(lambda: _require_same(ranks.gather(header["fingerprint"])))
-        ranks.first(lambda: self._check_space(trainer, header["streams"]))
+        ranks.require_same(header["fingerprint"])
+        ranks.first(lambda: self._check_space(texts.sequence_lengths(), header["streams"]))
         ranks.first(lambda: self._prepare_journal(header))
         self._recorder = ranks.run(
             lambda: Recorder(
@@ -185,10 +183,10 @@ class SnifferCallback(pl.Callback):
                 header,
                 ranks.rank,
                 self._uncaptured(),
-                tokenizer,
+                texts.tokenizer,
             )
         )
-        self._forewarn(trainer, header["n_positions"])
+        self._forewarn(texts.sequence_lengths(), header["n_positions"])
         self._checked = not self.check
         self._is_reading = True
         self._unsaved_config = self.config_yaml
@@ -281,7 +279,7 @@ class SnifferCallback(pl.Callback):
         ranks.first(self._ownership.require)
         limit = trainer.limit_predict_batches
         complete = isinstance(limit, float) and limit == 1.0
-        planned = getattr(_data_module(trainer), "example_ids", None)
+        planned = TextsAhead(trainer).example_ids
         if complete and planned is not None:
             ranks.first(lambda: require_captured(self.data_root, planned))
         manifest = finalize(self.data_root, self._file_progress, complete=complete, ranks=ranks)
@@ -315,8 +313,8 @@ class SnifferCallback(pl.Callback):
         if isinstance(exception, UserError | Stopped) and watched and not is_first:
             exception.is_told = True
         holds_rows = self._recorder is not None and (self.data_root / JOURNAL_DIRECTORY).exists()
-        self._leave(_reason(exception))
-        _await_launched(trainer)
+        self._leave(reason_of(exception))
+        await_launched(trainer)
         self._ownership.release()
         if (bar := progress_bar(trainer)) is not None:
             bar.close()
@@ -354,7 +352,7 @@ class SnifferCallback(pl.Callback):
         require_shared(self.data_root, ranks)
         if not ranks.is_first:
             self._ownership.join()
-        module, data = trainer.lightning_module, _data_module(trainer)
+        module, data = trainer.lightning_module, TextsAhead(trainer).data
         check_heads = getattr(module, "check_heads", None)
         if check_heads is not None:
             ranks.first(lambda: check_heads(asdict(self.capture)))
@@ -389,7 +387,7 @@ class SnifferCallback(pl.Callback):
         """The header of the journal, the same in all processes, and the captured heads by layer."""
         config = self.capture
         attention = probe_attention(self._backbone, pre_rope=config.capture_pre_rope)
-        run_settings = settings(pl_module, _data_module(trainer), config)
+        run_settings = settings(pl_module, TextsAhead(trainer).data, config)
         heads = heads_to_capture(run_settings["capture"], attention.layers)
         return describe(run_settings, self._backbone, attention, heads), heads
 
@@ -439,8 +437,7 @@ class SnifferCallback(pl.Callback):
         bar = trainer.progress_bar_callback
         if bar is None or self._ranks.size == 1 or callbacks.index(bar) > callbacks.index(self):
             return None
-        n_batches: int | None = getattr(_data_module(trainer), "n_batches", lambda: None)()
-        return n_batches
+        return TextsAhead(trainer).n_batches()
 
     def _file_progress(self, files: Any, total: int) -> Any:
         if not self._ranks.is_first:
@@ -457,10 +454,8 @@ class SnifferCallback(pl.Callback):
         captured = np.empty(0, np.int32) if self._earlier is None else self._earlier.example_ids
         return ExampleFilter(captured, listed=False)
 
-    def _forewarn(self, trainer: pl.Trainer, n_positions: int | None) -> None:
+    def _forewarn(self, lengths: Tensor | None, n_positions: int | None) -> None:
         """Say what can be told of the texts beforehand, or else watch for them."""
-        data: Any = _data_module(trainer)
-        lengths = data.sequence_lengths() if hasattr(data, "sequence_lengths") else None
         # Of several processes one speaks.
         self._watched_positions = n_positions if lengths is None and self._ranks.is_first else None
         if lengths is not None and self._ranks.is_first:
@@ -476,10 +471,8 @@ class SnifferCallback(pl.Callback):
             log.warning("%s", beyond_positions(longest, self._watched_positions))
             self._watched_positions = None
 
-    def _check_space(self, trainer: pl.Trainer, streams: list[dict[str, Any]]) -> None:
+    def _check_space(self, lengths: Tensor | None, streams: list[dict[str, Any]]) -> None:
         """Compare the room on the disk with what the texts that are left will take."""
-        data: Any = _data_module(trainer)
-        lengths = data.sequence_lengths() if hasattr(data, "sequence_lengths") else None
         if lengths is not None:
             rows = sum(expected_rows_by_bucket(self._sampler, lengths).values())
             dtype = str(next(self._backbone.parameters()).dtype).removeprefix("torch.")
@@ -488,10 +481,6 @@ class SnifferCallback(pl.Callback):
                 journal_bytes(streams, dtype, rows),
                 head_files_bytes(streams, dtype, rows),
             )
-
-
-def _data_module(trainer: pl.Trainer) -> pl.LightningDataModule | None:
-    return getattr(trainer, "datamodule", None)
 
 
 def _backbone_of(module: pl.LightningModule) -> nn.Module:
@@ -505,38 +494,8 @@ def _backbone_of(module: pl.LightningModule) -> nn.Module:
     return backbone
 
 
-def _check_tokens(data: Any, module: Any) -> None:
+def _check_tokens(texts: TextsAhead, module: Any) -> None:
     """See before the weights are loaded that the model knows all tokens, where these are known."""
-    token_range = data.token_range() if hasattr(data, "token_range") else None
+    token_range = texts.token_range()
     if token_range is not None and hasattr(module, "check_tokens"):
         module.check_tokens(*token_range)
-
-
-def _await_launched(trainer: pl.Trainer) -> None:
-    """Let the processes that the trainer has launched end, as all do when one of them does."""
-    for process in getattr(trainer.strategy.launcher, "procs", ()):
-        if isinstance(process, subprocess.Popen):
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_SECONDS)
-
-
-def _require_same(fingerprints: list[dict[str, Any]]) -> None:
-    """See that all processes have loaded one model and have one config."""
-    for rank, other in enumerate(fingerprints):
-        differing = [name for name, value in fingerprints[0].items() if other.get(name) != value]
-        if differing:
-            raise UserError(
-                f"{differing[0]}: rank {rank} and rank 0 differ in {', '.join(differing)}; give all "
-                "nodes the same config and the same model"
-            )
-
-
-def _reason(exception: BaseException) -> str:
-    """What the other processes are told of the end of this one."""
-    if isinstance(exception, UserError):
-        return str(exception)
-    if isinstance(exception, Stopped):
-        return str(exception)
-    if isinstance(exception, KeyboardInterrupt | SystemExit):
-        return "interrupted" if isinstance(exception, KeyboardInterrupt) else "stopped"
-    return f"{type(exception).__name__}: {first_line(exception)}"

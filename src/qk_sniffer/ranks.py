@@ -4,14 +4,17 @@ import heapq
 import os
 import secrets
 import socket
+import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from qk_sniffer.errors import UserError
-from qk_sniffer.lifeline import Lifeline, stand_in_for_the_observer
+from qk_sniffer.errors import UserError, first_line
+from qk_sniffer.lifeline import STOP_SECONDS, Lifeline, stand_in_for_the_observer
+from qk_sniffer.signals import Stopped
 
 T = TypeVar("T")
 
@@ -118,6 +121,29 @@ class Ranks:
         others = self.run(lambda: None if self.is_first else task())
         return result if self.is_first else others  # type: ignore[return-value]
 
+    def require_same(self, fingerprint: Mapping[str, Any]) -> None:
+        """See that all processes have loaded one model and have one config.
+
+        Args:
+            fingerprint: What this one has, by field.
+
+        Raises:
+            UserError: A field differs, in the first process.
+            SystemExit: In the others.
+        """
+        found = self.gather(fingerprint)
+
+        def compare() -> None:
+            for rank, other in enumerate(found):
+                differing = [name for name, value in found[0].items() if other.get(name) != value]
+                if differing:
+                    raise UserError(
+                        f"{differing[0]}: rank {rank} and rank 0 differ in {', '.join(differing)}; "
+                        "give all nodes the same config and the same model"
+                    )
+
+        self.run(compare)
+
     def watch(self, main_address: str) -> None:
         """Notice from now on when one of the processes dies, and stop the others.
 
@@ -168,6 +194,23 @@ def _interruptible(task: Callable[[], None]) -> None:
     thread.join()
     if errors:
         raise errors[0]
+
+
+def reason_of(exception: BaseException) -> str:
+    """What the other processes are told of the end of this one."""
+    if isinstance(exception, UserError | Stopped):
+        return str(exception)
+    if isinstance(exception, KeyboardInterrupt | SystemExit):
+        return "interrupted" if isinstance(exception, KeyboardInterrupt) else "stopped"
+    return f"{type(exception).__name__}: {first_line(exception)}"
+
+
+def await_launched(trainer: Any) -> None:
+    """Let the processes that a trainer has launched end, as all do when one of them does."""
+    for process in getattr(trainer.strategy.launcher, "procs", ()):
+        if isinstance(process, subprocess.Popen):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
 
 
 class Dealer:
