@@ -6,8 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import HUB_TOKEN, LENGTHS, REPO, write_jsonl
-from killing import Ended, Processes, Started
+from killing import BEFORE, Death, Ended, Processes, Started
 from loopback import LoopbackHub, environment_of
 from qk_sniffer.cli import main
 
@@ -37,16 +36,10 @@ def until(
         time.sleep(0.01)
 
 
-def stopped_at(
-    started: Started,
-    sent: signal.Signals,
-    reached: Callable[[], bool],
-    afterwards: Callable[[], None] = lambda: None,
-) -> Ended:
+def stopped_at(started: Started, sent: signal.Signals, reached: Callable[[], bool]) -> Ended:
     """Send a signal to a process once it is in a phase, and let it end."""
     until(reached, started.is_alive, lambda: started.printed)
     os.kill(started.process.pid, sent)
-    afterwards()
     return assert_stopped(started.wait(60), sent)
 
 
@@ -154,35 +147,21 @@ def test_while_texts_are_read_and_while_files_are_written(
     assert f"or write it as Parquet with: qk-sniffer finalize {root}" in ended.printed
     captured = commits.read_text().count("\n") * 3
 
-    # With no more to read the same command writes files, of which one can't be opened for now.
+    # With no more to read the same command writes files, and stands still at one of them.
     run = write_run(data=data | {"max_samples": 3})
+    writing = Death("row group", BEFORE, 3, signal.SIGSTOP)
     for command, is_safe in ((run, True), (["finalize", str(root)], False)):
-        with held_file(root / "l03h03q") as release:
-            ended = stopped_at(
-                processes.start(command), sent, (root / "l00h00q" / "data.parquet").exists, release
-            )
+        started = processes.start(command, death=writing)
+        started.wait_until_stopped()
+        os.kill(started.process.pid, sent)
+        started.go_on()
+        ended = assert_stopped(started.wait(60), sent)
         assert (f"qk-sniffer finalize {root}" in ended.printed) is is_safe
         assert not (root / "manifest.json").exists()
-        (root / "l00h00q" / "data.parquet").unlink()
 
     assert main(run) == 0
     assert pq.read_table(root / "l03h03q" / "data.parquet").num_rows == captured * LENGTHS[0]
     assert main(["verify", str(root)]) == 0
-
-
-@contextmanager
-def held_file(head: Path) -> Iterator[Callable[[], None]]:
-    """A head's file that nobody can open for writing until it is released."""
-    head.mkdir(exist_ok=True)
-    pipe = head / ".data.parquet.tmp"
-    os.mkfifo(pipe)
-    readers: list[int] = []
-    try:
-        yield lambda: readers.append(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK))
-    finally:
-        for reader in readers:
-            os.close(reader)
-        pipe.unlink(missing_ok=True)
 
 
 @each_signal
