@@ -305,7 +305,18 @@ def test_hostile_manifests_on_the_hub(
         shutil.rmtree(root, ignore_errors=True)
 
 
-@pytest.mark.parametrize("name", ["l00h00q", "examples", "report", ".journal", "l01h01k/data.parquet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "l00h00q",
+        "examples",
+        "report",
+        ".journal",
+        "l01h01k/data.parquet",
+        ".owner.json",
+        ".owner-ranks",
+    ],
+)
 def test_no_link_leads_out_of_a_data_root(
     name: str,
     good: tuple[list[str], Path],
@@ -318,7 +329,8 @@ def test_no_link_leads_out_of_a_data_root(
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
-    path.symlink_to(target / "data.parquet" if name.endswith(".parquet") else target)
+    is_file = name.endswith((".parquet", ".json", "-ranks"))
+    path.symlink_to(target / "data.parquet" if is_file else target)
     before = outside()
     for run in (
         lambda: main(command),
@@ -335,7 +347,9 @@ def test_no_link_leads_out_of_a_data_root(
     assert error_line(capsys).startswith(f"{path}: a link to {target}")
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "l00h00q/data.parquet", "examples", ".hub.json"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "l00h00q/data.parquet", "examples", ".hub.json", ".owner.json"]
+)
 def test_a_pipe_is_not_waited_for(
     name: str, good: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ from qk_sniffer.hub.publication import Publication
 from qk_sniffer.hub.pull import bring, require_ours
 from qk_sniffer.hub.requests import explained
 from qk_sniffer.storage import (
+    CARD_ASIDE_FILE,
     CARD_FILE,
     CONFIG_FILE,
     DATA_FILE,
@@ -158,7 +159,7 @@ def _join_cards(
     if theirs is not None and their_part != publication.card:
         existing = theirs
         if ours is not None and own_part(ours) not in ("", publication.card, their_part):
-            aside = path.with_suffix(".local.md")
+            aside = data_root / CARD_ASIDE_FILE
             write_text(aside, ours)
             log.warning("%s: edited here and on the Hub; the Hub's text is kept, see %s", path, aside)
     report = kept or report_files(data_root)

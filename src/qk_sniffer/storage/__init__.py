@@ -45,6 +45,7 @@ from qk_sniffer.storage.ownership import Owner, Ownership, note_owner, owned, ow
 from qk_sniffer.storage.parquet import FileFacts, checksum, is_described
 from qk_sniffer.storage.reports import remove_report, report_files
 from qk_sniffer.storage.schema import (
+    CARD_ASIDE_FILE,
     CARD_FILE,
     CONFIG_FILE,
     DATA_FILE,
@@ -67,6 +68,7 @@ from qk_sniffer.storage.sizes import head_files_bytes, journal_bytes
 from qk_sniffer.storage.stored_rows import StoredRows, fault_of_columns, fault_of_values
 
 __all__ = [
+    "CARD_ASIDE_FILE",
     "CARD_FILE",
     "CONFIG_FILE",
     "DATA_FILE",

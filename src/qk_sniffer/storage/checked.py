@@ -305,6 +305,15 @@ def require_schema_version(path: Path, content: Any) -> None:
         )
 
 
+def require_own_file(data_root: Path, name: str) -> None:
+    """See that one of the files of a data root is its own, as ``require_own_files`` does of all.
+
+    Raises:
+        UserError: It is not.
+    """
+    _require_own(str(data_root / name), _places(data_root))
+
+
 def require_own_files(data_root: Path) -> None:
     """See that what a data root holds is its own: no link to elsewhere, no pipe and no device.
 
@@ -314,9 +323,7 @@ def require_own_files(data_root: Path) -> None:
     Raises:
         UserError: It is not.
     """
-    places = [data_root.resolve()]
-    if places[0].parent.name == "snapshots":
-        places.append(places[0].parent.parent / "blobs")
+    places = _places(data_root)
     for entry in os.scandir(data_root):
         if entry.name in _NAMES or HEAD_DIRECTORY.fullmatch(entry.name) is not None:
             _require_own(entry.path, places)
@@ -327,6 +334,13 @@ def require_own_files(data_root: Path) -> None:
 
 
 _NAMES = DIRECTORIES | FILES | {temporary_name(name) for name in FILES}
+
+
+def _places(data_root: Path) -> list[Path]:
+    """Where the files of a data root may be."""
+    place = data_root.resolve()
+    is_of_the_client = place.parent.name == "snapshots"
+    return [place, place.parent.parent / "blobs"] if is_of_the_client else [place]
 
 
 def _require_own(path: str, places: list[Path]) -> None:

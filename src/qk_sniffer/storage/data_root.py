@@ -187,24 +187,23 @@ def prepare_data_root(data_root: Path, overwrite: bool) -> None:
             is false.
     """
     require_own_files(data_root)
+    names = {entry.name for entry in data_root.iterdir()}
+    for name in filter(_TOKEN_FILE.fullmatch, names):
+        (data_root / name).unlink()
+    shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY, ignore_errors=True)
+    if not overwrite:
+        if (data_root / JOURNAL_DIRECTORY / HEADER_FILE).exists():
+            _repair_journal(data_root / JOURNAL_DIRECTORY)
+        others = {name for name in names - _BEFORE_A_JOURNAL if not _TOKEN_FILE.fullmatch(name)}
+        if others and earlier_run(data_root) is None:
+            raise UserError(
+                f"{_FIELD}: {data_root} is not empty and holds no run that could be continued; name "
+                "a new directory, or set sniffer.output.overwrite to true to replace the run that it "
+                "holds"
+            )
     if (data_root / CARD_FILE).exists():
         # It stays, and its fault would else be found when all texts are read.
         own_part(read_card(data_root / CARD_FILE))
-    tokens = [entry for entry in data_root.iterdir() if _TOKEN_FILE.fullmatch(entry.name)]
-    names = {entry.name for entry in data_root.iterdir()} - {token.name for token in tokens}
-    for token in tokens:
-        token.unlink()
-    shutil.rmtree(data_root / FINISHED_JOURNAL_DIRECTORY, ignore_errors=True)
-    if overwrite:
-        return
-    if (data_root / JOURNAL_DIRECTORY / HEADER_FILE).exists():
-        _repair_journal(data_root / JOURNAL_DIRECTORY)
-    if names <= _BEFORE_A_JOURNAL or earlier_run(data_root) is not None:
-        return
-    raise UserError(
-        f"{_FIELD}: {data_root} is not empty and holds no run that could be continued; name a new "
-        "directory, or set sniffer.output.overwrite to true to replace the run that it holds"
-    )
 
 
 def _repair_journal(journal: Path) -> None:

@@ -25,6 +25,7 @@ from functools import cache
 from pathlib import Path
 
 from qk_sniffer.errors import UserError
+from qk_sniffer.storage.checked import require_own_file
 from qk_sniffer.storage.schema import OWNER_FILE, OWNERS_FILE
 
 log = logging.getLogger(__name__)
@@ -118,12 +119,14 @@ class Ownership:
             n_nodes: Hosts that the processes of the run are on.
 
         Raises:
-            UserError: It is another run's, or not writable.
+            UserError: It is another run's, not writable, or its owner's file is a link to elsewhere.
         """
         if self._descriptor is not None:
             return
         try:
             self._make()
+            for name in (OWNER_FILE, OWNERS_FILE):
+                require_own_file(self.data_root, name)
             self._descriptor = self._claim()
         except OSError as error:
             raise UserError(
@@ -151,7 +154,7 @@ class Ownership:
         if self._descriptor is not None:
             return
         self._path = self.data_root / OWNERS_FILE
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         _flock(descriptor, fcntl.LOCK_SH)
         self._descriptor, self._process = descriptor, os.getpid()
         _descriptors.add(descriptor)
@@ -245,7 +248,7 @@ class Ownership:
         with suppress(FileExistsError):
             return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
         with suppress(FileNotFoundError):
-            return os.open(self._path, os.O_RDWR), False
+            return os.open(self._path, os.O_RDWR | os.O_NOFOLLOW), False
         return None, False
 
     def _is_there(self, descriptor: int) -> bool:
@@ -318,7 +321,8 @@ def owner_of(data_root: Path) -> Owner | None:
     """The run that is at work in a data root, in another process; None where there is none."""
     path = data_root / OWNER_FILE
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        # A pipe is not waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
     try:
@@ -374,7 +378,7 @@ def _owner_in(descriptor: int) -> Owner | None:
             int(fields["n_nodes"]),
             str(fields["boot"]),
         )
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (OSError, KeyError, TypeError, ValueError, RecursionError):
         return None
 
 

@@ -14,7 +14,7 @@ PULLED_DIRECTORY, PULLING_DIRECTORY = ".pulled", ".pulling"
 PUBLICATION_FILE = ".hub.json"
 OWNER_FILE, OWNERS_FILE = ".owner.json", ".owner-ranks"
 MANIFEST_FILE = "manifest.json"
-CARD_FILE = "README.md"
+CARD_FILE, CARD_ASIDE_FILE = "README.md", "README.local.md"
 REPORT_DIRECTORY = "report"
 CONFIG_FILE = "config.yaml"
 
@@ -30,7 +30,15 @@ DIRECTORIES = {
     PULLING_DIRECTORY,
     REPORT_DIRECTORY,
 }
-FILES = {CARD_FILE, CONFIG_FILE, MANIFEST_FILE, PUBLICATION_FILE, OWNER_FILE, OWNERS_FILE}
+FILES = {
+    CARD_FILE,
+    CARD_ASIDE_FILE,
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    PUBLICATION_FILE,
+    OWNER_FILE,
+    OWNERS_FILE,
+}
 """What a data root holds beside the heads; files have ``temporary_name`` while they are written."""
 
 REPORT_FILE = re.compile(
