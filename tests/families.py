@@ -51,6 +51,16 @@ MANY_HEADS = LlamaConfig(
 )
 """1,280 heads, as a model of eight billion parameters has."""
 
+HOST_BOUND = LlamaConfig(
+    vocab_size=256,
+    hidden_size=36,
+    intermediate_size=64,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+)
+"""As many layers as SmolLM2-135M, and so small that the host's own work is most of a batch."""
+
 
 def tiny_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A model whose attention is far from uniform, as the usual small initial weights would make it."""
