@@ -1,8 +1,10 @@
 """Loading, overlays, attention implementations, caches and generation, and what is refused."""
 
+import gc
 import importlib
 import inspect
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from examine import TOLERANCE, assert_same, capture, sniff_all, states_of
 from families import FAMILIES, tiny_model
@@ -30,6 +33,20 @@ from readers import error_line
 from tiny import ARCHITECTURES, MULTIMODAL, tiny_causal_lm
 
 Predict = Callable[..., int]
+
+
+class Received:
+    """Takes attention calls and keeps nothing."""
+
+    pre_rope = False
+
+    def __init__(self) -> None:
+        self.n_calls = 0
+
+    def capture(self, *_: Any) -> None:
+        self.n_calls += 1
+
+
 INPUT_IDS = torch.arange(7, 7 + 2 * 19).reshape(2, 19)
 
 
@@ -417,3 +434,27 @@ def test_a_wrong_overlay_is_one_line(
     assert predict(model={"models_dir": str(directory)}) == 2
     line = error_line(capsys)
     assert line.startswith("model.models_dir: ") and message in line
+
+
+def test_a_model_that_was_captured_can_be_freed() -> None:
+    model = tiny_model(FAMILIES["llama"])
+    backbone = decoder_backbone(model)
+    with active_sniffer(Received()), capture_attention(backbone):
+        backbone(input_ids=torch.arange(5)[None], use_cache=False)
+    freed = weakref.ref(backbone)
+    del model, backbone
+    gc.collect()
+    assert freed() is None
+
+
+def test_modules_are_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward on a GPU waits for its host, which walking thousands of modules would take long."""
+    backbone = decoder_backbone(tiny_model(FAMILIES["llama"]))
+    received = Received()
+    with active_sniffer(received):
+        with capture_attention(backbone):
+            pass
+        monkeypatch.setattr(nn.Module, "named_modules", None)
+        with capture_attention(backbone):
+            backbone(input_ids=torch.arange(5)[None], use_cache=False)
+    assert received.n_calls == len(probe_attention(backbone).layers)

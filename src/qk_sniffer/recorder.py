@@ -124,7 +124,5 @@ def _block(chunk: Chunk) -> Block:
     dtype = str(vectors.dtype).removeprefix("torch.")
     if vectors.dtype == torch.bfloat16:
         vectors = vectors.view(torch.uint16)
-    rows = torch.stack([chunk.example_ids, chunk.positions, chunk.buckets])
-    return Block(
-        chunk.layer_idx, chunk.kind, chunk.sliding_window, dtype, vectors.numpy(), rows.numpy()
-    )
+    numbers = chunk.numbers.numpy()
+    return Block(chunk.layer_idx, chunk.kind, chunk.sliding_window, dtype, vectors.numpy(), numbers)

@@ -72,7 +72,7 @@ def test_a_chunk_waits_for_each_of_its_copies() -> None:
 
     copies = [HostCopy(torch.zeros(2, 3, 4), Event(number)) for number in range(2)]
     numbers = torch.arange(6, dtype=torch.int32)
-    chunk = Chunk(0, "q", copies, None, numbers, numbers, numbers, None)
+    chunk = Chunk(0, "q", copies, None, numbers, None)
     assert chunk.n_bytes == 2 * 2 * 3 * 4 * 4
     assert waited == []
     assert chunk.vectors.shape == (2, 6, 4)

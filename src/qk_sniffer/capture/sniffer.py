@@ -32,9 +32,7 @@ class Chunk:
         kind: "q" or "k".
         copies: The vectors as each attention call of the batch gave them, on their way to the host.
         order: Which of their rows are kept, in order; None keeps all as they are.
-        example_ids: (K,) int32.
-        positions: (K,) int32, absolute.
-        buckets: (K,) int32.
+        numbers: (3, K) int32: example id, absolute position and bucket of each row.
         sliding_window: The window that the layer used; None attends to all earlier tokens.
     """
 
@@ -42,10 +40,23 @@ class Chunk:
     kind: Kind
     copies: Sequence[HostCopy]
     order: Tensor | None
-    example_ids: Tensor
-    positions: Tensor
-    buckets: Tensor
+    numbers: Tensor
     sliding_window: int | None
+
+    @property
+    def example_ids(self) -> Tensor:
+        """(K,) int32."""
+        return self.numbers[0]
+
+    @property
+    def positions(self) -> Tensor:
+        """(K,) int32, absolute."""
+        return self.numbers[1]
+
+    @property
+    def buckets(self) -> Tensor:
+        """(K,) int32."""
+        return self.numbers[2]
 
     @property
     def vectors(self) -> Tensor:
@@ -96,8 +107,8 @@ class _BatchPlan:
         self.lengths = lengths
         self.positions = positions
         self.batch_indices = sequences % batch_size
-        self.example_ids = example_ids[self.batch_indices]
-        self.buckets = sampler.buckets(positions)
+        ids = example_ids[self.batch_indices]
+        self.numbers = torch.stack([ids, positions, sampler.buckets(positions)]).to(torch.int32)
         self.streams = {stream: i for i, stream in enumerate(streams)}
         self.ends = torch.bincount(sequences // batch_size, minlength=len(streams)).cumsum(0)
         self._passage: _Passage | None = None
@@ -346,9 +357,7 @@ class Sniffer:
                 kind=stream[1],
                 copies=[chunk.copy for chunk in chunks],
                 order=order,
-                example_ids=plan.example_ids[rows].to(torch.int32),
-                positions=plan.positions[rows].to(torch.int32),
-                buckets=plan.buckets[rows].to(torch.int32),
+                numbers=plan.numbers.index_select(1, rows),
                 sliding_window=chunks[-1].sliding_window,
             )
         )

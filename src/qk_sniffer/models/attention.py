@@ -1,6 +1,5 @@
 """The attention calls of one decoder, each with the layer that it belongs to."""
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -12,10 +11,8 @@ from transformers import PreTrainedModel
 from qk_sniffer.errors import UserError
 from qk_sniffer.models.adapters import OnResult
 from qk_sniffer.models.calls import AttentionCall, intercept_attention
+from qk_sniffer.models.decoder import decoder_modules
 from qk_sniffer.models.rotary import RotaryTrace, trace_rotary
-
-_CROSS_ATTENTION = re.compile(r"cross|encoder_?attn", re.IGNORECASE)
-_LAYER_NAME = re.compile(r"\D*(\d+)")
 
 
 def decoder_backbone(model: PreTrainedModel) -> nn.Module:
@@ -54,10 +51,10 @@ def watch_attention(
             forward.trace = stack.enter_context(trace_rotary(decoder))
         hook = backbone.register_forward_pre_hook(forward.begin, with_kwargs=True)
         stack.callback(hook.remove)
-        for layer_idx, layer in forward.numbered_layers:
+        for layer_idx, layer in forward.modules.layers:
             hook = layer.register_forward_pre_hook(forward.entering(layer_idx))
             stack.callback(hook.remove)
-        stack.enter_context(intercept_attention(decoder, forward.on_call))
+        stack.enter_context(intercept_attention(forward.modules, forward.on_call))
         yield
 
 
@@ -67,17 +64,7 @@ class _Forward:
     trace: RotaryTrace | None = None
 
     def __init__(self, decoder: nn.Module, on_layer: OnLayer, numbered_by_call: bool) -> None:
-        names = decoder.named_modules(remove_duplicate=False)
-        self.numbered_layers = [
-            (int(number[1]), module)
-            for name, module in names
-            if (number := _LAYER_NAME.fullmatch(name))
-        ]
-        self._cross_attention = {
-            module
-            for name, module in decoder.named_modules()
-            if _CROSS_ATTENTION.search(name) or _CROSS_ATTENTION.search(type(module).__name__)
-        }
+        self.modules = decoder_modules(decoder)
         self._on_layer = on_layer
         self._numbered_by_call = numbered_by_call
         self._restart()
@@ -112,7 +99,7 @@ class _Forward:
         return enter
 
     def on_call(self, call: AttentionCall) -> OnResult | None:
-        if self._layer_idx is None or call.module in self._cross_attention:
+        if self._layer_idx is None or call.module in self.modules.cross_attention:
             return None
         # Differential attention calls once for each half of the values, with the same query and key.
         if self._last_query() is call.query:

@@ -9,7 +9,7 @@ met by the adapters, in the same way.
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from qk_sniffer.models.adapters import ADAPTERS, Adapter, OnResult, ScoreTrace, adapter_name
+from qk_sniffer.models.decoder import DecoderModules
 
 
 @dataclass(frozen=True)
@@ -101,24 +102,23 @@ OnCall = Callable[[AttentionCall], OnResult | None]
 
 
 @contextmanager
-def intercept_attention(decoder: nn.Module, on_call: OnCall) -> Iterator[None]:
+def intercept_attention(modules: DecoderModules, on_call: OnCall) -> Iterator[None]:
     """Report every attention of a decoder, within a block.
 
     Args:
-        decoder: Modules outside it pass through.
+        modules: Those of the decoder; others pass through.
         on_call: Called before each attention; what it returns is called with the result.
     """
-    modules = set(decoder.modules())
     with ExitStack() as stack:
-        stack.enter_context(_intercept_interface(modules, on_call))
-        for kind in {type(module) for module in modules}:
+        stack.enter_context(_intercept_interface(modules.all, on_call))
+        for kind in modules.kinds:
             if adapter := ADAPTERS.get(adapter_name(kind)):
-                stack.enter_context(_intercept_forward(kind, adapter, modules, on_call))
+                stack.enter_context(_intercept_forward(kind, adapter, modules.all, on_call))
         yield
 
 
 @contextmanager
-def _intercept_interface(modules: set[nn.Module], on_call: OnCall) -> Iterator[None]:
+def _intercept_interface(modules: Set[nn.Module], on_call: OnCall) -> Iterator[None]:
     original = AttentionInterface.get_interface
 
     @wraps(original)
@@ -154,7 +154,7 @@ def _intercept_interface(modules: set[nn.Module], on_call: OnCall) -> Iterator[N
 
 @contextmanager
 def _intercept_forward(
-    kind: type[nn.Module], adapter: Adapter, modules: set[nn.Module], on_call: OnCall
+    kind: type[nn.Module], adapter: Adapter, modules: Set[nn.Module], on_call: OnCall
 ) -> Iterator[None]:
     original = kind.forward
     signature = inspect.signature(original)
