@@ -86,7 +86,7 @@ COMMAND = str(Path(sys.executable).with_name("qk-sniffer"))
         ({"sniffer": {"capture": {"sampler": {"type": "log_unifrom"}}}}, "no sampler is called 'log_unifrom'; did you mean log_uniform?"),
         ({"sniffer": {"capture": {"sampler": {"type": "qk_sniffer.capture.Unifrom"}}}}, "sniffer.capture.sampler.type: qk_sniffer.capture has no Unifrom"),
         ({"sniffer": {"output": {"data_root": "s3://bucket/root"}}}, "sniffer.output.data_root: s3://bucket/root is an address; name a directory"),
-        ({"sniffer": {"capture": {"sampler": {"base_rate": 0}}}}, "sniffer.capture.sampler.base_rate: must be a finite number above 0"),
+        ({"sniffer": {"capture": {"sampler": {"base_rate": 0}}}}, "sniffer.capture.sampler.base_rate: must be a finite number of at least 1e-30"),
         ({"sniffer": {"capture": {"sampler": {"seed": -1}}}}, "sniffer.capture.sampler.seed: must lie between"),
         ({"sniffer": {"capture": {"head_sampling": {"count": 0}}}}, "sniffer.capture.head_sampling.count: must be"),
         ({"sniffer": {"capture": {"capture_queries": False, "capture_keys": False}}}, "sniffer.capture.capture_queries"),

@@ -478,6 +478,78 @@ def test_code_that_a_manifest_names_runs_when_it_is_trusted(
     assert "RuntimeError: their code ran" in error_line(capsys)
 
 
+def test_a_sampler_that_a_manifest_names_is_imported_when_it_is_trusted(
+    good: tuple[list[str], Path], tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, theirs = good[1], tmp_path / "their_sampler.py"
+    theirs.write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["settings"]["capture"]["sampler"]["type"] = "their_sampler.Theirs"
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["verify", str(root)]) == 2
+    line = error_line(capsys)
+    assert f"{root / 'manifest.json'}: sniffer.capture.sampler.type is" in line
+    assert not (tmp_path / "ran").exists()
+    assert main(["verify", str(root), "--trust-code"]) == 2
+    assert (tmp_path / "ran").exists()
+
+
+HUGE = 10**400
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("settings", "capture", "sampler", "base_rate"), 1e-300),
+        (("settings", "capture", "sampler", "base_rate"), HUGE),
+        (("settings", "capture", "layers"), [5]),
+        (("layers", 0, "scores", "scaling"), HUGE),
+        (("layers", 0, "scores", "scaling"), 10**30),
+        (("layers", 0, "scores", "alibi_slopes"), [HUGE] * 4),
+    ],
+)
+def test_numbers_that_no_run_has(
+    place: tuple[Any, ...], value: Any, good: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = good[1]
+    manifest = json.loads((root / "manifest.json").read_text())
+    _owner(manifest, place)[place[-1]] = value
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["verify", str(root)]) == 2
+    assert error_line(capsys).startswith(f"{root / 'manifest.json'}: damaged, ")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "manifest.json",
+        "config.yaml",
+        ".hub.json",
+        ".owner.json",
+        ".journal",
+        ".pulled",
+        "report",
+    ],
+)
+def test_a_directory_for_a_file_and_a_file_for_a_directory(
+    name: str, good: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, root = good
+    path = root / name
+    if is_file := "." in name[1:]:
+        path.unlink(missing_ok=True)
+        path.mkdir()
+    else:
+        path.write_text("")
+    for run in (command, ["verify", str(root)], ["finalize", str(root)], ["report", str(root)]):
+        capsys.readouterr()
+        assert main(run) == 2
+        line = error_line(capsys)
+        assert line.startswith(f"{path}: {'a directory' if is_file else 'a file'}, where "), line
+
+
 def test_settings_that_no_run_has_are_not_read_again(
     good: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,5 @@
 """Stored vectors against the model: it reads a few of the texts again."""
 
-import json
 import random
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -30,7 +29,7 @@ from qk_sniffer.storage import (
     read_examples,
     require_manifest,
 )
-from qk_sniffer.verify import captured_heads
+from qk_sniffer.verify import captured_heads, untrusted
 
 _TEXTS = 4
 
@@ -87,10 +86,7 @@ def _refuse_code(data_root: Path, settings: Mapping[str, Any]) -> None:
     }
     for field, value in named.items():
         if value:
-            raise UserError(
-                f"{data_root / MANIFEST_FILE}: {field} is {json.dumps(value)}, so code that comes with "
-                "the run's model would run; if you trust it, add --trust-code"
-            )
+            raise untrusted(data_root, field, value)
 
 
 def _modules_of(data_root: Path, settings: Mapping[str, Any]) -> Any:

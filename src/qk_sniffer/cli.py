@@ -106,7 +106,7 @@ def _verify(args: list[str]) -> int:
     parser.add_argument(
         "--trust-code",
         action="store_true",
-        help="let it run code that the run's settings name: trust_remote_code, models_dir",
+        help="run code that the run's settings name: a sampler, trust_remote_code, models_dir",
     )
     options = parser.parse_args(args)
 
@@ -116,7 +116,7 @@ def _verify(args: list[str]) -> int:
 
     data_root = options.data_root
     note_owner(data_root)
-    faults = verify(data_root)
+    faults = verify(data_root, trust_code=options.trust_code)
     if not faults and options.against_model:
         from qk_sniffer.against_model import verify_against_model
         from qk_sniffer.predict import quiet_lightning

@@ -44,8 +44,9 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         _require(
-            0 < self.base_rate < math.inf,
-            f"sniffer.capture.sampler.base_rate: must be a finite number above 0, got {self.base_rate}",
+            1e-30 <= self.base_rate < math.inf,
+            "sniffer.capture.sampler.base_rate: must be a finite number of at least 1e-30, got "
+            f"{self.base_rate}",
         )
         _require(
             0 <= self.seed < 2**64,

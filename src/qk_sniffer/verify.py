@@ -5,6 +5,7 @@ that is lost, repeated or out of order is found without the model.
 """
 
 import itertools
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +21,10 @@ import torch
 from huggingface_hub import DatasetCard
 
 from qk_sniffer.capture import (
+    SAMPLERS,
     AttentionLayer,
     CapturedHeads,
+    Sampler,
     build_sampler,
     draw_positions,
     heads_to_capture,
@@ -34,11 +37,13 @@ from qk_sniffer.storage import (
     EXAMPLES_SCHEMA,
     HEAD_DIRECTORY,
     JOURNAL_DIRECTORY,
+    MANIFEST_FILE,
     PULLED_DIRECTORY,
     FileFacts,
     Kind,
     StoredRows,
     checksum,
+    damaged,
     fault_of_columns,
     head_name,
     head_schema,
@@ -69,16 +74,21 @@ class Stream:
         return 2 * self.layer.layer_idx + (self.kind == "k")
 
 
-def verify(data_root: Path) -> list[str]:
+def verify(data_root: Path, *, trust_code: bool = False) -> list[str]:
     """Check every file of a data root.
+
+    Args:
+        data_root: The data root.
+        trust_code: Whether a sampler may be imported that is none of ours.
 
     Returns:
         One line for each fault, beginning with the file; none if all is well.
 
     Raises:
-        UserError: There is no manifest, or it is damaged.
+        UserError: There is no manifest, it is damaged, or it names code that is not trusted.
     """
     manifest = require_manifest(data_root)
+    sampler = _sampler_of(data_root, manifest, trust_code)
     # What a run at work has captured is for that run to merge.
     is_at_work = owner_of(data_root) is not None
     faults = [
@@ -87,15 +97,43 @@ def verify(data_root: Path) -> list[str]:
         for name in (JOURNAL_DIRECTORY, PULLED_DIRECTORY)
         if (data_root / name).exists() and not is_at_work
     ]
-    streams = _streams(manifest)
+    try:
+        streams = _streams(manifest)
+    except UserError as error:
+        fault = f"its settings and its layers don't agree ({error})"
+        raise damaged(data_root / MANIFEST_FILE, fault) from error
     faults += _check_names(data_root, manifest, [name for stream in streams for name in stream.names])
     faults += _check_card(data_root, manifest)
     examples, found = _check_examples(data_root, manifest)
     faults += found
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for found in pool.map(lambda s: _check_stream(data_root, manifest, s, examples), streams):
+        for found in pool.map(
+            lambda s: _check_stream(data_root, manifest, s, sampler, examples), streams
+        ):
             faults += found
     return faults
+
+
+def _sampler_of(data_root: Path, manifest: Mapping[str, Any], trust_code: bool) -> Sampler:
+    capture = manifest["settings"]["capture"]
+    settings = capture["sampler"]
+    if not trust_code and settings["type"] not in SAMPLERS:
+        raise untrusted(data_root, "sniffer.capture.sampler.type", settings["type"])
+    return build_sampler(settings["type"], settings["base_rate"], capture["min_bucket_size"])
+
+
+def untrusted(data_root: Path, field: str, value: Any) -> UserError:
+    """The error for a setting of a manifest, perhaps somebody else's, that lets code run.
+
+    Args:
+        data_root: The manifest's.
+        field: The setting.
+        value: What it is.
+    """
+    return UserError(
+        f"{data_root / MANIFEST_FILE}: {field} is {json.dumps(value)}, so code that comes with the run "
+        "would run; if you trust it, add --trust-code"
+    )
 
 
 def captured_heads(manifest: Mapping[str, Any]) -> dict[int, CapturedHeads]:
@@ -184,7 +222,11 @@ def _check_examples(data_root: Path, manifest: Mapping[str, Any]) -> tuple[pa.Ta
 
 
 def _check_stream(
-    data_root: Path, manifest: Mapping[str, Any], stream: Stream, examples: pa.Table | None
+    data_root: Path,
+    manifest: Mapping[str, Any],
+    stream: Stream,
+    sampler: Sampler,
+    examples: pa.Table | None,
 ) -> list[str]:
     """The files of one layer and kind against the rows that they must hold."""
     faults: list[str] = []
@@ -199,7 +241,7 @@ def _check_stream(
                 heads.append(_Head(path, f"{name}/{DATA_FILE}", stream.layer.sliding_window, tokens))
     if examples is not None and heads:
         try:
-            for expected in _expected_rows(manifest, stream, examples):
+            for expected in _expected_rows(manifest, stream, sampler, examples):
                 for head in heads:
                     head.compare(expected)
             for head in heads:
@@ -210,12 +252,10 @@ def _check_stream(
 
 
 def _expected_rows(
-    manifest: Mapping[str, Any], stream: Stream, examples: pa.Table
+    manifest: Mapping[str, Any], stream: Stream, sampler: Sampler, examples: pa.Table
 ) -> Iterator[npt.NDArray[np.int64]]:
     """(3, K) example id, position and bucket of the rows that a stream keeps, some texts at a time."""
-    capture = manifest["settings"]["capture"]
-    settings = capture["sampler"]
-    sampler = build_sampler(settings["type"], settings["base_rate"], capture["min_bucket_size"])
+    seed = manifest["settings"]["capture"]["sampler"]["seed"]
     ids = torch.from_numpy(examples["example_id"].to_numpy().astype(np.int64))
     lengths = torch.from_numpy(examples["n_tokens"].to_numpy().astype(np.int64))
     borders = (lengths.cumsum(0) // _TOKENS_AT_ONCE).diff().nonzero().flatten() + 1
@@ -223,9 +263,7 @@ def _expected_rows(
     for start, stop in itertools.pairwise(groups):
         some_ids = ids[start:stop]
         numbers = torch.full_like(some_ids, stream.number)
-        texts, positions = draw_positions(
-            sampler, settings["seed"], numbers, some_ids, lengths[start:stop]
-        )
+        texts, positions = draw_positions(sampler, seed, numbers, some_ids, lengths[start:stop])
         yield torch.stack([some_ids[texts], positions, sampler.buckets(positions)]).numpy()
 
 

@@ -10,6 +10,7 @@ from qk_sniffer.capture.attention import (
 from qk_sniffer.capture.heads import AttentionLayer, CapturedHeads, heads_to_capture, select_heads
 from qk_sniffer.capture.positions import compute_positions, first_new_key
 from qk_sniffer.capture.sampling import (
+    SAMPLERS,
     Sampler,
     Segment,
     build_sampler,
@@ -26,6 +27,7 @@ from qk_sniffer.capture.sniffer import (
 )
 
 __all__ = [
+    "SAMPLERS",
     "AttentionLayer",
     "CapturedHeads",
     "CapturesAttention",

@@ -76,7 +76,7 @@ _CAPTURE = _object(
         "sampler": _object(
             {
                 "type": _TEXT,
-                "base_rate": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": math.inf},
+                "base_rate": {"type": "number", "minimum": 1e-30, "exclusiveMaximum": math.inf},
                 "seed": {"type": "integer", "minimum": -(2**63), "exclusiveMaximum": 2**64},
             }
         ),
@@ -172,8 +172,9 @@ def _is_integer(_: Any, value: Any) -> bool:
 
 
 def _is_number(_: Any, value: Any) -> bool:
-    # JSON has no NaN; softcaps and sinks may be infinite.
-    return _is_integer(_, value) or (isinstance(value, float) and not math.isnan(value))
+    # JSON has no NaN; softcaps and sinks may be infinite, and integers larger than any float.
+    is_integer = _is_integer(_, value) and abs(value) <= _MOST
+    return is_integer or (isinstance(value, float) and not math.isnan(value))
 
 
 _Validator = extend(
@@ -312,13 +313,15 @@ def require_own_file(data_root: Path, name: str) -> None:
         UserError: It is not.
     """
     _require_own(str(data_root / name), _places(data_root))
+    _require_kind(data_root / name)
 
 
 def require_own_files(data_root: Path) -> None:
-    """See that what a data root holds is its own: no link to elsewhere, no pipe and no device.
+    """See that what a data root holds is its own, and files where files must be.
 
-    Behind a link, a file would be read, replaced or removed where it is; a pipe would be waited for.
-    The data root itself may be a link, and the Hub's client keeps the files of its cache beside it.
+    Behind a link to elsewhere a file would be read, replaced or removed where it is; a pipe would be
+    waited for. The data root itself may be a link, and the Hub's client keeps the files of its cache
+    beside it.
 
     Raises:
         UserError: It is not.
@@ -327,13 +330,25 @@ def require_own_files(data_root: Path) -> None:
     for entry in os.scandir(data_root):
         if entry.name in _NAMES or HEAD_DIRECTORY.fullmatch(entry.name) is not None:
             _require_own(entry.path, places)
+            _require_kind(Path(entry.path))
             # Links to directories are not followed here.
             for directory, directories, files in os.walk(entry.path):
                 for name in (*directories, *files):
                     _require_own(os.path.join(directory, name), places)
 
 
-_NAMES = DIRECTORIES | FILES | {temporary_name(name) for name in FILES}
+_FILE_NAMES = FILES | {temporary_name(name) for name in FILES}
+_NAMES = DIRECTORIES | _FILE_NAMES
+
+
+def _require_kind(path: Path) -> None:
+    """See that what has the name of a file is none of a directory's, and the other way round."""
+    if not path.exists():
+        return
+    is_file = path.name in _FILE_NAMES
+    if path.is_dir() is is_file:
+        kinds = ("a directory", "a file") if is_file else ("a file", "a directory")
+        raise UserError(f"{path}: {kinds[0]}, where {kinds[1]} must be; remove it")
 
 
 def _places(data_root: Path) -> list[Path]:
