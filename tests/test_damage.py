@@ -1,7 +1,9 @@
 """Full disks, damaged files: each is found and named, and what was captured is not lost."""
 
+import gc
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -126,6 +128,23 @@ def test_little_room_is_told_while_the_run_goes_on(
     predict(**sections, sniffer={"output": {"data_root": str(root)}})
     warnings = [record for record in caplog.records if "less than the Parquet files" in record.message]
     assert len(warnings) == 1
+
+
+def test_a_full_disk_leaves_no_file_open(
+    predict: Predict, small_disk: Callable[[str], Path], long_texts: Path
+) -> None:
+    """One that is open keeps the room that removing it should give back."""
+    sections = {"data": {"path": str(long_texts), "streaming": True}}
+    gc.disable()
+    try:
+        for size in range(5600, 7400, 100):
+            disk = small_disk(f"{size}k")
+            assert predict(**sections, sniffer={"output": {"data_root": str(disk / "root")}}) == 2
+            places = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+            assert [place for place in places if place.startswith(str(disk))] == []
+            shutil.rmtree(disk / "root")
+    finally:
+        gc.enable()
 
 
 def cut(path: Path) -> None:

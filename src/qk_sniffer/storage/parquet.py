@@ -113,8 +113,8 @@ def write_heads(
 
 def write_table(path: Path, table: pa.Table) -> FileFacts:
     """Write a whole table; it appears under its name only when it is complete."""
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+    with replacing(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
+        pq.write_table(table, sink, compression="zstd")
     return describe_file(path)
 
 
@@ -156,10 +156,16 @@ def is_described(path: Path, facts: FileFacts) -> bool:
     return path.exists() and checksum(path) == str(facts["xxh3_128"])
 
 
-def open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """A writer with the encodings of a head's file."""
+def open_writer(sink: Any, schema: pa.Schema) -> pq.ParquetWriter:
+    """A writer with the encodings of a head's file.
+
+    Args:
+        sink: The open file. One that the writer opened would stay open where a full disk refuses its
+            end, and keep its space.
+        schema: That of the file.
+    """
     return pq.ParquetWriter(
-        path,
+        sink,
         schema,
         compression="zstd",
         use_dictionary=["bucket", "example_id", "sliding_window", "token_str"],
@@ -318,7 +324,8 @@ class _HeadWriter:
         with ExitStack() as stack:
             self.earlier = [_EarlierRows(file, self._schema) for file in self._file.earlier]
             temporary = stack.enter_context(replacing(self._file.path))
-            self._writer = stack.enter_context(open_writer(temporary, self._schema))
+            sink = stack.enter_context(pa.OSFile(str(temporary), "wb"))
+            self._writer = stack.enter_context(open_writer(sink, self._schema))
             self._writer.add_key_value_metadata({EXAMPLES_KEY: self._digest})
             self._open = stack.pop_all()
         return self
