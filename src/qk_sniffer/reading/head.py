@@ -16,7 +16,15 @@ from torch import Tensor
 
 from qk_sniffer.capture import AttentionLayer
 from qk_sniffer.errors import UserError
-from qk_sniffer.reading.rows import NUMBERS, HeadBatches, arrays, read_rows, reading, tensors
+from qk_sniffer.reading.rows import (
+    NUMBERS,
+    HeadBatches,
+    arrays,
+    open_head,
+    read_rows,
+    readable,
+    tensors,
+)
 from qk_sniffer.storage import Kind, head_name, head_schema
 
 if TYPE_CHECKING:
@@ -58,7 +66,9 @@ class Head:
     def __len__(self) -> int:
         if self._condition is None:
             return self._n_rows
-        with reading(self._path(), self.layer.head_dim) as dataset:
+        path = self._path()
+        dataset = open_head(path, self.layer.head_dim)
+        with readable(path):
             return int(dataset.count_rows(filter=self._condition))
 
     def where(
@@ -103,8 +113,7 @@ class Head:
             if column not in known:
                 raise UserError(f"columns: there is no {column}; choose from {', '.join(known)}")
         path = self._path()
-        with reading(path, self.layer.head_dim) as dataset:
-            return read_rows(path, dataset, columns, self._condition)
+        return read_rows(path, open_head(path, self.layer.head_dim), columns, self._condition)
 
     def numpy(self) -> dict[str, npt.NDArray[Any]]:
         """Arrays of N rows by column.

@@ -21,7 +21,15 @@ NUMBERS = ("bucket", "example_id", "position")
 
 
 @contextmanager
-def reading(path: Path, head_dim: int) -> Iterator[ds.Dataset]:
+def readable(path: Path) -> Iterator[None]:
+    """Turn what pyarrow raises for a damaged file into a ``UserError``."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, first_line(error)) from error
+
+
+def open_head(path: Path, head_dim: int) -> ds.Dataset:
     """A head's file, as a dataset of Arrow's.
 
     Args:
@@ -31,14 +39,10 @@ def reading(path: Path, head_dim: int) -> Iterator[ds.Dataset]:
     Raises:
         UserError: It is damaged, or has other columns than a head.
     """
-    try:
-        fault = fault_of_columns(path, head_schema(head_dim))
-        if fault is None:
-            yield ds.dataset(path, format="parquet")
-    except (pa.ArrowException, OSError) as error:
-        fault = first_line(error)
-    if fault is not None:
-        raise _unreadable(path, fault)
+    with readable(path):
+        if fault := fault_of_columns(path, head_schema(head_dim)):
+            raise _unreadable(path, fault)
+        return ds.dataset(path, format="parquet")
 
 
 def read_rows(
@@ -56,9 +60,10 @@ def read_rows(
         condition: Which rows are read; None reads all.
 
     Raises:
-        UserError: A value is missing.
+        UserError: The file is damaged, or a value is missing.
     """
-    table = rows.to_table(columns=columns, filter=condition)
+    with readable(path):
+        table = rows.to_table(columns=columns, filter=condition)
     if fault := fault_of_values(table):
         raise _unreadable(path, fault)
     return table
@@ -114,17 +119,18 @@ class HeadBatches(IterableDataset[dict[str, Tensor]]):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         worker = get_worker_info()
         number, n_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        with reading(self._path, self._head_dim) as dataset:
-            groups = next(dataset.get_fragments()).split_by_row_group(self._condition)
-        groups = groups[number::n_workers]
+        dataset = open_head(self._path, self._head_dim)
+        with readable(self._path):
+            file = next(dataset.get_fragments())
+            groups = file.split_by_row_group(self._condition)[number::n_workers]
         for index in self._order(len(groups)):
             # A function of its own, so that a row group is let go of before the next is read.
             yield from self._of_group(groups[index])
 
     def _of_group(self, group: ds.Fragment) -> Iterator[dict[str, Tensor]]:
-        with reading(self._path, self._head_dim):
-            table = read_rows(self._path, group, ["vector", *NUMBERS], self._condition)
-        rows = tensors(table, self._head_dim)
+        rows = tensors(
+            read_rows(self._path, group, ["vector", *NUMBERS], self._condition), self._head_dim
+        )
         for batch in torch.split(self._order(len(rows["vector"])), self._batch_size):
             yield {name: values[batch] for name, values in rows.items()}
 
