@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,17 +148,20 @@ def test_while_texts_are_read_and_while_files_are_written(
     assert f"or write it as Parquet with: qk-sniffer finalize {root}" in ended.printed
     captured = commits.read_text().count("\n") * 3
 
-    # With no more to read the same command writes files, and stands still at one of them.
+    # With no more to read the same command writes files, and stands still at one of them. What it has
+    # begun it may end before it heeds the signal, so that each command has a journal of its own.
     run = write_run(data=data | {"max_samples": 3})
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy)
     writing = Death("row group", BEFORE, 3, signal.SIGSTOP)
-    for command, is_safe in ((run, True), (["finalize", str(root)], False)):
+    for command, written, is_safe in ((run, root, True), (["finalize", str(copy)], copy, False)):
         started = processes.start(command, death=writing)
         started.wait_until_stopped()
         os.kill(started.process.pid, sent)
         started.go_on()
         ended = assert_stopped(started.wait(60), sent)
-        assert (f"qk-sniffer finalize {root}" in ended.printed) is is_safe
-        assert not (root / "manifest.json").exists()
+        assert (f"qk-sniffer finalize {written}" in ended.printed) is is_safe
+        assert not (written / "manifest.json").exists()
 
     assert main(run) == 0
     assert pq.read_table(root / "l03h03q" / "data.parquet").num_rows == captured * LENGTHS[0]
