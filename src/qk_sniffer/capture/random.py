@@ -1,4 +1,4 @@
-"""Philox4x32-10, the counter-based random number generator, on torch tensors.
+"""Philox4x32-10, the counter-based random number generator, on NumPy arrays.
 
 Source: J. K. Salmon, M. A. Moraes, R. O. Dror, D. E. Shaw, "Parallel random numbers: as easy as
 1, 2, 3", SC11. A draw is a pure function of its counter and key, so it depends on no state, no
@@ -6,39 +6,59 @@ order of calls and no device count.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 WORD = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
+_SHIFT, _MASK = np.uint64(32), np.uint64(WORD)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+_ROUNDS = range(10)
+_COUNTERS_AT_ONCE = 2**14
+"""So many words and their products stay in the processor's cache."""
+
+Words = npt.NDArray[np.uint64]
 
 
-def philox4x32(counter: Sequence[Tensor | int], key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32(counter: Sequence[Any], key: int) -> Words:
     """Four independent 32-bit words for each counter.
 
     Args:
-        counter: Four 32-bit words, least significant first: integers or int64 tensors in
+        counter: Four 32-bit words, least significant first: integers or arrays of integers in
             [0, 2^32) that broadcast against each other.
         key: 64-bit integer.
 
     Returns:
-        Four int64 tensors of the broadcast shape, each uniform on [0, 2^32): the rounds mix
+        (4, ...), the broadcast shape behind the words, each uniform on [0, 2^32): the rounds mix
         every word of the counter into each.
     """
-    words = [torch.as_tensor(word, dtype=torch.int64) for word in counter]
-    c0, c1, c2, c3 = words
-    k0, k1 = key & WORD, (key >> 32) & WORD
-    for _ in range(_ROUNDS):
-        # A product of two 32-bit words wraps into int64's sign bit; masking restores each half.
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((product1 >> 32) & WORD) ^ c1 ^ k0,
-            product1 & WORD,
-            ((product0 >> 32) & WORD) ^ c3 ^ k1,
-            product0 & WORD,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & WORD, (k1 + _WEYL[1]) & WORD
-    return c0, c1, c2, c3
+    words = np.empty((4, *np.broadcast_shapes(*map(np.shape, counter))), np.uint64)
+    for number, word in enumerate(counter):
+        words[number] = word
+    mix(words.reshape(4, -1), key)
+    return words
+
+
+def mix(words: Words, key: int) -> None:
+    """Put the words that ``philox4x32`` gives for some counters in their place: (4, n)."""
+    halves = key & WORD, key >> 32 & WORD
+    rounds = np.array(
+        [[half + weyl * n & WORD for half, weyl in zip(halves, _WEYL, strict=True)] for n in _ROUNDS],
+        np.uint64,
+    )
+    for start in range(0, words.shape[1], _COUNTERS_AT_ONCE):
+        _mix(words[:, start : start + _COUNTERS_AT_ONCE], rounds[:, :, None])
+
+
+def _mix(words: Words, rounds: Words) -> None:
+    product = np.empty_like(words[:2])
+    kept, multiplied = words[1::2], words[::2]
+    for keys in rounds:
+        np.multiply(multiplied, _MULTIPLIERS, out=product)
+        # Each half of a product goes to the other pair of words.
+        np.right_shift(product[::-1], _SHIFT, out=multiplied)
+        np.bitwise_xor(multiplied, kept, out=multiplied)
+        np.bitwise_xor(multiplied, keys, out=multiplied)
+        np.bitwise_and(product[::-1], _MASK, out=kept)

@@ -8,21 +8,31 @@ A longer sequence keeps the same positions as its prefix.
 """
 
 import importlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qk_sniffer.capture.random import WORD, philox4x32
+from qk_sniffer.capture.random import WORD, Words, mix
 from qk_sniffer.errors import UserError
 from qk_sniffer.misspelt import did_you_mean
 
+Rows = npt.NDArray[np.int64]
+"""Kept rows, each (sequence << 32) + position."""
+
 MAX_POSITIONS = 2**31
 _DRAWS_AT_ONCE = 2**20
+_CELL_BITS = 14
+_CELL_SHIFT = 32 - _CELL_BITS
 
 
 class Segment(NamedTuple):
@@ -166,20 +176,21 @@ def draw_positions(
     longest = int(lengths.max()) if lengths.numel() else 0
     if longest > MAX_POSITIONS:
         raise UserError(f"data: a sequence of {longest} tokens exceeds 2^31; set max_length")
-    drawn: list[Tensor] = []
+    found: dict[int, list[Rows]] = {}
+    drawing: list[_Drawing] = []
     for segment in sampler.segments(longest):
-        sizes = (lengths - segment.start).clamp(0, segment.stop - segment.start)
+        sizes = (lengths.numpy() - segment.start).clip(0, segment.stop - segment.start)
         if segment.probability >= 1:
-            offsets = _every_offset(sizes)
-        else:
-            words = (segment.start, stream_ids, example_ids & WORD)
-            offsets = _geometric_offsets(segment.probability, seed, words, sizes)
-        drawn += [offset + segment.start for offset in offsets]
-    # A row is one int64: the sequence above, the position below bit 32.
-    rows = torch.cat(drawn) if drawn else torch.empty(0, dtype=torch.int64)
-    if len(drawn) > 1:
-        rows = rows.sort().values
-    return rows >> 32, rows & WORD
+            found[segment.start] = [_every_row(segment.start, sizes)]
+        elif sizes.any():
+            found[segment.start] = []
+            drawing.append(_Drawing.of(segment, sizes, found[segment.start]))
+    while drawing:
+        drawing = _draw_on(drawing, seed, stream_ids.numpy(), example_ids.numpy() & WORD)
+    # What few sequences draw once more comes behind the others.
+    in_order = [rows[0] if len(rows) == 1 else np.sort(np.concatenate(rows)) for rows in found.values()]
+    rows = _merged(in_order, lengths.numel())
+    return torch.from_numpy(rows >> 32), torch.from_numpy(rows & WORD)
 
 
 def keep_probabilities(sampler: Sampler, length: int) -> Tensor:
@@ -211,60 +222,157 @@ def expected_rows_by_bucket(sampler: Sampler, lengths: Tensor) -> dict[int, floa
     return dict(zip(buckets.tolist(), sums.tolist(), strict=True))
 
 
-def _every_offset(sizes: Tensor) -> list[Tensor]:
-    sequences = torch.repeat_interleave(torch.arange(sizes.numel()), sizes)
-    firsts = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
-    return [(sequences << 32) + torch.arange(sequences.numel()) - firsts]
+def _merged(segments: Sequence[Rows], n_sequences: int) -> Rows:
+    """The rows of all segments, which ascend, sorted; those of each segment are."""
+    if len(segments) == 1:
+        return segments[0]
+    counts = [np.bincount(rows >> 32, minlength=n_sequences) for rows in segments]
+    totals = sum(counts, np.zeros(n_sequences, np.int64))
+    merged = np.empty(totals.sum(), np.int64)
+    places = totals.cumsum() - totals
+    for rows, count in zip(segments, counts, strict=True):
+        # Where a sequence's rows of this segment go, less where they come from.
+        moves = places - (count.cumsum() - count)
+        merged[np.arange(rows.size) + np.repeat(moves, count)] = rows
+        places += count
+    return merged
 
 
-def _geometric_offsets(
-    probability: float, seed: int, words: tuple[int, Tensor, Tensor], sizes: Tensor
-) -> list[Tensor]:
-    """Kept offsets of each sequence inside one segment, as rows (sequence << 32) + offset."""
-    segment_start, stream_ids, example_ids = words
-    active = torch.nonzero(sizes > 0).squeeze(1)
-    last = torch.full_like(active, -1)
-    draws_done = 0
-    found: list[Tensor] = []
-    while active.numel():
-        draws = _draws_needed(probability, sizes[active] - 1 - last)
-        numbers = torch.arange(draws_done, draws_done + draws)
-        gaps = _geometric_gaps(
-            probability,
-            philox4x32(
-                (numbers, segment_start, stream_ids[active, None], example_ids[active, None]), seed
-            ),
+def _every_row(start: int, sizes: npt.NDArray[np.int64]) -> Rows:
+    """All positions from ``start`` on."""
+    sequences = np.repeat(np.arange(sizes.size), sizes)
+    firsts = np.repeat(sizes.cumsum() - sizes, sizes)
+    return (sequences << 32) + (np.arange(sequences.size) - firsts + start)
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """Where the draws of one segment stand.
+
+    Attributes:
+        segment: The segment.
+        sizes: (A,) positions in it, of the sequences that are not drawn to its end yet.
+        sequences: (A,) their numbers.
+        last: (A,) the last position of each that is kept so far, from the segment's start; -1 for none.
+        draws_done: Gaps that each has drawn.
+        found: Takes the rows of each turn, sorted.
+    """
+
+    segment: Segment
+    sizes: npt.NDArray[np.int64]
+    sequences: npt.NDArray[np.int64]
+    last: npt.NDArray[np.int64]
+    draws_done: int
+    found: list[Rows]
+
+    @classmethod
+    def of(cls, segment: Segment, sizes: npt.NDArray[np.int64], found: list[Rows]) -> "_Drawing":
+        """Before the first draw."""
+        sequences = sizes.nonzero()[0]
+        return cls(segment, sizes[sequences], sequences, np.full_like(sequences, -1), 0, found)
+
+    def draws_needed(self, limit: int) -> int:
+        """Draws that take most sequences past their end, at most ``limit`` for all of them together."""
+        expected = self.segment.probability * float((self.sizes - 1 - self.last).mean())
+        draws = int(expected + 4 * expected**0.5) + 4
+        return max(1, min(draws, limit // self.sizes.size))
+
+    def keep(self, words: Words) -> "_Drawing | None":
+        """Add the rows of some more draws to those that were found.
+
+        Args:
+            words: (4, A, draws).
+
+        Returns:
+            The sequences that have not come to their end; None where all have.
+        """
+        gaps = _geometric_gaps(self.segment.probability, words)
+        offsets = self.last[:, None] + (gaps + 1).cumsum(axis=1)
+        inside = offsets < self.sizes[:, None]
+        self.found.append(((self.sequences[:, None] << 32) + (offsets + self.segment.start))[inside])
+        left = inside[:, -1]
+        if not left.any():
+            return None
+        return _Drawing(
+            self.segment,
+            self.sizes[left],
+            self.sequences[left],
+            offsets[left, -1],
+            self.draws_done + words.shape[2],
+            self.found,
         )
-        offsets = last[:, None] + (gaps + 1).cumsum(dim=1)
-        inside = offsets < sizes[active, None]
-        found.append(((active[:, None] << 32) + offsets)[inside])
-        unfinished = inside[:, -1]
-        active, last = active[unfinished], offsets[unfinished, -1]
-        draws_done += draws
-    return found
 
 
-def _draws_needed(probability: float, remaining: Tensor) -> int:
-    """Draws that take most sequences past their end, within the memory of one step."""
-    expected = probability * remaining.to(torch.float64).mean().item()
-    draws = int(expected + 4 * expected**0.5) + 4
-    return max(1, min(draws, _DRAWS_AT_ONCE // remaining.numel()))
+def _draw_on(
+    drawing: Sequence[_Drawing],
+    seed: int,
+    stream_ids: npt.NDArray[np.int64],
+    example_ids: npt.NDArray[np.int64],
+) -> list[_Drawing]:
+    """Draw further in all segments, by one call of the generator."""
+    limit = _DRAWS_AT_ONCE // len(drawing)
+    shapes = [(each.sizes.size, each.draws_needed(limit)) for each in drawing]
+    borders = [0, *accumulate(map(math.prod, shapes))]
+    words = np.empty((4, borders[-1]), np.uint64)
+    parts = [
+        words[:, start:stop].reshape(4, *shape)
+        for shape, start, stop in zip(shapes, borders[:-1], borders[1:], strict=True)
+    ]
+    for each, part in zip(drawing, parts, strict=True):
+        part[0] = np.arange(each.draws_done, each.draws_done + part.shape[2])
+        part[1] = each.segment.start
+        part[2] = stream_ids[each.sequences, None]
+        part[3] = example_ids[each.sequences, None]
+    mix(words, seed)
+    left = [each.keep(part) for each, part in zip(drawing, parts, strict=True)]
+    return [each for each in left if each is not None]
 
 
-def _geometric_gaps(probability: float, words: Sequence[Tensor]) -> Tensor:
+def _geometric_gaps(probability: float, words: Words) -> npt.NDArray[np.int64]:
     """Positions skipped before the next kept one: P(gap = g) = probability * (1 - probability)^g.
 
     The base-256 digits of a geometric variable are independent, so four words give its four digits.
     """
-    gaps = torch.zeros_like(words[0])
-    for power, (thresholds, word) in enumerate(zip(_digit_thresholds(probability), words, strict=True)):
-        digit = torch.bucketize(word, thresholds, right=True)
-        gaps += digit << (8 * power)
+    gaps = np.zeros(words.shape[1:], np.int64)
+    for power, digits in enumerate(_digits(probability)):
+        if digits is not None:
+            gaps += digits.of(words[power]) << (8 * power)
     return gaps
 
 
+class _Digits:
+    """Looks up the digit that a 32-bit word gives.
+
+    Args:
+        thresholds: (255,) ascending in [0, 2^32]; the digit is how many of them a word reaches.
+    """
+
+    def __init__(self, thresholds: npt.NDArray[np.int64]) -> None:
+        self._thresholds = thresholds
+        cells = np.arange(2**_CELL_BITS + 1) << _CELL_SHIFT
+        reached = np.searchsorted(thresholds, cells, side="right")
+        last = np.searchsorted(thresholds, cells[1:] - 1, side="right")
+        # Words that share their leading bits mostly share their digit.
+        self._table = np.where(reached[:-1] == last, last, -1)
+
+    def of(self, words: Words) -> npt.NDArray[np.int64]:
+        """The digits, in the shape of the words."""
+        digits = self._table[words >> np.uint64(_CELL_SHIFT)]
+        unsure = digits < 0
+        digits[unsure] = np.searchsorted(self._thresholds, words[unsure].astype(np.int64), side="right")
+        return digits
+
+
 @lru_cache(maxsize=256)
-def _digit_thresholds(probability: float) -> tuple[Tensor, ...]:
+def _digits(probability: float) -> tuple[_Digits | None, ...]:
+    """The four digits of a gap; None for one that is always 0."""
+    return tuple(
+        None if thresholds[0] > WORD else _Digits(thresholds)
+        for thresholds in _digit_thresholds(probability)
+    )
+
+
+def _digit_thresholds(probability: float) -> list[npt.NDArray[np.int64]]:
     """For each digit, round(2^32 P(digit <= j)) for j = 0 .. 254.
 
     Digit k is j with probability proportional to ratio^j, ratio = (1 - probability)^(256^k). The last
@@ -279,5 +387,5 @@ def _digit_thresholds(probability: float) -> tuple[Tensor, ...]:
             ratio = (1 - keep) ** (256**power)
             whole = 1 - ratio**256 if power < 3 else Decimal(1)
             cumulative = [(1 - ratio ** (j + 1)) / whole for j in range(255)]
-            thresholds.append(torch.tensor([round(2**32 * p) for p in cumulative]))
-        return tuple(thresholds)
+            thresholds.append(np.array([round(2**32 * p) for p in cumulative]))
+        return thresholds
