@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from qk_sniffer.capture import (
     AttentionLayer,
-    Chunk,
+    Chunks,
     Sniffer,
     active_sniffer,
     build_sampler,
@@ -123,16 +123,16 @@ def overrides_note(name: str) -> list[str]:
 
 def sniff_all(
     backbone: nn.Module, lengths: list[int], *, pre_rope: bool = False
-) -> tuple[Sniffer, list[Chunk]]:
+) -> tuple[Sniffer, Chunks]:
     """A sniffer that keeps everything of a batch that has begun, and where its chunks go."""
-    chunks: list[Chunk] = []
+    chunks = Chunks()
     heads = select_heads(probe_attention(backbone, pre_rope=pre_rope).layers)
-    sniffer = Sniffer(heads, build_sampler("all", 1.0, 64), 0, chunks.append, pre_rope=pre_rope)
+    sniffer = Sniffer(heads, build_sampler("all", 1.0, 64), 0, chunks, pre_rope=pre_rope)
     sniffer.begin_batch(range(len(lengths)), lengths)
     return sniffer, chunks
 
 
-def states_of(chunks: list[Chunk], batch_size: int) -> States:
+def states_of(chunks: Chunks, batch_size: int) -> States:
     """The whole states of sequences of one length."""
     return {
         (c.layer_idx, c.kind): c.vectors.unflatten(1, (batch_size, -1)).transpose(0, 1) for c in chunks

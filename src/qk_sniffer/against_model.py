@@ -13,7 +13,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor, nn
 
-from qk_sniffer.capture import Chunk, Sniffer, active_sniffer, build_sampler
+from qk_sniffer.capture import Chunk, Chunks, Sniffer, active_sniffer, build_sampler
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter
@@ -119,6 +119,7 @@ class _Comparison(pl.Callback):
         self._lengths = dict(zip(ids, examples["n_tokens"].to_pylist(), strict=True))
         self._left = set(random.Random(0).sample(ids, min(_TEXTS, len(ids))))
         self._found: list[str] = []
+        self._chunks = Chunks()
         self._running = ExitStack()
 
     def example_filter(self, trainer: pl.Trainer) -> ExampleFilter:
@@ -133,7 +134,7 @@ class _Comparison(pl.Callback):
             self._heads,
             build_sampler(sampler["type"], sampler["base_rate"], self._capture["min_bucket_size"]),
             sampler["seed"],
-            self._compare,
+            self._chunks,
             capture_queries=self._capture["capture_queries"],
             capture_keys=self._capture["capture_keys"],
             pre_rope=self._capture["capture_pre_rope"],
@@ -158,6 +159,9 @@ class _Comparison(pl.Callback):
     def on_predict_batch_end(self, *_: Any) -> None:
         """Compare the rows of the text."""
         self._sniffer.flush_batch()
+        for chunk in self._chunks:
+            self._compare(chunk)
+        self._chunks.clear()
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let go of the attention."""

@@ -19,6 +19,7 @@ from qk_sniffer.batch_fields import batch_fields
 from qk_sniffer.capture import (
     CapturedHeads,
     build_sampler,
+    count_draws,
     expected_rows_by_bucket,
     heads_to_capture,
 )
@@ -475,10 +476,11 @@ class SnifferCallback(pl.Callback):
         """Compare the room on the disk with what the texts that are left will take."""
         if lengths is not None:
             rows = sum(expected_rows_by_bucket(self._sampler, lengths).values())
+            n_draws = count_draws(self._sampler, len(streams), max(lengths.tolist(), default=0))
             dtype = str(next(self._backbone.parameters()).dtype).removeprefix("torch.")
             check_space(
                 self.data_root,
-                journal_bytes(streams, dtype, rows),
+                journal_bytes(streams, dtype, rows, n_draws=n_draws),
                 head_files_bytes(streams, dtype, rows),
             )
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from qk_sniffer.batch_fields import BatchFields
-from qk_sniffer.capture import CapturedHeads, Chunk, Sampler, Sniffer, active_sniffer
+from qk_sniffer.capture import BatchRows, CapturedHeads, Portion, Sampler, Sniffer, active_sniffer
 from qk_sniffer.config import CaptureConfig
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter
@@ -51,7 +51,7 @@ class Recorder:
             heads,
             sampler,
             capture.sampler.seed,
-            self._append,
+            self,
             capture_queries=capture.capture_queries,
             capture_keys=capture.capture_keys,
             pre_rope=capture.capture_pre_rope,
@@ -85,7 +85,8 @@ class Recorder:
                 "under `with qk_sniffer.models.capture_attention(self.backbone):`"
             )
         self._sniffer.flush_batch()
-        self._journal.commit(self._examples(batch))
+        rows = self._rows
+        self._journal.commit(_blocks(rows), rows.numbers.numpy(), self._examples(batch))
         self.batches_read += 1
         self.tokens_read += int(batch.sequence_lengths.sum())
 
@@ -97,8 +98,13 @@ class Recorder:
         """
         self._open.close()
 
-    def _append(self, chunk: Chunk) -> None:
-        self._journal.append(lambda: _block(chunk), chunk.n_bytes)
+    def take_vectors(self, portion: Portion) -> None:
+        """Let the journal write some bytes of the batch."""
+        self._journal.append(portion)
+
+    def take_rows(self, rows: BatchRows) -> None:
+        """Keep what the bytes of the batch are, for its end."""
+        self._rows = rows
 
     def _is_new(self, batch: BatchFields) -> torch.Tensor:
         return torch.from_numpy(self._is_left(batch.example_ids))
@@ -118,11 +124,17 @@ class Recorder:
         return [Example(*fields) for fields, new in zip(rows, is_new, strict=True) if new]
 
 
-def _block(chunk: Chunk) -> Block:
-    """A chunk as the journal takes it; waits for its copy to the host."""
-    vectors = chunk.vectors.contiguous()
-    dtype = str(vectors.dtype).removeprefix("torch.")
-    if vectors.dtype == torch.bfloat16:
-        vectors = vectors.view(torch.uint16)
-    numbers = chunk.numbers.numpy()
-    return Block(chunk.layer_idx, chunk.kind, chunk.sliding_window, dtype, vectors.numpy(), numbers)
+def _blocks(rows: BatchRows) -> list[Block]:
+    """The blocks of a batch as the journal takes them."""
+    return [
+        Block(
+            block.layer_idx,
+            block.kind,
+            block.sliding_window,
+            str(block.dtype).removeprefix("torch."),
+            block.n_rows,
+            block.vectors,
+            block.rows,
+        )
+        for block in rows.blocks
+    ]

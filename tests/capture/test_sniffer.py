@@ -10,7 +10,7 @@ from torch import Tensor
 from qk_sniffer.capture import (
     AttentionLayer,
     CapturedHeads,
-    Chunk,
+    Chunks,
     Sniffer,
     active_sniffer,
     build_sampler,
@@ -31,10 +31,10 @@ def states(batch: int, heads: int, length: int, dtype: torch.dtype = torch.float
 
 def sniff(
     lengths: list[int], example_ids: list[int], base_rate: float = 1.0, **options: bool
-) -> tuple[Sniffer, list[Chunk]]:
-    chunks: list[Chunk] = []
+) -> tuple[Sniffer, Chunks]:
+    chunks = Chunks()
     sampler = build_sampler("uniform", base_rate, 4)
-    sniffer = Sniffer(LAYERS, sampler, 0, chunks.append, **options)
+    sniffer = Sniffer(LAYERS, sampler, 0, chunks, **options)
     sniffer.begin_batch(example_ids, lengths)
     length = max(lengths)
     for layer in range(3):
@@ -82,8 +82,8 @@ def test_queries_or_keys_alone(off: str, left: set[str]) -> None:
 
 
 def test_the_dtype_of_the_model_is_kept() -> None:
-    chunks: list[Chunk] = []
-    sniffer = Sniffer({0: LAYERS[0]}, build_sampler("all", 1.0, 4), 0, chunks.append)
+    chunks = Chunks()
+    sniffer = Sniffer({0: LAYERS[0]}, build_sampler("all", 1.0, 4), 0, chunks)
     sniffer.begin_batch([0], [5])
     query, key = states(1, 4, 5, torch.bfloat16), states(1, 2, 5, torch.bfloat16)
     sniffer.capture(0, query, key, torch.arange(5))
@@ -92,8 +92,8 @@ def test_the_dtype_of_the_model_is_kept() -> None:
 
 
 def test_captured_rows_are_copies() -> None:
-    chunks: list[Chunk] = []
-    sniffer = Sniffer({0: LAYERS[0]}, build_sampler("all", 1.0, 4), 0, chunks.append)
+    chunks = Chunks()
+    sniffer = Sniffer({0: LAYERS[0]}, build_sampler("all", 1.0, 4), 0, chunks)
     sniffer.begin_batch([0], [5])
     query, key = states(1, 4, 5), states(1, 2, 5)
     sniffer.capture(0, query, key, torch.arange(5))
@@ -105,9 +105,9 @@ def test_captured_rows_are_copies() -> None:
     )
 
 
-def all_of_layer_0(lengths: list[int]) -> tuple[Sniffer, list[Chunk]]:
-    chunks: list[Chunk] = []
-    sniffer = Sniffer({0: LAYERS[0]}, build_sampler("all", 1.0, 4), 0, chunks.append)
+def all_of_layer_0(lengths: list[int]) -> tuple[Sniffer, Chunks]:
+    chunks = Chunks()
+    sniffer = Sniffer({0: LAYERS[0]}, build_sampler("all", 1.0, 4), 0, chunks)
     sniffer.begin_batch(list(range(len(lengths))), lengths)
     return sniffer, chunks
 

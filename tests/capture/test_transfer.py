@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from qk_sniffer.capture import (
     AttentionLayer,
     CapturedHeads,
-    Chunk,
+    Chunks,
     Sniffer,
     build_sampler,
 )
@@ -38,9 +38,9 @@ def test_on_the_cpu_nothing_is_copied() -> None:
 def test_chunks_over_a_side_stream_are_those_without(
     passage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rows() -> list[Chunk]:
-        chunks: list[Chunk] = []
-        sniffer = Sniffer(LAYER, build_sampler("uniform", 3.0, 4), 0, chunks.append)
+    def rows() -> Chunks:
+        chunks = Chunks()
+        sniffer = Sniffer(LAYER, build_sampler("uniform", 3.0, 4), 0, chunks)
         sniffer.begin_batch([5, 6], [9, 7])
         generator = torch.Generator().manual_seed(0)
         query, key = (torch.randn(2, heads, 9, 3, generator=generator) for heads in (4, 2))
@@ -83,8 +83,8 @@ def test_a_chunk_waits_for_each_of_its_copies() -> None:
 def test_no_value_of_a_device_is_looked_at(sampler: str) -> None:
     """Fake tensors have no values: whatever waits for one, on a device, raises."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    chunks: list[Chunk] = []
-    sniffer = Sniffer(LAYER, build_sampler(sampler, 4.0, 8), 0, chunks.append)
+    chunks = Chunks()
+    sniffer = Sniffer(LAYER, build_sampler(sampler, 4.0, 8), 0, chunks)
     sniffer.begin_batch([0, 1], [30, 22])
     for start, stop in ((0, 12), (12, 30)):
         query, key = (

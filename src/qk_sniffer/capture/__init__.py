@@ -7,6 +7,8 @@ from qk_sniffer.capture.attention import (
     capped,
     softmax_with_sinks,
 )
+from qk_sniffer.capture.buffers import BUFFER_BYTES, N_BUFFERS, Portion
+from qk_sniffer.capture.chunks import Chunk, Chunks
 from qk_sniffer.capture.heads import AttentionLayer, CapturedHeads, heads_to_capture, select_heads
 from qk_sniffer.capture.positions import compute_positions, first_new_key
 from qk_sniffer.capture.sampling import (
@@ -14,24 +16,32 @@ from qk_sniffer.capture.sampling import (
     Sampler,
     Segment,
     build_sampler,
+    count_draws,
     draw_positions,
     expected_rows_by_bucket,
     keep_probabilities,
 )
 from qk_sniffer.capture.sniffer import (
+    BatchRows,
+    Block,
     CapturesAttention,
-    Chunk,
     Sniffer,
     active_sniffer,
     get_active_sniffer,
 )
 
 __all__ = [
+    "BUFFER_BYTES",
+    "N_BUFFERS",
     "SAMPLERS",
     "AttentionLayer",
+    "BatchRows",
+    "Block",
     "CapturedHeads",
     "CapturesAttention",
     "Chunk",
+    "Chunks",
+    "Portion",
     "Sampler",
     "ScoreFunction",
     "Segment",
@@ -42,6 +52,7 @@ __all__ = [
     "build_sampler",
     "capped",
     "compute_positions",
+    "count_draws",
     "draw_positions",
     "expected_rows_by_bucket",
     "first_new_key",

@@ -193,6 +193,18 @@ def draw_positions(
     return torch.from_numpy(rows >> 32), torch.from_numpy(rows & WORD)
 
 
+def count_draws(sampler: Sampler, n_streams: int, length: int) -> int:
+    """How many layers and kinds draw rows of their own; those that keep every position share theirs.
+
+    Args:
+        sampler: Gives the segments and their probabilities.
+        n_streams: Layers and kinds.
+        length: Tokens in the longest sequence.
+    """
+    keeps_all = all(segment.probability >= 1 for segment in sampler.segments(length))
+    return min(1, n_streams) if keeps_all else n_streams
+
+
 def keep_probabilities(sampler: Sampler, length: int) -> Tensor:
     """How likely each position is to be kept: (length,) float64.
 
@@ -357,7 +369,7 @@ class _Digits:
 
     def of(self, words: Words) -> npt.NDArray[np.int64]:
         """The digits, in the shape of the words."""
-        digits = self._table[words >> np.uint64(_CELL_SHIFT)]
+        digits: npt.NDArray[np.int64] = self._table[words >> np.uint64(_CELL_SHIFT)]
         unsure = digits < 0
         digits[unsure] = np.searchsorted(self._thresholds, words[unsure].astype(np.int64), side="right")
         return digits

@@ -1,152 +1,105 @@
 """The sniffer: receives each layer's queries and keys, keeps the sampled rows, hands them on.
 
 Everything that decides which rows are kept is known on the host before the forward, so a capture
-inside the forward is one upload of indices for the batch, and for each layer and kind one gather and
-the start of one copy to the host. Nothing here waits for a device, except ``Chunk.vectors``.
+inside the forward is one upload of places for the batch, and for each layer and kind one gather into a
+buffer. A buffer is handed on when it is full, in the middle of a batch or of a layer; nothing here
+waits for a device.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from qk_sniffer.capture.buffers import Portion, Staging, upload
 from qk_sniffer.capture.heads import CapturedHeads
+from qk_sniffer.capture.plan import BatchPlan, Kind, Passage
 from qk_sniffer.capture.positions import first_new_key
-from qk_sniffer.capture.sampling import Sampler, draw_positions
-from qk_sniffer.capture.transfer import HostCopies, HostCopy, upload
-
-Kind = Literal["q", "k"]
+from qk_sniffer.capture.sampling import Sampler
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """The kept rows of one layer and kind from one batch.
+class Block:
+    """The kept rows of one layer and kind in one attention call.
 
     K rows are sorted by their place in the batch and by position.
 
     Attributes:
         layer_idx: Layer in the text decoder, from 0.
         kind: "q" or "k".
-        copies: The vectors as each attention call of the batch gave them, on their way to the host.
-        order: Which of their rows are kept, in order; None keeps all as they are.
-        numbers: (3, K) int32: example id, absolute position and bucket of each row.
         sliding_window: The window that the layer used; None attends to all earlier tokens.
+        dtype: Number format of the vectors, the model's.
+        n_heads: Captured heads.
+        n_rows: K.
+        head_dim: Width of a vector.
+        vectors: The byte of the batch where (n_heads, K, head_dim) begin.
+        rows: Where (3, K) begin in the numbers of the batch.
     """
 
     layer_idx: int
     kind: Kind
-    copies: Sequence[HostCopy]
-    order: Tensor | None
-    numbers: Tensor
     sliding_window: int | None
+    dtype: torch.dtype
+    n_heads: int
+    n_rows: int
+    head_dim: int
+    vectors: int
+    rows: int
 
-    @property
-    def example_ids(self) -> Tensor:
-        """(K,) int32."""
-        return self.numbers[0]
 
-    @property
-    def positions(self) -> Tensor:
-        """(K,) int32, absolute."""
-        return self.numbers[1]
+@dataclass(frozen=True)
+class BatchRows:
+    """What the bytes of a batch are.
 
-    @property
-    def buckets(self) -> Tensor:
-        """(K,) int32."""
-        return self.numbers[2]
+    Attributes:
+        example_ids: (B,) int64, of the batch's sequences.
+        blocks: Its blocks; those of a layer and kind in the order of their tokens.
+        numbers: (N,) int32. A block's part, (3, K), has example id, position and bucket of each row;
+            the position is -1 where a sequence has ended before it. Blocks may share a part.
+    """
 
-    @property
-    def vectors(self) -> Tensor:
-        """(n_heads, K, head_dim) in the dtype of the model; waits until they are on the host."""
-        parts = [copy.wait() for copy in self.copies]
-        vectors = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return vectors if self.order is None else vectors[:, self.order]
+    example_ids: Tensor
+    blocks: Sequence[Block]
+    numbers: Tensor
 
-    @property
-    def n_bytes(self) -> int:
-        """Memory of the vectors."""
-        return sum(copy.tensor.nbytes for copy in self.copies)
+    def of(self, block: Block) -> Tensor:
+        """The part of a block: (3, K)."""
+        return self.numbers[block.rows : block.rows + 3 * block.n_rows].view(3, block.n_rows)
+
+
+class Sink(Protocol):
+    """Where captured rows go."""
+
+    def take_vectors(self, portion: Portion) -> None:
+        """Take some bytes of a batch, in their order; they may still be on their way to the host."""
+
+    def take_rows(self, rows: BatchRows) -> None:
+        """Take what the bytes since the batch's first are."""
 
 
 @dataclass(frozen=True)
 class _PendingChunk:
-    """Gathered rows of one attention call over some sequences of the batch."""
+    """Gathered rows of one layer and kind in one attention call.
 
-    sequences: range
-    copy: HostCopy
-    rows: Tensor
-    sliding_window: int | None
-
-
-class _BatchPlan:
-    """The rows that each layer and kind keeps of one batch, drawn before the forward.
-
-    Rows of every layer and kind lie in one tensor, sorted by stream, sequence and position.
+    Attributes:
+        stream: Layer and kind.
+        passage: Which rows of the batch the call has read.
+        shape: (n_heads, K, head_dim).
+        dtype: Number format.
+        vectors: Their first byte in the batch.
+        sliding_window: The layer's.
     """
 
-    def __init__(
-        self,
-        streams: Sequence[tuple[int, Kind]],
-        example_ids: Tensor,
-        lengths: Tensor,
-        sampler: Sampler,
-        seed: int,
-    ) -> None:
-        batch_size = lengths.numel()
-        stream_ids = torch.tensor([2 * layer_idx + (kind == "k") for layer_idx, kind in streams])
-        sequences, positions = draw_positions(
-            sampler,
-            seed,
-            stream_ids.repeat_interleave(batch_size),
-            example_ids.repeat(len(streams)),
-            lengths.repeat(len(streams)),
-        )
-        self.lengths = lengths
-        self.positions = positions
-        self.batch_indices = sequences % batch_size
-        ids = example_ids[self.batch_indices]
-        self.numbers = torch.stack([ids, positions, sampler.buckets(positions)]).to(torch.int32)
-        self.streams = {stream: i for i, stream in enumerate(streams)}
-        self.ends = torch.bincount(sequences // batch_size, minlength=len(streams)).cumsum(0)
-        self._passage: _Passage | None = None
-
-    def passage(self, sequences: range, tokens: range) -> "_Passage":
-        """The rows that one forward reads; every layer of a forward asks for the same."""
-        passage = self._passage
-        if passage is None or (passage.sequences, passage.tokens) != (sequences, tokens):
-            self._passage = passage = _Passage(self, sequences, tokens)
-        return passage
-
-
-class _Passage:
-    """The rows of a batch in some of its sequences and positions, uploaded once for all layers."""
-
-    def __init__(self, plan: _BatchPlan, sequences: range, tokens: range) -> None:
-        self.sequences, self.tokens = sequences, tokens
-        inside = (plan.positions >= tokens.start) & (plan.positions < tokens.stop)
-        inside &= plan.batch_indices >= sequences.start
-        inside &= plan.batch_indices < sequences.stop
-        self._rows = inside.nonzero().squeeze(1)
-        indices = torch.stack([plan.batch_indices - sequences.start, plan.positions - tokens.start])
-        self._indices = indices[:, self._rows]
-        ends = torch.searchsorted(self._rows, plan.ends).tolist()
-        self._slices = {
-            stream: slice(ends[i - 1] if i else 0, ends[i]) for stream, i in plan.streams.items()
-        }
-        self._on_device: dict[torch.device, Tensor] = {}
-
-    def rows(self, stream: tuple[int, Kind]) -> Tensor:
-        """(K,) int64 indices of a stream's rows among those of the batch, on the host."""
-        return self._rows[self._slices[stream]]
-
-    def indices(self, stream: tuple[int, Kind], device: torch.device) -> Tensor:
-        """(2, K) int64 on ``device``: index into the batch, and into the tokens of the forward."""
-        if device not in self._on_device:
-            self._on_device[device] = upload(self._indices, device)
-        return self._on_device[device][:, self._slices[stream]]
+    stream: tuple[int, Kind]
+    passage: Passage
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    vectors: int
+    sliding_window: int | None
 
 
 class CapturesAttention(Protocol):
@@ -177,8 +130,7 @@ class Sniffer:
         heads: The captured heads by layer.
         sampler: Which positions are kept.
         seed: 64-bit seed of the random stream.
-        sink: Called with every chunk when a batch is flushed; the chunk's vectors may still be on their
-            way to the host.
+        sink: Takes them.
         capture_queries: Keep the queries.
         capture_keys: Keep the keys.
         pre_rope: Ask for the vectors as they are before the rotary embedding.
@@ -189,7 +141,7 @@ class Sniffer:
         heads: Mapping[int, CapturedHeads],
         sampler: Sampler,
         seed: int,
-        sink: Callable[[Chunk], None],
+        sink: Sink,
         *,
         capture_queries: bool = True,
         capture_keys: bool = True,
@@ -205,12 +157,12 @@ class Sniffer:
         self._sampler = sampler
         self._seed = seed
         self._sink = sink
-        self._plan: _BatchPlan | None = None
-        self._pending: dict[tuple[int, Kind], list[_PendingChunk]] = {}
+        self._staging = Staging(sink.take_vectors)
+        self._plan: BatchPlan | None = None
+        self._pending: list[_PendingChunk] = []
         self._sequences = range(0)
         self._tokens_read: dict[int, list[int]] = {}
-        self._head_indices: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
-        self._host_copies = HostCopies()
+        self._head_steps: dict[tuple[torch.device, tuple[int, ...], int], Tensor] = {}
         self.rows_kept = 0
         """Rows flushed so far, over all heads."""
 
@@ -222,7 +174,7 @@ class Sniffer:
             sequence_lengths: Its number of tokens; where the model generates, the most there can be.
         """
         self.close()
-        self._plan = _BatchPlan(
+        self._plan = BatchPlan(
             list(self._heads),
             torch.as_tensor(example_ids, dtype=torch.int64),
             torch.as_tensor(sequence_lengths, dtype=torch.int64),
@@ -244,12 +196,11 @@ class Sniffer:
         self._sequences = range(start, stop)
         for read in self._tokens_read.values():
             read[start:stop] = [0] * (stop - start)
-        for stream, chunks in self._pending.items():
-            self._pending[stream] = [
-                chunk
-                for chunk in chunks
-                if chunk.sequences.stop <= start or chunk.sequences.start >= stop
-            ]
+        self._pending = [
+            chunk
+            for chunk in self._pending
+            if chunk.passage.sequences.stop <= start or chunk.passage.sequences.start >= stop
+        ]
 
     @property
     def has_captured(self) -> bool:
@@ -296,24 +247,49 @@ class Sniffer:
         key = key[:, :, new_keys : new_keys + length]
         states: tuple[tuple[Kind, Tensor], ...] = (("q", query), ("k", key))
         for kind, vectors in states:
-            stream = layer_idx, kind
-            if stream in self._heads and (rows := passage.rows(stream)).numel():
-                kept = self._gather(stream, vectors, passage.indices(stream, vectors.device))
-                copy = self._host_copies.start(kept)
-                chunk = _PendingChunk(sequences, copy, rows, sliding_window)
-                self._pending.setdefault(stream, []).append(chunk)
+            if (layer_idx, kind) in self._heads:
+                self._gather((layer_idx, kind), vectors.detach(), passage, sliding_window)
 
-    def _gather(self, stream: tuple[int, Kind], states: Tensor, indices: Tensor) -> Tensor:
-        """The kept rows of all captured heads in one gather: (n_heads, K, head_dim)."""
-        heads = self._heads[stream]
-        if (states.device, heads) not in self._head_indices:
-            head_indices = torch.tensor(heads)[:, None]
-            self._head_indices[states.device, heads] = upload(head_indices, states.device)
-        batch_indices, positions = indices
-        return states[batch_indices, self._head_indices[states.device, heads], positions]
+    def _gather(
+        self,
+        stream: tuple[int, Kind],
+        states: Tensor,
+        passage: Passage,
+        sliding_window: int | None,
+    ) -> None:
+        """Lay down the kept rows of all captured heads, head by head."""
+        assert self._plan is not None
+        heads, draw = self._heads[stream], self._plan.draws[stream]
+        start, stop = passage.starts[draw], passage.stops[draw]
+        if start == stop:
+            return
+        rows, (per_sequence, per_head, per_token) = _as_rows(states)
+        places = passage.steps(states.device, per_sequence, per_token)[start:stop]
+        head_places = self._steps_to_heads(states.device, heads, per_head)
+        n_rows, width = stop - start, states.shape[3]
+        shape = len(heads), n_rows, width
+        chunk = _PendingChunk(
+            stream, passage, shape, states.dtype, self._staging.align(), sliding_window
+        )
+        done, total = 0, len(heads) * n_rows
+        while done < total:
+            room = self._staging.room(states.device, states.dtype, total - done, width)
+            first, last = done // n_rows, (done + len(room) - 1) // n_rows
+            index = (head_places[first : last + 1] + places).view(-1)
+            begin = done - first * n_rows
+            torch.index_select(rows, 0, index[begin : begin + len(room)], out=room)
+            done += len(room)
+        self._pending.append(chunk)
+
+    def _steps_to_heads(self, device: torch.device, heads: tuple[int, ...], per_head: int) -> Tensor:
+        """(n_heads, 1) int64 on ``device``."""
+        key = device, heads, per_head
+        if key not in self._head_steps:
+            self._head_steps[key] = upload(per_head * torch.tensor(heads)[:, None], device)
+        return self._head_steps[key]
 
     def flush_batch(self, sequence_lengths: Sequence[int] | None = None) -> None:
-        """Hand the batch's rows to the sink, one chunk a layer and kind, without waiting for them.
+        """Hand the rest of the batch's rows to the sink, and what they are, without waiting for them.
 
         Args:
             sequence_lengths: Tokens that each sequence has in the end, where they are fewer than
@@ -333,40 +309,70 @@ class Sniffer:
                     raise RuntimeError(
                         f"layer {layer_idx} was captured for {tokens_read} of {length} tokens"
                     )
-        for stream in self._heads:
-            if chunks := self._pending.pop(stream, None):
-                self._flush_stream(stream, chunks, self._plan, lengths)
+        self._staging.hand_on()
+        rows = self._batch_rows(self._plan, lengths)
+        self._sink.take_rows(rows)
+        for block in rows.blocks:
+            live = block.n_rows
+            if sequence_lengths is not None:
+                live = int((rows.of(block)[1] >= 0).sum())
+            self.rows_kept += block.n_heads * live
         self.close()
 
-    def _flush_stream(
-        self, stream: tuple[int, Kind], chunks: list[_PendingChunk], plan: _BatchPlan, lengths: Tensor
-    ) -> None:
-        rows, order = chunks[0].rows, None
-        if len(chunks) > 1 or lengths is not plan.lengths:
-            rows = torch.cat([chunk.rows for chunk in chunks])
-            kept = plan.positions[rows] < lengths[plan.batch_indices[rows]]
-            order = rows.argsort()
-            order = order[kept[order]]
-            rows = rows[order]
-        if rows.numel() == 0:
-            return
-        self.rows_kept += len(self._heads[stream]) * rows.numel()
-        self._sink(
-            Chunk(
-                layer_idx=stream[0],
-                kind=stream[1],
-                copies=[chunk.copy for chunk in chunks],
-                order=order,
-                numbers=plan.numbers.index_select(1, rows),
-                sliding_window=chunks[-1].sliding_window,
+    def _batch_rows(self, plan: BatchPlan, lengths: Tensor) -> BatchRows:
+        """What the bytes of the batch are."""
+        firsts: dict[Passage, int] = {}
+        numbers = [torch.empty(0, dtype=torch.int32)]
+        blocks = []
+        for chunk in self._pending:
+            if chunk.passage not in firsts:
+                firsts[chunk.passage] = sum(map(len, numbers))
+                numbers.append(chunk.passage.numbers(lengths))
+            n_heads, n_rows, head_dim = chunk.shape
+            rows = firsts[chunk.passage] + 3 * chunk.passage.starts[plan.draws[chunk.stream]]
+            blocks.append(
+                Block(
+                    *chunk.stream,
+                    chunk.sliding_window,
+                    chunk.dtype,
+                    n_heads,
+                    n_rows,
+                    head_dim,
+                    chunk.vectors,
+                    rows,
+                )
             )
-        )
+        return BatchRows(plan.example_ids, blocks, torch.cat(numbers))
 
     def close(self) -> None:
         """Drop what a batch that was never flushed left behind."""
         self._plan = None
-        self._pending.clear()
-        self._tokens_read.clear()
+        self._pending = []
+        self._tokens_read = {}
+        self._staging.clear()
+
+
+def _as_rows(states: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """Every vector of some states as a row of one matrix, without a copy.
+
+    Args:
+        states: (B, n_heads, S, head_dim).
+
+    Returns:
+        The matrix, and the rows from one sequence, head and token to the next.
+    """
+    if states.stride(3) != 1:
+        states = states.contiguous()
+    strides = [
+        stride if size > 1 else 0
+        for stride, size in zip(states.stride()[:3], states.shape[:3], strict=True)
+    ]
+    step = math.gcd(*strides) or 1
+    per_sequence, per_head, per_token = (stride // step for stride in strides)
+    sequences, heads, tokens, head_dim = states.shape
+    last = (sequences - 1) * per_sequence + (heads - 1) * per_head + (tokens - 1) * per_token
+    rows = states.as_strided((last + 1, head_dim), (step, 1))
+    return rows, (per_sequence, per_head, per_token)
 
 
 _active_sniffer: CapturesAttention | None = None

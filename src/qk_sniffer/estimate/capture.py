@@ -1,5 +1,6 @@
 """What a run keeps: heads, rows, and the memory and disk that they take."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -9,9 +10,12 @@ import numpy as np
 import torch
 
 from qk_sniffer.capture import (
+    BUFFER_BYTES,
+    N_BUFFERS,
     AttentionLayer,
     CapturedHeads,
     Sampler,
+    count_draws,
     expected_rows_by_bucket,
     heads_to_capture,
     keep_probabilities,
@@ -20,10 +24,10 @@ from qk_sniffer.config import CaptureConfig
 from qk_sniffer.estimate.texts import Texts
 from qk_sniffer.models import AttentionGeometry
 from qk_sniffer.provenance import captured_streams
-from qk_sniffer.storage import QUEUE_BYTES, head_files_bytes, journal_bytes
+from qk_sniffer.storage import head_files_bytes, journal_bytes
 
 _PLANNED_ROW = 64
-"""Bytes of a row's numbers in the plan of its batch, for all heads of a layer and kind: eight int64."""
+"""Bytes of a row in the plan of its batch, for all heads of a layer and kind: eight int64."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class Capture:
             self.streams,
             self.dtype,
             self.rows,
+            n_draws=self._n_draws,
             n_batches=self.texts.n_batches,
             n_token_strings=self.texts.n_tokens if self.config.capture_token_strings else 0,
         )
@@ -103,22 +108,22 @@ class Capture:
         return max(float(rows[lengths].sum()) for lengths in self.texts.batches)
 
     @property
-    def batch_bytes(self) -> int:
-        """Host memory of the rows of that batch, and of their numbers, until it has been read."""
-        vectors = sum(self._chunk_bytes(stream) for stream in self.streams)
-        return round(self.rows_of_largest_batch * (vectors + _PLANNED_ROW * len(self.streams)))
+    def plan_bytes(self) -> int:
+        """Host memory of the places of that batch's rows."""
+        return round(self.rows_of_largest_batch * _PLANNED_ROW * self._n_draws)
 
     @property
-    def queue_bytes(self) -> int:
-        """The most that waits for the disk beside it, of the batch before."""
-        largest = max(self._chunk_bytes(stream) for stream in self.streams)
-        limit = max(QUEUE_BYTES, self.rows_of_largest_batch * largest)
-        return round(min(limit, self.batch_bytes))
+    def buffer_bytes(self) -> int:
+        """The most that vectors take of the host's memory, and of a device's, on their way."""
+        widths = sum(len(stream["heads"]) * stream["head_dim"] for stream in self.streams)
+        n_bytes = self.rows_of_largest_batch * widths * self.geometry.dtype.itemsize
+        n_buffers: int = min(N_BUFFERS, math.ceil(n_bytes / BUFFER_BYTES) + 1)
+        return n_buffers * BUFFER_BYTES
 
-    def _chunk_bytes(self, stream: Mapping[str, Any]) -> int:
-        """Vectors of a layer and kind for each kept position."""
-        size: int = len(stream["heads"]) * stream["head_dim"] * self.geometry.dtype.itemsize
-        return size
+    @property
+    def _n_draws(self) -> int:
+        """Layers and kinds with rows of their own."""
+        return count_draws(self.sampler, len(self.streams), int(self.texts.lengths.max()))
 
     def left_out(self) -> list[tuple[str, list[int]]]:
         """Why layers with attention are not captured, and which."""

@@ -174,12 +174,12 @@ def _memory(
     yield "memory", f"{_size(n_bytes)}  weights of each process, {numbers}, beside activations"
     if quantization is not None and quantization.n_bytes is None:
         yield "", f"less, since they are quantized by {quantization.method}; the checkpoint would tell"
-    yield "", f"{_size(capture.batch_bytes)}  on its host: rows of the batch that keeps the most"
+    yield "", f"{_size(capture.plan_bytes)}  on its host: places of the rows of the largest batch"
     yield (
         "",
-        f"{_size(capture.queue_bytes)}  on its host: rows of the batch before, waiting for the disk",
+        f"{_size(capture.buffer_bytes)}  on its host, at most: vectors on their way to the disk; a GPU "
+        "has as much",
     )
-    yield "", "a GPU's rows lie in pinned memory there, which torch rounds up to a power of two"
 
 
 def _time(capture: Capture, timing: Timing | None) -> Iterator[Line]:

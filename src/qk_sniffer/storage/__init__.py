@@ -34,7 +34,7 @@ from qk_sniffer.storage.files import (
 )
 from qk_sniffer.storage.finalizing import finalize, merge_pulled, n_threads
 from qk_sniffer.storage.finished import stored_example_ids
-from qk_sniffer.storage.journal import QUEUE_BYTES, Block, Example, JournalWriter
+from qk_sniffer.storage.journal import Block, Example, JournalWriter
 from qk_sniffer.storage.manifest import (
     count_rows,
     describe_beyond,
@@ -80,7 +80,6 @@ __all__ = [
     "PUBLICATION_FILE",
     "PULLED_DIRECTORY",
     "PULLING_DIRECTORY",
-    "QUEUE_BYTES",
     "REPORT_DIRECTORY",
     "REPORT_FILE",
     "SCHEMA_VERSION",

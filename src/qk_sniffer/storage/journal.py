@@ -1,10 +1,10 @@
-"""The journal: where a batch's rows go when it is flushed, so that memory does not grow with the data.
+"""The journal: where rows go as they are captured, so that memory does not grow with the data.
 
-Every process of a run appends to segment files of its own. A segment file is a sequence of Arrow IPC
-messages: for every layer and kind of a batch one tensor of
-row numbers and one of vectors in the model's dtype, then one stream with the batch's examples, and then
-the batch's index of blocks. ``commits.jsonl`` says which bytes count, ``header.json`` what is captured.
-One thread does all writing, so that a forward waits only where the disk is slower than the model.
+Every process of a run appends to segment files of its own. A segment file is a sequence of batches:
+the vectors in the model's dtype, then the numbers of their rows, the batch's examples as an Arrow IPC
+stream, and the batch's index of blocks. ``commits.jsonl`` says which bytes count, ``header.json`` what
+is captured. One thread does all writing, so that a forward waits only where the disk is slower than the
+model.
 """
 
 import json
@@ -14,11 +14,12 @@ import queue
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -43,21 +44,25 @@ SYNC_SECONDS = 5.0
 """How often finished batches are synced and committed: the work that a death can cost, against the
 waiting of the disk."""
 
-QUEUE_BYTES = 64 * 2**20
-"""Vectors that may wait for the disk before the forward waits too."""
+MOST_TASKS = 16
+"""Steps of writing that may wait for the disk before the forward waits too. Vectors wait in memory of
+fixed size, so that these are small."""
 
 SEGMENT_BYTES = 8 * 2**30
 """Size from which the next batch begins a new segment file."""
 
 ALIGNMENT = 64
-"""Every message begins at a multiple of this many bytes."""
+"""The vectors of a batch and those of a block begin at a multiple of this many bytes, and so does
+whatever follows."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 INDEX = np.dtype(
     [("rows", "<i8"), ("vectors", "<i8"), ("n_rows", "<i4"), ("window", "<i4"), ("dtype", "<i4")]
 )
-"""A block in the index of its batch: where the bodies of its tensors begin, its number of rows (0 for
-none), the layer's window (-1 for none) and the number of its dtype in ``DTYPES``."""
+"""A block in the index of its batch: where its numbers and its vectors begin in the segment, how many
+rows it has (0 for none), the layer's window (-1 for none) and the number of its dtype in ``DTYPES``. An
+index has a block for each layer and kind, then second ones, and so on for as many as one of them has,
+in the order of their tokens."""
 
 TOKENS_SCHEMA = EXAMPLES_SCHEMA.append(pa.field("tokens", pa.list_(pa.string())))
 _CONTINUE = (
@@ -66,26 +71,44 @@ _CONTINUE = (
 )
 
 
+class Portion(Protocol):
+    """Consecutive bytes of the vectors of a batch, in memory that others wait for."""
+
+    @property
+    def start(self) -> int:
+        """The number of the first among the bytes of the batch."""
+
+    def wait(self) -> npt.NDArray[np.uint8]:
+        """The bytes; they may be on their way from a device."""
+
+    def release(self) -> None:
+        """Give the memory back."""
+
+
 @dataclass(frozen=True)
 class Block:
-    """The kept rows of one layer and kind from one batch.
+    """Kept rows of one layer and kind from one batch.
 
     Attributes:
         layer_idx: Layer in the text decoder.
         kind: "q" or "k".
         sliding_window: The layer's window; None for full attention.
         dtype: Number format of the vectors: float32, float16 or bfloat16.
-        vectors: (n_heads, K, head_dim); bfloat16 as the uint16 of its bits.
-        rows: (3, K) int32: example_id, position and bucket. The rows of an example are adjacent and
-            ascend in position.
+        n_rows: K.
+        vectors: The byte of the batch where they begin, (n_heads, K, head_dim); a multiple of
+            ``ALIGNMENT``.
+        rows: Where the (3, K) numbers of the rows begin among those of the batch: example_id, position
+            and bucket. The rows of an example are adjacent and ascend in position; at their end may be
+            some whose position is -1, which don't count.
     """
 
     layer_idx: int
     kind: Kind
     sliding_window: int | None
     dtype: str
-    vectors: npt.NDArray[Any]
-    rows: npt.NDArray[np.int32]
+    n_rows: int
+    vectors: int
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -100,9 +123,7 @@ class Example:
 
 
 class _Segment:
-    """An append-only file, in the shape that Arrow writes to, with a digest of each batch."""
-
-    closed = False
+    """An append-only file, with a digest of each batch."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -110,32 +131,18 @@ class _Segment:
         self._file = path.open("xb", buffering=0)
         self.size = 0
         self._digest = xxhash.xxh3_64()
-        self.sink = pa.PythonFile(self, mode="w")
 
-    def write(self, data: bytes) -> int:
-        written = 0
-        while written < len(data):
+    def write(self, data: bytes | memoryview) -> None:
+        written, n_bytes = 0, len(data)
+        while written < n_bytes:
             written += self._file.write(memoryview(data)[written:])
         self._digest.update(data)
-        self.size += len(data)
-        return len(data)
+        self.size += n_bytes
 
-    def tell(self) -> int:
-        return self.size
-
-    def flush(self) -> None:
-        """Nothing waits here; Arrow asks all the same."""
-
-    def align(self) -> int:
-        """Fill up to the next message, and give its place."""
-        self.write(bytes(-self.size % ALIGNMENT))
-        return self.size
-
-    def write_tensor(self, array: npt.NDArray[Any]) -> int:
-        """Append a tensor, and give the place of its values."""
-        self.align()
-        pa.ipc.write_tensor(pa.Tensor.from_numpy(array), self.sink)
-        return self.size - array.nbytes
+    def align(self) -> None:
+        """Fill up to where something may begin."""
+        if padding := bytes(-self.size % ALIGNMENT):
+            self.write(padding)
 
     def end_batch(self) -> str:
         """The digest of the bytes since the last batch."""
@@ -153,6 +160,10 @@ class _Segment:
             os.truncate(self.path, size)
         if size == 0:
             self.path.unlink()
+
+
+def _aligned(size: int) -> int:
+    return size + -size % ALIGNMENT
 
 
 class JournalWriter:
@@ -192,24 +203,28 @@ class JournalWriter:
         # One process watches the disk for all.
         self._watches_space = rank == 0
         self._error: Exception | None = None
-        self._queue: queue.Queue[tuple[Callable[[], None], int] | None] = queue.Queue()
-        self._queued_bytes = 0
-        self._room = threading.Condition()
+        self._vectors = 0
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(MOST_TASKS)
         self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
         self._thread.start()
 
-    def append(self, load: Callable[[], Block], n_bytes: int) -> None:
-        """Write one block; it counts once its batch is committed.
+    def append(self, portion: Portion) -> None:
+        """Write some of a batch's vectors, in their order; they count once the batch is committed."""
+        self._raise_error()
+        self._queue.put(lambda: self._write_vectors(portion))
+
+    def commit(
+        self, blocks: Sequence[Block], numbers: npt.NDArray[np.int32], examples: Sequence[Example]
+    ) -> None:
+        """Make the last batch's vectors and its examples part of the capture.
 
         Args:
-            load: Gives the block, in the writer's thread; it may wait for a copy from a device.
-            n_bytes: Size of the block, for the limit on what waits in memory.
+            blocks: What the vectors are; those of a layer and kind in the order of their tokens.
+            numbers: Of all rows.
+            examples: The texts of the batch.
         """
-        self._put(lambda: self._write_block(load()), n_bytes)
-
-    def commit(self, examples: Sequence[Example]) -> None:
-        """Make the blocks since the last commit and these examples part of the capture."""
-        self._put(lambda: self._end_batch(examples), 2**12 * len(examples))
+        self._raise_error()
+        self._queue.put(lambda: self._attempt(lambda: self._end_batch(blocks, numbers, examples)))
 
     def close(self) -> None:
         """Write and commit what is waiting, and close the files.
@@ -221,15 +236,6 @@ class JournalWriter:
         self._thread.join()
         self._raise_error()
 
-    def _put(self, task: Callable[[], None], n_bytes: int) -> None:
-        with self._room:
-            self._room.wait_for(
-                lambda: self._queued_bytes == 0 or self._queued_bytes + n_bytes <= QUEUE_BYTES
-            )
-            self._queued_bytes += n_bytes
-        self._raise_error()
-        self._queue.put((task, n_bytes))
-
     def _raise_error(self) -> None:
         if self._error is not None:
             raise self._error
@@ -239,18 +245,14 @@ class JournalWriter:
         while True:
             try:
                 wait = self._last_sync + SYNC_SECONDS - time.monotonic() if self._unsynced else None
-                item = self._queue.get(timeout=wait if wait is None else max(0.0, wait))
+                task = self._queue.get(timeout=wait if wait is None else max(0.0, wait))
             except queue.Empty:
                 self._attempt(self._sync)
                 continue
-            if item is None:
+            if task is None:
                 break
-            task, n_bytes = item
-            self._attempt(task)
-            del task, item
-            with self._room:
-                self._queued_bytes -= n_bytes
-                self._room.notify()
+            task()
+            del task
         self._attempt(self._sync, after_error=True)
         self._attempt(lambda: self._segment.close(self._committed_size), after_error=True)
         self._log.close()
@@ -270,26 +272,34 @@ class JournalWriter:
         sync_directory(self.directory)
         self._number += 1
         self._batch_start = self._committed_size = 0
-        self._index = np.zeros(len(self._streams), INDEX)
 
-    def _write_block(self, block: Block) -> None:
-        entry = self._index[self._streams[block.layer_idx, block.kind]]
-        if entry["n_rows"]:
-            raise RuntimeError(f"layer {block.layer_idx}, {block.kind}: two blocks in one batch")
-        entry["rows"] = self._segment.write_tensor(block.rows)
-        entry["vectors"] = self._segment.write_tensor(block.vectors)
-        entry["n_rows"] = block.rows.shape[1]
-        entry["window"] = -1 if block.sliding_window is None else block.sliding_window
-        entry["dtype"] = DTYPES.index(block.dtype)
+    def _write_vectors(self, portion: Portion) -> None:
+        def write() -> None:
+            vectors = portion.wait()
+            if portion.start == 0:
+                self._segment.align()
+                self._vectors = self._segment.size
+            self._segment.write(vectors.data)
 
-    def _end_batch(self, examples: Sequence[Example]) -> None:
+        self._attempt(write)
+        portion.release()
+
+    def _end_batch(
+        self, blocks: Sequence[Block], numbers: npt.NDArray[np.int32], examples: Sequence[Example]
+    ) -> None:
         segment = self._segment
-        place = segment.align()
-        with pa.ipc.new_stream(segment.sink, TOKENS_SCHEMA) as stream:
+        segment.align()
+        rows = segment.size
+        place = rows + _aligned(numbers.nbytes)
+        content = pa.BufferOutputStream()
+        with pa.ipc.new_stream(content, TOKENS_SCHEMA) as stream:
             stream.write_table(pa.Table.from_pylist([vars(e) for e in examples], TOKENS_SCHEMA))
-        index = segment.align()
-        segment.write(self._index.tobytes())
-        self._index = np.zeros_like(self._index)
+        texts = content.getvalue()
+        index = place + _aligned(texts.size)
+        tail = bytearray(index - rows)
+        tail[: numbers.nbytes] = numbers.data.cast("B")
+        tail[place - rows : place - rows + texts.size] = texts
+        segment.write(bytes(tail) + self._index(blocks, rows).tobytes())
         ids = np.array([example.example_id for example in examples], np.int32)
         self._unsynced.append(
             Commit(
@@ -309,6 +319,21 @@ class JournalWriter:
             self._begin_segment()
         elif time.monotonic() - self._last_sync >= SYNC_SECONDS:
             self._sync()
+
+    def _index(self, blocks: Sequence[Block], rows: int) -> npt.NDArray[Any]:
+        """The index of a batch's blocks, whose numbers begin at ``rows``."""
+        level = Counter[int]()
+        entries = []
+        for block in blocks:
+            stream = self._streams[block.layer_idx, block.kind]
+            window = -1 if block.sliding_window is None else block.sliding_window
+            entry = rows + 4 * block.rows, self._vectors + block.vectors, block.n_rows, window
+            entries.append((level[stream], stream, (*entry, DTYPES.index(block.dtype))))
+            level[stream] += 1
+        index = np.zeros((max(level.values(), default=1), len(self._streams)), INDEX)
+        for number, stream, values in entries:
+            index[number, stream] = values
+        return index
 
     def _sync(self) -> None:
         """Make the finished batches safe from a loss of power, and commit them."""

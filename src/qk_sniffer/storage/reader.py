@@ -88,7 +88,7 @@ class StreamReader:
         stream = journal.header["streams"][number]
         self.n_heads, self.head_dim = len(stream["heads"]), stream["head_dim"]
         self._commits = journal.log.commits
-        self._index_offset = number * INDEX.itemsize
+        self._number, self._n_streams = number, len(journal.header["streams"])
         self._maps: list[mmap.mmap] = []
         self._open = ExitStack()
 
@@ -99,13 +99,15 @@ class StreamReader:
             with segment.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
             self._maps.append(self._open.enter_context(mapped))
-        self._segments = np.array([segments[commit.segment] for commit in self._commits], np.int64)
-        blocks = np.empty(len(self._commits), INDEX)
-        for number, commit in enumerate(self._commits):
-            mapped, offset = self._maps[self._segments[number]], commit.index + self._index_offset
-            blocks[number : number + 1] = np.frombuffer(mapped, INDEX, 1, offset)
-        self._blocks = blocks
-        self._dtypes = np.unique(blocks["dtype"][blocks["n_rows"] > 0]).tolist()
+        blocks, places = [np.empty(0, INDEX)], [np.empty(0, np.int64)]
+        for commit in self._commits:
+            number = segments[commit.segment]
+            n_entries = (commit.stop - commit.index) // INDEX.itemsize
+            index = np.frombuffer(self._maps[number], INDEX, n_entries, commit.index)
+            blocks.append(index[self._number :: self._n_streams])
+            places.append(np.full(len(blocks[-1]), number))
+        self._blocks, self._segments = np.concatenate(blocks), np.concatenate(places)
+        self._dtypes = np.unique(self._blocks["dtype"][self._blocks["n_rows"] > 0]).tolist()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -120,12 +122,11 @@ class StreamReader:
         for number, block in enumerate(self._blocks):
             if size := int(block["n_rows"]):
                 numbers = self._elements(int(self._segments[number]), _INT32, 4)
-                ids = numbers[block["rows"] // 4 :][:size]
+                ids, positions = numbers[block["rows"] // 4 :][: 2 * size].reshape(2, size)
                 starts = np.flatnonzero(np.diff(ids, prepend=np.int64(ids[0]) - 1))
-                stops = np.append(starts[1:], size)
-                runs.append(
-                    np.stack([ids[starts], np.full(starts.size, number), starts, stops], axis=1)
-                )
+                stops = starts + np.add.reduceat(positions >= 0, starts, dtype=np.int64)
+                run = np.stack([ids[starts], np.full(starts.size, number), starts, stops], axis=1)
+                runs.append(run[stops > starts])
         joined = np.concatenate(runs)
         self.forget()
         return joined[np.argsort(joined[:, 0], kind="stable")]

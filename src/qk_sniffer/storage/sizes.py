@@ -20,8 +20,8 @@ _FILE, _ROW, _TOKEN_STRING = 1850, 1.2, 3.0
 """Bytes of a file without rows (footer, and headers of its pages), of the numbers of a row, and of its
 token string. Measured: 1,790 to 2,400 a file; 0.1 (`all`) to 2, and 1.6 to 6 a row."""
 
-_BLOCK, _BATCH = 570, 1000
-"""Bytes of a block's two message headers in the journal, and of a batch's examples and index."""
+_BLOCK, _BATCH = 28, 1000
+"""Bytes of a block in the index of its batch in the journal, and of a batch's examples."""
 
 _JOURNAL_ROW, _JOURNAL_TOKEN = 12, 9
 """Bytes of a row's numbers in the journal, for all heads of a layer and kind; of a token string."""
@@ -37,6 +37,7 @@ def journal_bytes(
     dtype: str,
     rows: float,
     *,
+    n_draws: int,
     n_batches: float = 1,
     n_token_strings: float = 0,
 ) -> int:
@@ -46,16 +47,14 @@ def journal_bytes(
         streams: What is captured.
         dtype: Number format of the vectors, by its name in torch.
         rows: Rows of each head.
+        n_draws: Layers and kinds with rows of their own; 1 where all share theirs.
         n_batches: Batches that they come from.
         n_token_strings: Tokens of all texts, where their strings are captured.
     """
     widths: int = sum(len(stream["heads"]) * stream["head_dim"] for stream in streams)
-    # A batch of which a layer and kind keeps no row has no block of it.
-    n_blocks = len(streams) * min(n_batches, rows)
     return math.ceil(
-        rows * (widths * _ITEMSIZE[dtype] + _JOURNAL_ROW * len(streams))
-        + _BLOCK * n_blocks
-        + _BATCH * n_batches
+        rows * (widths * _ITEMSIZE[dtype] + _JOURNAL_ROW * n_draws)
+        + (_BLOCK * len(streams) + _BATCH) * n_batches
         + _JOURNAL_TOKEN * n_token_strings
     )
 

@@ -1,0 +1,197 @@
+"""Memory that the vectors of a batch pass through on their way from the model to whoever takes them.
+
+A batch's vectors are one sequence of bytes. It is laid into buffers of fixed size, of which there is a
+fixed number, allocated when they are first needed. A buffer that is full, or the last of a batch, is
+handed on at once and comes back when its bytes have been taken. So memory does not grow with the model,
+the sampler or the length of the texts, and the forward waits only where bytes are taken more slowly
+than they come.
+
+On an accelerator a buffer is two: vectors are gathered into memory of the device, and one copy brings
+them to pinned memory of the host, on a stream of its own, behind an event of the model's stream. Only
+``Portion.wait`` waits for it.
+"""
+
+import math
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+BUFFER_BYTES = 64 * 2**20
+N_BUFFERS = 4
+ALIGNMENT = 64
+"""The vectors of a layer and kind begin at a multiple of this many bytes of the batch."""
+
+
+_WITH_STREAMS = ("cuda", "cpu")
+"""Devices with streams in torch; the CPU's are empty, for tests."""
+
+
+class Buffer:
+    """Memory of the host, and of each device that fills it."""
+
+    def __init__(self) -> None:
+        self._host: Tensor | None = None
+        self._on_devices: dict[torch.device, Tensor] = {}
+
+    def host(self, *, pinned: bool = False) -> Tensor:
+        """Its memory on the host: (BUFFER_BYTES,) uint8."""
+        if self._host is None:
+            self._host = _allocate(torch.device("cpu"), pinned=pinned)
+        return self._host
+
+    def on(self, device: torch.device) -> Tensor:
+        """Where vectors of a device are gathered: (BUFFER_BYTES,) uint8."""
+        if not needs_copy(device):
+            return self.host()
+        if device not in self._on_devices:
+            self._on_devices[device] = _allocate(device)
+        return self._on_devices[device]
+
+
+def _allocate(device: torch.device, *, pinned: bool = False) -> Tensor:
+    # A tensor of inference mode could not be written outside it.
+    with torch.inference_mode(False):
+        return torch.empty(BUFFER_BYTES, dtype=torch.uint8, device=device, pin_memory=pinned)
+
+
+def needs_copy(device: torch.device) -> bool:
+    """Whether the host can't read the memory of a device."""
+    return device.type != "cpu"
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Consecutive bytes of the vectors of a batch, on the host or on their way there.
+
+    Attributes:
+        start: The number of the first among the bytes of the batch.
+        n_bytes: How many they are.
+    """
+
+    start: int
+    n_bytes: int
+    _host: Tensor
+    _copied: Any
+    _release: Callable[[], None]
+
+    def wait(self) -> npt.NDArray[np.uint8]:
+        """The bytes, once they have arrived; they are there until ``release``."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host[: self.n_bytes].numpy()
+
+    def release(self) -> None:
+        """Give the memory back, for other bytes."""
+        self._release()
+
+
+class Staging:
+    """Lays the vectors of a batch into buffers, and hands on those that are full.
+
+    Args:
+        take: Takes each portion, in the order of its bytes.
+    """
+
+    def __init__(self, take: Callable[[Portion], None]) -> None:
+        self._take = take
+        # The last that came back is used first, so that no more are allocated than are needed.
+        self._free: queue.LifoQueue[Buffer] = queue.LifoQueue()
+        for _ in range(N_BUFFERS):
+            self._free.put(Buffer())
+        self._side_streams: dict[torch.device, Any] = {}
+        self._buffer: Buffer | None = None
+        self._device = torch.device("cpu")
+        self._used = 0
+        self.size = 0
+        """Bytes of the batch so far."""
+
+    def align(self) -> int:
+        """Fill up to where the vectors of another layer or kind may begin, and give the place."""
+        if padding := -self.size % ALIGNMENT:
+            self._claim(padding).zero_()
+        return self.size
+
+    def room(self, device: torch.device, dtype: torch.dtype, n_rows: int, width: int) -> Tensor:
+        """Memory for the next vectors of a device: as many of them as fit.
+
+        Args:
+            device: The device.
+            dtype: Number format of the vectors.
+            n_rows: Vectors that are left to lay down.
+            width: Numbers in each.
+
+        Returns:
+            (n, width), 1 <= n <= n_rows, for the caller to fill.
+
+        Raises:
+            ValueError: They are too wide for a buffer.
+        """
+        row_bytes = width * dtype.itemsize
+        fitting = (BUFFER_BYTES - self._used) // row_bytes
+        if fitting < n_rows:
+            # The next buffer begins aligned too.
+            fitting -= fitting % (ALIGNMENT // math.gcd(row_bytes, ALIGNMENT))
+        if self._buffer is None or self._device != device or fitting == 0:
+            if self._used == 0 and fitting == 0:
+                raise ValueError(f"a vector of {row_bytes} bytes is wider than a buffer")
+            self.hand_on()
+            self._buffer, self._device = self._free.get(), device
+            return self.room(device, dtype, n_rows, width)
+        n_rows = min(n_rows, fitting)
+        return self._claim(n_rows * row_bytes).view(dtype).view(n_rows, width)
+
+    def _claim(self, n_bytes: int) -> Tensor:
+        assert self._buffer is not None
+        claimed = self._buffer.on(self._device)[self._used : self._used + n_bytes]
+        self._used += n_bytes
+        self.size += n_bytes
+        return claimed
+
+    def hand_on(self) -> None:
+        """Hand on the buffer that is being filled."""
+        buffer, used = self._buffer, self._used
+        self._buffer, self._used = None, 0
+        if buffer is None:
+            return
+        copied = self._copy(buffer, used) if needs_copy(self._device) else None
+        release = partial(self._free.put, buffer)
+        self._take(Portion(self.size - used, used, buffer.host(), copied, release))
+
+    def _copy(self, buffer: Buffer, n_bytes: int) -> Any:
+        """Copy a buffer to the host; gives the event behind the copy, None where it has ended."""
+        device = self._device
+        if device.type not in _WITH_STREAMS:
+            buffer.host()[:n_bytes].copy_(buffer.on(device)[:n_bytes])
+            return None
+        backend = torch.get_device_module(device)
+        if device not in self._side_streams:
+            options = {"device": device} if device.type == "cuda" else {}
+            self._side_streams[device] = backend.Stream(**options)
+        side = self._side_streams[device]
+        side.wait_stream(backend.current_stream(device))
+        with backend.stream(side):
+            host = buffer.host(pinned=device.type == "cuda")
+            host[:n_bytes].copy_(buffer.on(device)[:n_bytes], non_blocking=True)
+            copied = backend.Event()
+            copied.record(side)
+        return copied
+
+    def clear(self) -> None:
+        """Begin another batch; what was not handed on of the last is dropped."""
+        if self._buffer is not None:
+            self._free.put(self._buffer)
+        self._buffer, self._used, self.size = None, 0, 0
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on ``device``."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
