@@ -47,8 +47,7 @@ from families import HOST_BOUND, MANY_HEADS, tiny_model
 from loopback import client_of
 from qk_sniffer import cli
 from qk_sniffer.callback import SnifferCallback
-from qk_sniffer.capture import build_sampler, draw_positions
-from qk_sniffer.capture.transfer import HostCopies
+from qk_sniffer.capture import Portion, build_sampler, draw_positions
 from qk_sniffer.config import CaptureConfig, OutputConfig, SamplerConfig, TokenizerConfig
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.hub import Publication, pull, push
@@ -56,12 +55,12 @@ from qk_sniffer.module import SnifferModule
 from qk_sniffer.storage import (
     JOURNAL_DIRECTORY,
     PUBLICATION_FILE,
-    JournalWriter,
     finalize,
     merge_pulled,
     require_manifest,
 )
 from qk_sniffer.storage.finalizing import n_threads
+from qk_sniffer.storage.journal import _Segment
 from qk_sniffer.storage.parquet import open_writer
 from qk_sniffer.storage.schema import DATA_FILE
 from qk_sniffer.summary import file_progress
@@ -306,8 +305,8 @@ class Counts(Callback):
         self._patches = contextlib.ExitStack()
 
     def on_predict_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._count(HostCopies, "start", "copies")
-        self._count(JournalWriter, "append", "blocks")
+        self._count(Portion, "wait", "copies")
+        self._count(_Segment, "write", "blocks")
         sys.setprofile(self._profile)
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -340,21 +339,23 @@ def time_host(repetitions: int) -> str:
     # Its import sets HF_HUB_OFFLINE, which client_of takes back.
     from conftest import byte_tokenizer
 
-    samplers = ("uniform", "log_uniform")
+    captures = {
+        "uniform 128": config("uniform", HOST_TOKENS),
+        "log_uniform 16": config("log_uniform", 16),
+    }
     cells = [("", "bare, ms", "more, ms", "range", "goal", "copies", "blocks", "Python calls")]
     with tempfile.TemporaryDirectory() as place, long_files(HOST_TEXTS) as texts:
         tiny_model(HOST_BOUND).save_pretrained(place)
         byte_tokenizer().save_pretrained(place)
-        for sampler, batch_size in itertools.product(samplers, (1, 8)):
+        for (name, capture), batch_size in itertools.product(captures.items(), (1, 8)):
             tokenizer = TokenizerConfig(place, max_length=HOST_TOKENS)
             data = TextDataModule(texts, tokenizer=tokenizer, batch_size=batch_size)
-            capture = config(sampler, HOST_TOKENS)
             runs, counts = time_host_batches(
                 place, data, capture, HOST_TEXTS // batch_size, repetitions
             )
             cells.append(
                 (
-                    f"{sampler}, batches of {batch_size}",
+                    f"{name}, batches of {batch_size}",
                     f"{median(run.bare for run in runs):.1f}",
                     f"{median(run.more for run in runs):.1f}",
                     f"{min(run.more for run in runs):.1f} - {max(run.more for run in runs):.1f}",
@@ -364,7 +365,7 @@ def time_host(repetitions: int) -> str:
             )
     return section(
         "Host cost",
-        f"{HOST_TEXTS} texts of {HOST_TOKENS} tokens, buckets of {HOST_TOKENS}, read by a model of "
+        f"{HOST_TEXTS} texts of {HOST_TOKENS} tokens, read in one thread by a model of "
         f"{HOST_BOUND.num_hidden_layers} layers of width {HOST_BOUND.hidden_size}, which stands for a "
         "GPU that waits for its host: milliseconds of a batch, and how many more with a capture, "
         f"medians of {repetitions}. Copies to the host, journal blocks and calls of Python functions "
@@ -385,6 +386,8 @@ def time_host_batches(
         with tempfile.TemporaryDirectory() as root:
             return loop(SnifferCallback(OutputConfig(root), capture, check=False), *callbacks)
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     loop(), captured()
     before, runs = loop(), []
     for _ in range(repetitions):
@@ -395,6 +398,7 @@ def time_host_batches(
     counts, own = Counts(), Counts()
     captured(counts)
     loop(own)
+    torch.set_num_threads(threads)
     calls = counts.python_calls - own.python_calls
     return runs, (counts.copies / n_batches, counts.blocks / n_batches, calls / n_batches)
 

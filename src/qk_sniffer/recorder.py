@@ -13,7 +13,7 @@ from qk_sniffer.capture import BatchRows, CapturedHeads, Portion, Sampler, Sniff
 from qk_sniffer.config import CaptureConfig
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter
-from qk_sniffer.storage import Block, Example, JournalWriter
+from qk_sniffer.storage import Example, JournalWriter
 
 
 class Recorder:
@@ -86,7 +86,7 @@ class Recorder:
             )
         self._sniffer.flush_batch()
         rows = self._rows
-        self._journal.commit(_blocks(rows), rows.numbers.numpy(), self._examples(batch))
+        self._journal.commit(rows.blocks, rows.numbers.numpy(), self._examples(batch))
         self.batches_read += 1
         self.tokens_read += int(batch.sequence_lengths.sum())
 
@@ -122,19 +122,3 @@ class Recorder:
         )
         is_new = self._is_new(batch).tolist()
         return [Example(*fields) for fields, new in zip(rows, is_new, strict=True) if new]
-
-
-def _blocks(rows: BatchRows) -> list[Block]:
-    """The blocks of a batch as the journal takes them."""
-    return [
-        Block(
-            block.layer_idx,
-            block.kind,
-            block.sliding_window,
-            str(block.dtype).removeprefix("torch."),
-            block.n_rows,
-            block.vectors,
-            block.rows,
-        )
-        for block in rows.blocks
-    ]

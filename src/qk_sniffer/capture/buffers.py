@@ -108,6 +108,8 @@ class Staging:
         self._side_streams: dict[torch.device, Any] = {}
         self._buffer: Buffer | None = None
         self._device = torch.device("cpu")
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._typed: dict[torch.dtype, Tensor] = {}
         self._used = 0
         self.size = 0
         """Bytes of the batch so far."""
@@ -115,7 +117,7 @@ class Staging:
     def align(self) -> int:
         """Fill up to where the vectors of another layer or kind may begin, and give the place."""
         if padding := -self.size % ALIGNMENT:
-            self._claim(padding).zero_()
+            self._memory[self._claim(padding)] = 0
         return self.size
 
     def room(self, device: torch.device, dtype: torch.dtype, n_rows: int, width: int) -> Tensor:
@@ -133,7 +135,8 @@ class Staging:
         Raises:
             ValueError: They are too wide for a buffer.
         """
-        row_bytes = width * dtype.itemsize
+        itemsize = dtype.itemsize
+        row_bytes = width * itemsize
         fitting = (BUFFER_BYTES - self._used) // row_bytes
         if fitting < n_rows:
             # The next buffer begins aligned too.
@@ -143,13 +146,17 @@ class Staging:
                 raise ValueError(f"a vector of {row_bytes} bytes is wider than a buffer")
             self.hand_on()
             self._buffer, self._device = self._free.get(), device
+            self._memory = self._buffer.on(device)
+            self._typed = {}
             return self.room(device, dtype, n_rows, width)
-        n_rows = min(n_rows, fitting)
-        return self._claim(n_rows * row_bytes).view(dtype).view(n_rows, width)
+        n_rows, first = min(n_rows, fitting), self._used // itemsize
+        self._claim(n_rows * row_bytes)
+        if dtype not in self._typed:
+            self._typed[dtype] = self._memory.view(dtype)
+        return self._typed[dtype].as_strided((n_rows, width), (width, 1), first)
 
-    def _claim(self, n_bytes: int) -> Tensor:
-        assert self._buffer is not None
-        claimed = self._buffer.on(self._device)[self._used : self._used + n_bytes]
+    def _claim(self, n_bytes: int) -> slice:
+        claimed = slice(self._used, self._used + n_bytes)
         self._used += n_bytes
         self.size += n_bytes
         return claimed

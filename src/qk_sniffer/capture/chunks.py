@@ -1,5 +1,6 @@
 """Captured rows in memory: what a sniffer hands on, as tensors."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +82,6 @@ def _chunk(blocks: list[Block], rows: BatchRows, content: Tensor) -> Chunk:
 
 
 def _vectors(block: Block, content: Tensor) -> Tensor:
-    shape = block.n_heads, block.n_rows, block.head_dim
-    n_bytes = block.n_heads * block.n_rows * block.head_dim * block.dtype.itemsize
-    return content[block.vectors : block.vectors + n_bytes].view(block.dtype).view(shape)
+    shape, dtype = (block.n_heads, block.n_rows, block.head_dim), getattr(torch, block.dtype)
+    n_bytes = math.prod(shape) * dtype.itemsize
+    return content[block.vectors : block.vectors + n_bytes].view(dtype).view(shape)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,8 +36,8 @@ class BatchPlan:
         seed: int,
     ) -> None:
         batch_size = lengths.numel()
-        longest = int(lengths.max()) if batch_size else 0
-        drawn = streams[: count_draws(sampler, len(streams), longest)]
+        self.longest = int(lengths.max()) if batch_size else 0
+        drawn = streams[: count_draws(sampler, len(streams), self.longest)]
         self.draws = {stream: min(i, len(drawn) - 1) for i, stream in enumerate(streams)}
         stream_ids = torch.tensor([2 * layer_idx + (kind == "k") for layer_idx, kind in drawn])
         sequences, self.positions = draw_positions(
@@ -49,7 +50,8 @@ class BatchPlan:
         self.example_ids, self.lengths = example_ids, lengths
         self.batch_indices = sequences % batch_size
         self.buckets = sampler.buckets(self.positions)
-        self.ends = torch.bincount(sequences // batch_size, minlength=len(drawn)).cumsum(0)
+        self.stops = torch.searchsorted(sequences, torch.arange(1, len(drawn) + 1) * batch_size)
+        """(n_draws,) the row after the last of each draw."""
         self._passage: Passage | None = None
 
     def passage(self, sequences: range, tokens: range) -> "Passage":
@@ -71,20 +73,23 @@ class Passage:
 
     def __init__(self, plan: BatchPlan, sequences: range, tokens: range) -> None:
         self.sequences, self.tokens = sequences, tokens
-        inside = (plan.positions >= tokens.start) & (plan.positions < tokens.stop)
-        inside &= plan.batch_indices >= sequences.start
-        inside &= plan.batch_indices < sequences.stop
         self._plan = plan
-        self._rows = inside.nonzero().squeeze(1)
-        stops = torch.searchsorted(self._rows, plan.ends)
-        self._sizes = stops.diff(prepend=stops.new_zeros(1))
+        self._rows: Tensor | slice = slice(None)
+        stops = plan.stops
+        if (sequences, tokens.start) != (range(len(plan.lengths)), 0) or tokens.stop < plan.longest:
+            inside = (plan.positions >= tokens.start) & (plan.positions < tokens.stop)
+            inside &= plan.batch_indices >= sequences.start
+            inside &= plan.batch_indices < sequences.stop
+            self._rows = inside.nonzero().squeeze(1)
+            stops = torch.searchsorted(self._rows, stops)
         self.stops: list[int] = stops.tolist()
-        self.starts = [0, *self.stops[:-1]]
-        self._places: dict[torch.device, Tensor] = {}
-        self._steps: dict[tuple[torch.device, int, int], Tensor] = {}
+        """The row after the last of each draw."""
+        self.sizes: list[int] = np.diff(self.stops, prepend=0).tolist()
+        """Rows of each draw."""
+        self._steps: dict[tuple[torch.device, int, int], Sequence[Tensor]] = {}
 
-    def steps(self, device: torch.device, per_sequence: int, per_token: int) -> Tensor:
-        """Where the rows of all draws lie in states of this passage: (K,) int64 on ``device``.
+    def steps(self, device: torch.device, per_sequence: int, per_token: int) -> Sequence[Tensor]:
+        """Where the rows of each draw lie in states of this passage: (K,) int64 on ``device``.
 
         Args:
             device: The states'.
@@ -93,12 +98,10 @@ class Passage:
         """
         key = device, per_sequence, per_token
         if key not in self._steps:
-            if device not in self._places:
-                sequences = self._plan.batch_indices[self._rows] - self.sequences.start
-                tokens = self._plan.positions[self._rows] - self.tokens.start
-                self._places[device] = upload(torch.stack([sequences, tokens]), device)
-            sequences, tokens = self._places[device]
-            self._steps[key] = sequences * per_sequence + tokens * per_token
+            sequences = self._plan.batch_indices[self._rows] - self.sequences.start
+            tokens = self._plan.positions[self._rows] - self.tokens.start
+            steps = upload(sequences * per_sequence + tokens * per_token, device)
+            self._steps[key] = torch.split(steps, self.sizes)
         return self._steps[key]
 
     def numbers(self, lengths: Tensor) -> Tensor:
@@ -112,12 +115,12 @@ class Passage:
         plan = self._plan
         sequences, positions = plan.batch_indices[self._rows], plan.positions[self._rows]
         live = torch.where(positions < lengths[sequences], positions, -1)
-        columns = torch.stack([plan.example_ids[sequences], live, plan.buckets[self._rows]])
-        # Row i of a draw of n rows, the first of them number s, goes to 3 s + c n + (i - s).
-        firsts = torch.tensor(self.starts).repeat_interleave(self._sizes)
-        places = torch.arange(len(firsts)) + 2 * firsts
-        numbers = torch.empty(columns.numel(), dtype=torch.int32)
-        sizes = self._sizes.repeat_interleave(self._sizes)
+        columns = plan.example_ids[sequences], live, plan.buckets[self._rows]
+        sizes, stops = np.array(self.sizes), np.array(self.stops)
+        # Row i of a draw of n rows, the first of them number s, goes to 3 s + column n + (i - s).
+        places = np.arange(positions.numel()) + 2 * np.repeat(stops - sizes, sizes)
+        strides = np.repeat(sizes, sizes)
+        numbers = np.empty(3 * positions.numel(), np.int32)
         for number, column in enumerate(columns):
-            numbers[places + number * sizes] = column.to(torch.int32)
-        return numbers
+            numbers[places + number * strides] = column.numpy()
+        return torch.from_numpy(numbers)

@@ -10,7 +10,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +24,7 @@ from qk_sniffer.capture.positions import first_new_key
 from qk_sniffer.capture.sampling import Sampler
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """The kept rows of one layer and kind in one attention call.
 
     K rows are sorted by their place in the batch and by position.
@@ -32,7 +33,7 @@ class Block:
         layer_idx: Layer in the text decoder, from 0.
         kind: "q" or "k".
         sliding_window: The window that the layer used; None attends to all earlier tokens.
-        dtype: Number format of the vectors, the model's.
+        dtype: Number format of the vectors, the model's, by its name in torch.
         n_heads: Captured heads.
         n_rows: K.
         head_dim: Width of a vector.
@@ -43,7 +44,7 @@ class Block:
     layer_idx: int
     kind: Kind
     sliding_window: int | None
-    dtype: torch.dtype
+    dtype: str
     n_heads: int
     n_rows: int
     head_dim: int
@@ -71,6 +72,9 @@ class BatchRows:
         return self.numbers[block.rows : block.rows + 3 * block.n_rows].view(3, block.n_rows)
 
 
+_NO_NUMBERS = torch.empty(0, dtype=torch.int32)
+
+
 class Sink(Protocol):
     """Where captured rows go."""
 
@@ -81,25 +85,16 @@ class Sink(Protocol):
         """Take what the bytes since the batch's first are."""
 
 
-@dataclass(frozen=True)
-class _PendingChunk:
+class _PendingChunk(NamedTuple):
     """Gathered rows of one layer and kind in one attention call.
 
     Attributes:
-        stream: Layer and kind.
         passage: Which rows of the batch the call has read.
-        shape: (n_heads, K, head_dim).
-        dtype: Number format.
-        vectors: Their first byte in the batch.
-        sliding_window: The layer's.
+        block: What they are; its ``rows`` count from the numbers of the passage.
     """
 
-    stream: tuple[int, Kind]
     passage: Passage
-    shape: tuple[int, int, int]
-    dtype: torch.dtype
-    vectors: int
-    sliding_window: int | None
+    block: Block
 
 
 class CapturesAttention(Protocol):
@@ -243,12 +238,14 @@ class Sniffer:
             )
         read[sequences.start : sequences.stop] = [stop] * len(sequences)
         passage = self._plan.passage(sequences, range(start, stop))
-        new_keys = first_new_key(start, length, key.shape[2])
-        key = key[:, :, new_keys : new_keys + length]
+        if key.shape[2] != length:
+            new_keys = first_new_key(start, length, key.shape[2])
+            key = key[:, :, new_keys : new_keys + length]
         states: tuple[tuple[Kind, Tensor], ...] = (("q", query), ("k", key))
         for kind, vectors in states:
             if (layer_idx, kind) in self._heads:
-                self._gather((layer_idx, kind), vectors.detach(), passage, sliding_window)
+                plain = vectors.detach() if vectors.requires_grad else vectors
+                self._gather((layer_idx, kind), plain, passage, sliding_window)
 
     def _gather(
         self,
@@ -259,27 +256,35 @@ class Sniffer:
     ) -> None:
         """Lay down the kept rows of all captured heads, head by head."""
         assert self._plan is not None
-        heads, draw = self._heads[stream], self._plan.draws[stream]
-        start, stop = passage.starts[draw], passage.stops[draw]
-        if start == stop:
+        draw = self._plan.draws[stream]
+        n_rows, width = passage.sizes[draw], states.shape[3]
+        if n_rows == 0:
             return
-        rows, (per_sequence, per_head, per_token) = _as_rows(states)
-        places = passage.steps(states.device, per_sequence, per_token)[start:stop]
-        head_places = self._steps_to_heads(states.device, heads, per_head)
-        n_rows, width = stop - start, states.shape[3]
-        shape = len(heads), n_rows, width
-        chunk = _PendingChunk(
-            stream, passage, shape, states.dtype, self._staging.align(), sliding_window
+        vectors, (per_sequence, per_head, per_token) = _as_rows(states)
+        steps = passage.steps(states.device, per_sequence, per_token)[draw]
+        head_steps = self._steps_to_heads(states.device, self._heads[stream], per_head)
+        block = Block(
+            *stream,
+            sliding_window,
+            _dtype_name(states.dtype),
+            len(head_steps),
+            n_rows,
+            width,
+            self._staging.align(),
+            3 * (passage.stops[draw] - n_rows),
         )
-        done, total = 0, len(heads) * n_rows
+        done, total = 0, block.n_heads * n_rows
         while done < total:
             room = self._staging.room(states.device, states.dtype, total - done, width)
-            first, last = done // n_rows, (done + len(room) - 1) // n_rows
-            index = (head_places[first : last + 1] + places).view(-1)
-            begin = done - first * n_rows
-            torch.index_select(rows, 0, index[begin : begin + len(room)], out=room)
-            done += len(room)
-        self._pending.append(chunk)
+            stop, first = done + room.shape[0], done // n_rows
+            if stop - done < total:
+                index = (head_steps[first : -(-stop // n_rows)] + steps).view(-1)
+                index = index[done - first * n_rows : stop - first * n_rows]
+            else:
+                index = (head_steps + steps).view(-1)
+            torch.index_select(vectors, 0, index, out=room)
+            done = stop
+        self._pending.append(_PendingChunk(passage, block))
 
     def _steps_to_heads(self, device: torch.device, heads: tuple[int, ...], per_head: int) -> Tensor:
         """(n_heads, 1) int64 on ``device``."""
@@ -309,8 +314,8 @@ class Sniffer:
                     raise RuntimeError(
                         f"layer {layer_idx} was captured for {tokens_read} of {length} tokens"
                     )
-        self._staging.hand_on()
         rows = self._batch_rows(self._plan, lengths)
+        self._staging.hand_on()
         self._sink.take_rows(rows)
         for block in rows.blocks:
             live = block.n_rows
@@ -321,28 +326,15 @@ class Sniffer:
 
     def _batch_rows(self, plan: BatchPlan, lengths: Tensor) -> BatchRows:
         """What the bytes of the batch are."""
-        firsts: dict[Passage, int] = {}
-        numbers = [torch.empty(0, dtype=torch.int32)]
-        blocks = []
-        for chunk in self._pending:
-            if chunk.passage not in firsts:
-                firsts[chunk.passage] = sum(map(len, numbers))
-                numbers.append(chunk.passage.numbers(lengths))
-            n_heads, n_rows, head_dim = chunk.shape
-            rows = firsts[chunk.passage] + 3 * chunk.passage.starts[plan.draws[chunk.stream]]
-            blocks.append(
-                Block(
-                    *chunk.stream,
-                    chunk.sliding_window,
-                    chunk.dtype,
-                    n_heads,
-                    n_rows,
-                    head_dim,
-                    chunk.vectors,
-                    rows,
-                )
-            )
-        return BatchRows(plan.example_ids, blocks, torch.cat(numbers))
+        passages = list(dict.fromkeys(chunk.passage for chunk in self._pending))
+        numbers = [passage.numbers(lengths) for passage in passages]
+        firsts = dict(zip(passages, accumulate(map(len, numbers), initial=0), strict=False))
+        blocks = [
+            block._replace(rows=first + block.rows) if (first := firsts[passage]) else block
+            for passage, block in self._pending
+        ]
+        joined = numbers[0] if len(numbers) == 1 else torch.cat([_NO_NUMBERS, *numbers])
+        return BatchRows(plan.example_ids, blocks, joined)
 
     def close(self) -> None:
         """Drop what a batch that was never flushed left behind."""
@@ -363,16 +355,25 @@ def _as_rows(states: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     """
     if states.stride(3) != 1:
         states = states.contiguous()
-    strides = [
-        stride if size > 1 else 0
-        for stride, size in zip(states.stride()[:3], states.shape[:3], strict=True)
-    ]
-    step = math.gcd(*strides) or 1
-    per_sequence, per_head, per_token = (stride // step for stride in strides)
-    sequences, heads, tokens, head_dim = states.shape
-    last = (sequences - 1) * per_sequence + (heads - 1) * per_head + (tokens - 1) * per_token
-    rows = states.as_strided((last + 1, head_dim), (step, 1))
-    return rows, (per_sequence, per_head, per_token)
+    size, step, steps = _row_steps(states.shape, states.stride())
+    return states.as_strided((size, states.shape[3]), (step, 1)), steps
+
+
+@lru_cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@lru_cache(maxsize=64)
+def _row_steps(
+    shape: tuple[int, ...], strides: tuple[int, ...]
+) -> tuple[int, int, tuple[int, int, int]]:
+    """Rows of the matrix, elements from one to the next, and rows along each axis but the last."""
+    walked = [stride if size > 1 else 0 for stride, size in zip(strides[:3], shape[:3], strict=True)]
+    step = math.gcd(*walked) or 1
+    per_sequence, per_head, per_token = (stride // step for stride in walked)
+    last = (shape[0] - 1) * per_sequence + (shape[1] - 1) * per_head + (shape[2] - 1) * per_token
+    return last + 1, step, (per_sequence, per_head, per_token)
 
 
 _active_sniffer: CapturesAttention | None = None

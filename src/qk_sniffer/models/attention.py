@@ -51,7 +51,8 @@ def watch_attention(
             forward.trace = stack.enter_context(trace_rotary(decoder))
         hook = backbone.register_forward_pre_hook(forward.begin, with_kwargs=True)
         stack.callback(hook.remove)
-        for layer_idx, layer in forward.modules.layers:
+        # Hooks take time, and a first forward shows where each module attends.
+        for layer_idx, layer in [] if forward.layer_of else forward.modules.layers:
             hook = layer.register_forward_pre_hook(forward.entering(layer_idx))
             stack.callback(hook.remove)
         stack.enter_context(intercept_attention(forward.modules, forward.on_call))
@@ -65,6 +66,7 @@ class _Forward:
 
     def __init__(self, decoder: nn.Module, on_layer: OnLayer, numbered_by_call: bool) -> None:
         self.modules = decoder_modules(decoder)
+        self.layer_of = dict(self.modules.layer_of)
         self._on_layer = on_layer
         self._numbered_by_call = numbered_by_call
         self._restart()
@@ -99,13 +101,16 @@ class _Forward:
         return enter
 
     def on_call(self, call: AttentionCall) -> OnResult | None:
-        if self._layer_idx is None or call.module in self.modules.cross_attention:
+        layer_idx = self.layer_of.get(call.module, self._layer_idx)
+        if layer_idx is None or call.module in self.modules.cross_attention:
             return None
+        if not self.layer_of:
+            self.modules.attends(call.module, layer_idx)
         # Differential attention calls once for each half of the values, with the same query and key.
         if self._last_query() is call.query:
             return None
         self._last_query = ref(call.query)
-        layer_idx = self._n_calls if self._numbered_by_call else self._layer_idx
+        layer_idx = self._n_calls if self._numbered_by_call else layer_idx
         n_tokens, n_keys = call.query.shape[2], call.key.shape[2]
         if n_keys != n_tokens and not self._has_cache:
             raise UserError(

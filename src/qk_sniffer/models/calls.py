@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -121,10 +121,9 @@ def intercept_attention(modules: DecoderModules, on_call: OnCall) -> Iterator[No
 def _intercept_interface(modules: Set[nn.Module], on_call: OnCall) -> Iterator[None]:
     original = AttentionInterface.get_interface
 
-    @wraps(original)
-    def get_interface(self: AttentionInterface, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        attention = original(self, *args, **kwargs)
-
+    # Every layer asks, mostly for the same.
+    @lru_cache(maxsize=8)
+    def wrapped(attention: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(attention)
         def reporting(
             module: nn.Module,
@@ -144,6 +143,10 @@ def _intercept_interface(modules: Set[nn.Module], on_call: OnCall) -> Iterator[N
             return result
 
         return reporting
+
+    @wraps(original)
+    def get_interface(self: AttentionInterface, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        return wrapped(original(self, *args, **kwargs))
 
     AttentionInterface.get_interface = get_interface
     try:

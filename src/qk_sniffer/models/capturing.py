@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qk_sniffer.capture import compute_positions, first_new_key, get_active_sniffer
 from qk_sniffer.models.attention import watch_attention
@@ -38,8 +39,7 @@ def capture_attention(backbone: nn.Module) -> Iterator[None]:
             return
         query, key = call.query, call.key
         length = query.shape[2]
-        token_positions = torch.arange(past_length, past_length + length)
-        positions, _ = compute_positions(length, key.shape[2], cache_position=token_positions)
+        positions = _positions(past_length, length, key.shape[2])
         if trace is not None:
             first = first_new_key(past_length, length, key.shape[2])
             key = key[:, :, first : first + length]
@@ -50,3 +50,10 @@ def capture_attention(backbone: nn.Module) -> Iterator[None]:
         backbone, report, numbered_by_call=attention.numbered_by_call, rotary=sniffer.pre_rope
     ):
         yield
+
+
+@lru_cache(maxsize=1)
+def _positions(past_length: int, query_length: int, key_length: int) -> Tensor:
+    """Positions of the queries of a call; those of all layers of a forward are mostly the same."""
+    queries = torch.arange(past_length, past_length + query_length)
+    return compute_positions(query_length, key_length, cache_position=queries)[0]

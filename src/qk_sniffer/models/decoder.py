@@ -1,6 +1,7 @@
 """The modules of a decoder, found once: a forward has no time to walk them."""
 
 import re
+from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -35,6 +36,17 @@ class DecoderModules:
             if _CROSS_ATTENTION.search(name) or _CROSS_ATTENTION.search(type(module).__name__)
         )
         """Those that attend to something else than the text, or are inside one that does."""
+        self._layer_of: dict[nn.Module, int] = {}
+        self._has_shared = False
+
+    @property
+    def layer_of(self) -> Mapping[nn.Module, int]:
+        """The layer of each module that was seen to attend; empty where one attends in several."""
+        return {} if self._has_shared else self._layer_of
+
+    def attends(self, module: nn.Module, layer_idx: int) -> None:
+        """Note the layer in which a module attends."""
+        self._has_shared |= self._layer_of.setdefault(module, layer_idx) != layer_idx
 
 
 _found: WeakKeyDictionary[nn.Module, DecoderModules] = WeakKeyDictionary()

@@ -34,7 +34,7 @@ from qk_sniffer.storage.files import (
 )
 from qk_sniffer.storage.finalizing import finalize, merge_pulled, n_threads
 from qk_sniffer.storage.finished import stored_example_ids
-from qk_sniffer.storage.journal import Block, Example, JournalWriter
+from qk_sniffer.storage.journal import Example, JournalWriter
 from qk_sniffer.storage.manifest import (
     count_rows,
     describe_beyond,
@@ -83,7 +83,6 @@ __all__ = [
     "REPORT_DIRECTORY",
     "REPORT_FILE",
     "SCHEMA_VERSION",
-    "Block",
     "EarlierRun",
     "Example",
     "FileFacts",

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,30 +86,40 @@ class Portion(Protocol):
         """Give the memory back."""
 
 
-@dataclass(frozen=True)
-class Block:
-    """Kept rows of one layer and kind from one batch.
+class Block(Protocol):
+    """Kept rows of one layer and kind from one batch."""
 
-    Attributes:
-        layer_idx: Layer in the text decoder.
-        kind: "q" or "k".
-        sliding_window: The layer's window; None for full attention.
-        dtype: Number format of the vectors: float32, float16 or bfloat16.
-        n_rows: K.
-        vectors: The byte of the batch where they begin, (n_heads, K, head_dim); a multiple of
-            ``ALIGNMENT``.
-        rows: Where the (3, K) numbers of the rows begin among those of the batch: example_id, position
-            and bucket. The rows of an example are adjacent and ascend in position; at their end may be
-            some whose position is -1, which don't count.
-    """
+    @property
+    def layer_idx(self) -> int:
+        """Layer in the text decoder."""
 
-    layer_idx: int
-    kind: Kind
-    sliding_window: int | None
-    dtype: str
-    n_rows: int
-    vectors: int
-    rows: int
+    @property
+    def kind(self) -> Kind:
+        """The kind, "q" or "k"."""
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The layer's window; None for full attention."""
+
+    @property
+    def dtype(self) -> str:
+        """Number format of the vectors: float32, float16 or bfloat16."""
+
+    @property
+    def n_rows(self) -> int:
+        """K."""
+
+    @property
+    def vectors(self) -> int:
+        """The byte of the batch where (n_heads, K, head_dim) begin; a multiple of ``ALIGNMENT``."""
+
+    @property
+    def rows(self) -> int:
+        """Where (3, K) begin among the batch's numbers: example_id, position and bucket of each row.
+
+        The rows of an example are adjacent and ascend in position; at their end may be some whose
+        position is -1, which don't count.
+        """
 
 
 @dataclass(frozen=True)
@@ -138,11 +149,6 @@ class _Segment:
             written += self._file.write(memoryview(data)[written:])
         self._digest.update(data)
         self.size += n_bytes
-
-    def align(self) -> None:
-        """Fill up to where something may begin."""
-        if padding := bytes(-self.size % ALIGNMENT):
-            self.write(padding)
 
     def end_batch(self) -> str:
         """The digest of the bytes since the last batch."""
@@ -211,7 +217,7 @@ class JournalWriter:
     def append(self, portion: Portion) -> None:
         """Write some of a batch's vectors, in their order; they count once the batch is committed."""
         self._raise_error()
-        self._queue.put(lambda: self._write_vectors(portion))
+        self._queue.put(partial(self._write_portion, portion))
 
     def commit(
         self, blocks: Sequence[Block], numbers: npt.NDArray[np.int32], examples: Sequence[Example]
@@ -224,7 +230,13 @@ class JournalWriter:
             examples: The texts of the batch.
         """
         self._raise_error()
-        self._queue.put(lambda: self._attempt(lambda: self._end_batch(blocks, numbers, examples)))
+        # Made here, since a thread that wants the interpreter takes it from the forward's.
+        content = pa.BufferOutputStream()
+        with pa.ipc.new_stream(content, TOKENS_SCHEMA) as stream:
+            stream.write_table(pa.Table.from_pylist([vars(e) for e in examples], TOKENS_SCHEMA))
+        ids = np.array([example.example_id for example in examples], np.int32)
+        task = partial(self._end_batch, self._index(blocks), numbers, content.getvalue(), ids)
+        self._queue.put(partial(self._attempt, task))
 
     def close(self) -> None:
         """Write and commit what is waiting, and close the files.
@@ -273,66 +285,65 @@ class JournalWriter:
         self._number += 1
         self._batch_start = self._committed_size = 0
 
-    def _write_vectors(self, portion: Portion) -> None:
-        def write() -> None:
-            vectors = portion.wait()
-            if portion.start == 0:
-                self._segment.align()
-                self._vectors = self._segment.size
-            self._segment.write(vectors.data)
-
-        self._attempt(write)
+    def _write_portion(self, portion: Portion) -> None:
+        self._attempt(partial(self._write_vectors, portion))
         portion.release()
 
+    def _write_vectors(self, portion: Portion) -> None:
+        vectors = portion.wait()
+        if portion.start == 0:
+            # Behind a batch that was given up, whose bytes are of no use.
+            if padding := bytes(-self._segment.size % ALIGNMENT):
+                self._segment.write(padding)
+            self._vectors = self._segment.size
+        self._segment.write(vectors.data)
+
     def _end_batch(
-        self, blocks: Sequence[Block], numbers: npt.NDArray[np.int32], examples: Sequence[Example]
+        self,
+        index: npt.NDArray[Any],
+        numbers: npt.NDArray[np.int32],
+        examples: pa.Buffer,
+        example_ids: npt.NDArray[np.int32],
     ) -> None:
         segment = self._segment
-        segment.align()
-        rows = segment.size
-        place = rows + _aligned(numbers.nbytes)
-        content = pa.BufferOutputStream()
-        with pa.ipc.new_stream(content, TOKENS_SCHEMA) as stream:
-            stream.write_table(pa.Table.from_pylist([vars(e) for e in examples], TOKENS_SCHEMA))
-        texts = content.getvalue()
-        index = place + _aligned(texts.size)
-        tail = bytearray(index - rows)
-        tail[: numbers.nbytes] = numbers.data.cast("B")
-        tail[place - rows : place - rows + texts.size] = texts
-        segment.write(bytes(tail) + self._index(blocks, rows).tobytes())
-        ids = np.array([example.example_id for example in examples], np.int32)
+        rows = _aligned(segment.size)
+        texts = rows + _aligned(numbers.nbytes)
+        # The next batch begins where this one ends, and is aligned.
+        stop = _aligned(texts + examples.size + index.nbytes)
+        place = stop - index.nbytes
+        is_there = index["n_rows"] > 0
+        index["rows"] += rows * is_there
+        index["vectors"] += self._vectors * is_there
+        tail = np.zeros(stop - segment.size, np.uint8)
+        for start, part in ((rows, numbers.view(np.uint8)), (texts, examples), (place, index)):
+            values = np.frombuffer(part, np.uint8)
+            tail[start - segment.size :][: values.size] = values
+        segment.write(tail.data)
+        digest = segment.end_batch()
         self._unsynced.append(
-            Commit(
-                segment.path,
-                self._batch_start,
-                segment.size,
-                index,
-                place,
-                segment.end_batch(),
-                ids,
-            )
+            Commit(segment.path, self._batch_start, stop, place, texts, digest, example_ids)
         )
-        self._batch_start = segment.size
-        if segment.size >= SEGMENT_BYTES:
+        self._batch_start = stop
+        if stop >= SEGMENT_BYTES:
             self._sync()
             segment.close()
             self._begin_segment()
         elif time.monotonic() - self._last_sync >= SYNC_SECONDS:
             self._sync()
 
-    def _index(self, blocks: Sequence[Block], rows: int) -> npt.NDArray[Any]:
-        """The index of a batch's blocks, whose numbers begin at ``rows``."""
+    def _index(self, blocks: Sequence[Block]) -> npt.NDArray[Any]:
+        """The index of a batch's blocks, with places that count from its first vector and number."""
         level = Counter[int]()
         entries = []
         for block in blocks:
             stream = self._streams[block.layer_idx, block.kind]
             window = -1 if block.sliding_window is None else block.sliding_window
-            entry = rows + 4 * block.rows, self._vectors + block.vectors, block.n_rows, window
-            entries.append((level[stream], stream, (*entry, DTYPES.index(block.dtype))))
+            entry = 4 * block.rows, block.vectors, block.n_rows, window, DTYPES.index(block.dtype)
+            entries.append((level[stream], stream, entry))
             level[stream] += 1
         index = np.zeros((max(level.values(), default=1), len(self._streams)), INDEX)
-        for number, stream, values in entries:
-            index[number, stream] = values
+        for number, stream, entry in entries:
+            index[number, stream] = entry
         return index
 
     def _sync(self) -> None:
