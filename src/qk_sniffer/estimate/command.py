@@ -100,7 +100,15 @@ def estimate(args: list[str], *, timed: bool) -> str:
         samples = read_samples(module, capture, device, data.tokenizer)
         timing = Timing(seconds_to_load, samples, trainer.world_size, str(device))
     quantization = stored_quantization(module.source.name, module.source.revision, skeleton.config)
-    return table(data, skeleton, capture, sniffer.data_root, timing, quantization)
+    return table(
+        data,
+        skeleton,
+        capture,
+        sniffer.data_root,
+        timing,
+        quantization,
+        module.hparams["prefill_chunk_size"],
+    )
 
 
 def _load(module: SnifferModule, device: torch.device) -> float:

@@ -14,7 +14,13 @@ from qk_sniffer.estimate.capture import Capture, parameter_bytes
 from qk_sniffer.estimate.texts import Texts
 from qk_sniffer.estimate.timing import FILE_BYTES_PER_SECOND, Samples
 from qk_sniffer.forewarnings import forewarnings
-from qk_sniffer.models import Quantization, covered_positions
+from qk_sniffer.models import (
+    Footprint,
+    Quantization,
+    covered_positions,
+    decoder_backbone,
+    forward_footprint,
+)
 from qk_sniffer.storage import n_threads
 
 _WIDTH = 96
@@ -49,6 +55,7 @@ def table(
     data_root: Path,
     timing: Timing | None,
     quantization: Quantization | None,
+    prefill_chunk_size: int | None,
 ) -> str:
     """Everything that is expected of a run.
 
@@ -59,13 +66,14 @@ def table(
         data_root: Where it would go.
         timing: What was measured; None leaves the time out.
         quantization: How the weights are stored; None as plain numbers.
+        prefill_chunk_size: Tokens that are read at a time; None reads each batch at once.
     """
     lines = [
         *_heads(skeleton, capture),
         *_texts(data, capture),
         *_rows(capture),
         *_disk(capture, data_root),
-        *_memory(skeleton, capture, quantization),
+        *_memory(skeleton, capture, quantization, prefill_chunk_size),
         *_time(capture, timing),
         *_warnings(skeleton, capture),
     ]
@@ -164,7 +172,10 @@ def _free_bytes(directory: Path) -> int:
 
 
 def _memory(
-    skeleton: PreTrainedModel, capture: Capture, quantization: Quantization | None
+    skeleton: PreTrainedModel,
+    capture: Capture,
+    quantization: Quantization | None,
+    prefill_chunk_size: int | None,
 ) -> Iterator[Line]:
     weights = list(skeleton.parameters())
     count, dtype = sum(weight.numel() for weight in weights), str(skeleton.dtype)
@@ -174,11 +185,54 @@ def _memory(
     yield "memory", f"{_size(n_bytes)}  weights of each process, {numbers}, beside activations"
     if quantization is not None and quantization.n_bytes is None:
         yield "", f"less, since they are quantized by {quantization.method}; the checkpoint would tell"
+    yield from _device_memory(n_bytes, skeleton, capture, prefill_chunk_size)
     yield "", f"{_size(capture.plan_bytes)}  on its host: places of the rows of the largest batch"
     yield (
         "",
         f"{_size(capture.buffer_bytes)}  on its host, at most: vectors on their way to the disk; a GPU "
         "has as much",
+    )
+
+
+def _device_memory(
+    weight_bytes: int, skeleton: PreTrainedModel, capture: Capture, prefill_chunk_size: int | None
+) -> Iterator[Line]:
+    """What a process needs of its device: weights, activations, and buffers of the capture."""
+    try:
+        forward, batch = _largest_forward(skeleton, capture, prefill_chunk_size)
+    # A forward may do anything with a value that isn't there.
+    except Exception:
+        yield "", "activations can't be told without the weights' values; --time reads a batch"
+        return
+    total = weight_bytes + forward.n_bytes + capture.buffer_bytes
+    yield (
+        "",
+        f"{_size(total)}  on its device at most: weights, {_size(forward.n_bytes).strip()} of "
+        f"activations for {batch[0]:,} x {batch[1]:,} tokens, vectors on their way",
+    )
+    if forward.is_mask and forward.largest > total / 10:
+        yield (
+            "",
+            f"a mask of every pair of tokens takes {_size(forward.largest).strip()} of it, and more "
+            "while it is made; read in passages (model.prefill_chunk_size), or without such masks "
+            "(model.attn_implementation: flash_attention_2 or flex_attention)",
+        )
+
+
+def _largest_forward(
+    skeleton: PreTrainedModel, capture: Capture, prefill_chunk_size: int | None
+) -> tuple[Footprint, tuple[int, int]]:
+    """The memory of the batch that takes the most, and its shape."""
+    backbone, shapes = decoder_backbone(skeleton), capture.texts.shapes.tolist()
+    candidates = {
+        max(map(tuple, shapes), key=lambda shape: shape[0] * shape[1] ** power) for power in (1, 2)
+    }
+    return max(
+        (
+            (forward_footprint(backbone, size, length, prefill_chunk_size), (size, length))
+            for size, length in candidates
+        ),
+        key=lambda found: found[0].n_bytes,
     )
 
 

@@ -4,6 +4,7 @@ from qk_sniffer.models.attention import decoder_backbone
 from qk_sniffer.models.capturing import capture_attention
 from qk_sniffer.models.check import check_capture
 from qk_sniffer.models.checkpoint import Quantization, stored_quantization
+from qk_sniffer.models.footprint import Footprint, forward_footprint
 from qk_sniffer.models.frequencies import (
     begin_batch_of_like_frequencies,
     depends_on_length,
@@ -25,6 +26,7 @@ from qk_sniffer.models.skeleton import attention_geometry, load_skeleton
 __all__ = [
     "AttentionGeometry",
     "AttentionMap",
+    "Footprint",
     "ModelSource",
     "Quantization",
     "attention_geometry",
@@ -36,6 +38,7 @@ __all__ = [
     "covered_positions",
     "decoder_backbone",
     "depends_on_length",
+    "forward_footprint",
     "frequencies_for",
     "load_config",
     "load_model",

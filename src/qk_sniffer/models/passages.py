@@ -28,16 +28,21 @@ def read_in_passages(backbone: nn.Module, input_ids: Tensor, passage_length: int
     Raises:
         UserError: The model keeps no cache.
     """
-    cache: dict[str, Any] = {}
     with frequencies_for(backbone, input_ids.shape[1]):
-        for passage in torch.split(input_ids, passage_length, dim=1):  # type: ignore[no-untyped-call]
-            output = backbone(input_ids=passage, **cache, use_cache=True)
-            # The name depends on the release of transformers.
-            names = [n for n in _CACHE_NAMES if hasattr(getattr(output, n, None), "get_seq_length")]
-            if not names:
-                raise _unreadable(backbone, "keeps no cache to read on from")
-            cache = {names[0]: getattr(output, names[0])}
-            yield output
+        yield from read_with_cache(backbone, input_ids, passage_length)
+
+
+def read_with_cache(backbone: nn.Module, input_ids: Tensor, passage_length: int) -> Iterator[Any]:
+    """Do as ``read_in_passages`` does, with RoPE's frequencies as they are."""
+    cache: dict[str, Any] = {}
+    for passage in torch.split(input_ids, passage_length, dim=1):  # type: ignore[no-untyped-call]
+        output = backbone(input_ids=passage, **cache, use_cache=True)
+        # The name depends on the release of transformers.
+        names = [n for n in _CACHE_NAMES if hasattr(getattr(output, n, None), "get_seq_length")]
+        if not names:
+            raise _unreadable(backbone, "keeps no cache to read on from")
+        cache = {names[0]: getattr(output, names[0])}
+        yield output
 
 
 @torch.inference_mode()

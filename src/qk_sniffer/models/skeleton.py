@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from qk_sniffer.errors import UserError, first_line
@@ -60,7 +61,7 @@ def attention_geometry(backbone: nn.Module) -> AttentionGeometry:
     if not next(backbone.parameters()).is_meta:
         return see_geometry(backbone)
     try:
-        with _NoData():  # type: ignore[no-untyped-call]
+        with NoData():  # type: ignore[no-untyped-call]
             return see_geometry(backbone)
     except UserError:
         raise
@@ -72,8 +73,15 @@ def attention_geometry(backbone: nn.Module) -> AttentionGeometry:
         ) from error
 
 
-class _NoData(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs what depends on values as if each were zero: nothing is selected, no expert has a token."""
+class NoData(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs what depends on values as if each were zero: nothing is selected, no expert has a token.
+
+    What is said of all of some values is taken to hold: no token is padding, positions rise by one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._said_of_all: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -83,7 +91,13 @@ class _NoData(TorchDispatchMode):  # type: ignore[no-untyped-call]
         first = args[0] if args and isinstance(args[0], Tensor) and args[0].is_meta else None
         if first is None:
             return func(*args, **kwargs)
+        if func is aten.all.default:
+            result = func(*args, **kwargs)
+            self._said_of_all[result] = True
+            return result
         if func is aten._local_scalar_dense.default:
+            if first in self._said_of_all:
+                return True
             return torch.zeros((), dtype=first.dtype, device="cpu").item()
         if func is aten.nonzero.default:
             return torch.empty((0, first.dim()), dtype=torch.int64, device="meta")

@@ -1,0 +1,97 @@
+"""What a run moves: few copies to the host, few writes, and no more memory than its buffers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import LENGTHS
+from qk_sniffer.capture import buffers
+from qk_sniffer.capture.buffers import ALIGNMENT, N_BUFFERS, Staging
+from qk_sniffer.storage import journal
+
+SMALL = 32 * ALIGNMENT
+CAPTURES: dict[str, dict[str, Any]] = {
+    "all": {"sampler": {"type": "all"}},
+    "uniform": {"sampler": {"type": "uniform", "base_rate": 4}, "min_bucket_size": 16},
+    "log_uniform": {"sampler": {"type": "log_uniform", "base_rate": 4}, "min_bucket_size": 16},
+}
+
+
+class Counted:
+    """What passes on the way to the disk, batch by batch.
+
+    Attributes:
+        batches: Copies to the host, writes, and bytes of vectors of each batch.
+        most_waiting: Buffers that were under way at once, at most.
+        allocated: Bytes of all buffers.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.batches: list[tuple[int, int, int]] = []
+        self.most_waiting = self.allocated = 0
+        self._copies = self._writes = 0
+        copy, write, allocate = Staging._copy, journal._Segment.write, buffers._allocate
+        end_batch = journal._Segment.end_batch
+
+        def counting_copy(staging: Staging, *args: Any) -> Any:
+            self._copies += 1
+            self.most_waiting = max(self.most_waiting, N_BUFFERS - staging._free.qsize())
+            return copy(staging, *args)
+
+        def counting_write(segment: Any, data: Any) -> None:
+            self._writes += 1
+            write(segment, data)
+
+        def counting_end(segment: Any) -> str:
+            n_bytes = segment.size - sum(n for _, _, n in self.batches)
+            self.batches.append((self._copies, self._writes, n_bytes))
+            self._writes = 0
+            return end_batch(segment)
+
+        def counting_allocate(*args: Any, **options: Any) -> torch.Tensor:
+            buffer = allocate(*args, **options)
+            self.allocated += buffer.nbytes
+            return buffer
+
+        patch.setattr(Staging, "_copy", counting_copy)
+        patch.setattr(journal._Segment, "write", counting_write)
+        patch.setattr(journal._Segment, "end_batch", counting_end)
+        patch.setattr(buffers, "_allocate", counting_allocate)
+        patch.setattr(buffers, "needs_copy", lambda device: True)
+
+
+@pytest.mark.parametrize("passage", [None, 32])
+@pytest.mark.parametrize("name", CAPTURES)
+def test_copies_writes_and_memory_have_limits(
+    name: str,
+    passage: int | None,
+    predict: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a GPU's code and buffers that the vectors of one layer overflow; files stay the same."""
+    run = {"sniffer": {"capture": CAPTURES[name]}, "model": {"prefill_chunk_size": passage}}
+    assert predict(**run) == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "root").glob("*/data.parquet")}
+    with monkeypatch.context() as patch:
+        patch.setattr(buffers, "BUFFER_BYTES", SMALL)
+        counted = Counted(patch)
+        run["sniffer"]["output"] = {"overwrite": True}
+        assert predict(**run) == 0
+    assert len(files) == 4 * (4 + 2) + 1
+    assert all(path.read_bytes() == content for path, content in files.items())
+    assert len(counted.batches) == -(-len(LENGTHS) // 3)
+    copies_before = 0
+    for copies, writes, n_bytes in counted.batches:
+        # Copies of the batches behind may have begun, as the thread that writes is behind too.
+        assert writes <= 2 + n_bytes / SMALL
+        copies_before = copies
+    total = sum(n_bytes for _, _, n_bytes in counted.batches)
+    assert copies_before <= 2 * len(counted.batches) + total / SMALL
+    assert 0 < counted.most_waiting <= N_BUFFERS
+    assert counted.allocated <= 2 * N_BUFFERS * SMALL
+    if name == "all":
+        assert total > 20 * N_BUFFERS * SMALL
