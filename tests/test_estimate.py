@@ -250,6 +250,36 @@ def test_layers_left_out_are_named_and_drawn_heads_counted(
     assert f"2 layers, {queries} of 16 query heads, {keys} of 8 key heads" in text
 
 
+def test_the_memory_of_a_device_has_activations_and_the_way_of_reading(
+    say: Say, write_run: WriteRun
+) -> None:
+    def activations(**model: Any) -> float:
+        text = say("estimate", *write_run(model=model, data={"batch_size": 7})[1:])
+        line = re.search(r"([\d.]+) (KB|MB) of activations\s+for 7 x 61 tokens", text)
+        assert line is not None, text
+        return float(line[1]) * {"KB": 1e3, "MB": 1e6}[line[2]]
+
+    whole = activations()
+    # Eager attention holds the scores of four heads.
+    assert activations(attn_implementation="eager") > whole + 4 * 7 * 61 * 61 * 4
+    assert activations(prefill_chunk_size=8) < 0.9 * whole
+
+
+def test_a_mask_that_fills_the_device_is_named(
+    say: Say, write_run: WriteRun, model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    texts = write_jsonl(tmp_path / "long.jsonl", [{"id": 0, "text": "y" * 60_000}])
+    model = {"name": str(model_dir("mistral"))}
+    run = write_run(model=model, data={"path": str(texts), "batch_size": 1})
+    text = " ".join(say("estimate", *run[1:]).split())
+    assert "a mask of every pair of tokens takes 14.4 GB of it" in text
+    assert "read in passages (model.prefill_chunk_size)" in text
+    run = write_run(
+        model=model | {"prefill_chunk_size": 512}, data={"path": str(texts), "batch_size": 1}
+    )
+    assert "a mask of" not in say("estimate", *run[1:])
+
+
 def test_a_host_without_the_devices_of_the_run_estimates_it(
     say: Say, write_run: WriteRun, capsys: pytest.CaptureFixture[str]
 ) -> None:

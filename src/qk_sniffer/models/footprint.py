@@ -57,7 +57,7 @@ def forward_footprint(
             for _ in read_with_cache(backbone, input_ids, prefill_chunk_size):
                 pass
     n_bytes, shape = max(held.at_peak, default=(0, ()))
-    return Footprint(held.peak, n_bytes, shape[-1:] == (length,) and len(shape) >= 2)
+    return Footprint(held.peak, n_bytes, shape[-2:] == (length, length))
 
 
 class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
