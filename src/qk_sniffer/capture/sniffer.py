@@ -125,7 +125,7 @@ class Sniffer:
         heads: The captured heads by layer.
         sampler: Which positions are kept.
         seed: 64-bit seed of the random stream.
-        sink: Takes them.
+        sink: Takes the rows that are kept.
         capture_queries: Keep the queries.
         capture_keys: Keep the keys.
         pre_rope: Ask for the vectors as they are before the rotary embedding.
