@@ -476,7 +476,7 @@ class SnifferCallback(pl.Callback):
         """Compare the room on the disk with what the texts that are left will take."""
         if lengths is not None:
             rows = sum(expected_rows_by_bucket(self._sampler, lengths).values())
-            n_draws = count_draws(self._sampler, len(streams), max(lengths.tolist(), default=0))
+            n_draws = count_draws(self._sampler, len(streams), lengths)
             dtype = str(next(self._backbone.parameters()).dtype).removeprefix("torch.")
             check_space(
                 self.data_root,

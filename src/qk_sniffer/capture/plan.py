@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qk_sniffer.capture.buffers import upload
-from qk_sniffer.capture.sampling import Sampler, count_draws, draw_positions
+from qk_sniffer.capture.sampling import Sampler, count_draws, draw_positions, longest_of
 
 Kind = Literal["q", "k"]
 
@@ -36,8 +36,8 @@ class BatchPlan:
         seed: int,
     ) -> None:
         batch_size = lengths.numel()
-        self.longest = int(lengths.max()) if batch_size else 0
-        drawn = streams[: count_draws(sampler, len(streams), self.longest)]
+        self.longest = longest_of(lengths)
+        drawn = streams[: count_draws(sampler, len(streams), lengths)]
         self.draws = {stream: min(i, len(drawn) - 1) for i, stream in enumerate(streams)}
         stream_ids = torch.tensor([2 * layer_idx + (kind == "k") for layer_idx, kind in drawn])
         sequences, self.positions = draw_positions(

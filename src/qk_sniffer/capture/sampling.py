@@ -173,7 +173,7 @@ def draw_positions(
     Returns:
         Two int64 tensors (K,): the index into S and the position of each kept row, sorted by both.
     """
-    longest = int(lengths.max()) if lengths.numel() else 0
+    longest = longest_of(lengths)
     if longest > MAX_POSITIONS:
         raise UserError(f"data: a sequence of {longest} tokens exceeds 2^31; set max_length")
     found: dict[int, list[Rows]] = {}
@@ -193,15 +193,21 @@ def draw_positions(
     return torch.from_numpy(rows >> 32), torch.from_numpy(rows & WORD)
 
 
-def count_draws(sampler: Sampler, n_streams: int, length: int) -> int:
+def longest_of(lengths: Tensor) -> int:
+    """The largest of some lengths; 0 where there are none."""
+    return int(lengths.max()) if lengths.numel() else 0
+
+
+def count_draws(sampler: Sampler, n_streams: int, lengths: Tensor) -> int:
     """How many layers and kinds draw rows of their own; those that keep every position share theirs.
 
     Args:
         sampler: Gives the segments and their probabilities.
         n_streams: Layers and kinds.
-        length: Tokens in the longest sequence.
+        lengths: (S,) int64, tokens in each sequence.
     """
-    keeps_all = all(segment.probability >= 1 for segment in sampler.segments(length))
+    segments = sampler.segments(longest_of(lengths))
+    keeps_all = all(segment.probability >= 1 for segment in segments)
     return min(1, n_streams) if keeps_all else n_streams
 
 
@@ -225,7 +231,7 @@ def expected_rows_by_bucket(sampler: Sampler, lengths: Tensor) -> dict[int, floa
         sampler: Gives buckets, segments and their probabilities.
         lengths: (S,) int64, tokens in each sequence.
     """
-    longest = int(lengths.max()) if lengths.numel() else 0
+    longest = longest_of(lengths)
     # Sequences that have a token at each position.
     reaching = lengths.numel() - torch.bincount(lengths, minlength=longest).cumsum(0)[:longest]
     rows = keep_probabilities(sampler, longest) * reaching

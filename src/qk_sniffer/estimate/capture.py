@@ -123,7 +123,7 @@ class Capture:
     @property
     def _n_draws(self) -> int:
         """Layers and kinds with rows of their own."""
-        return count_draws(self.sampler, len(self.streams), int(self.texts.lengths.max()))
+        return count_draws(self.sampler, len(self.streams), self.texts.lengths)
 
     def left_out(self) -> list[tuple[str, list[int]]]:
         """Why layers with attention are not captured, and which."""
