@@ -198,6 +198,7 @@ def test_damage_in_the_middle_is_found_when_files_are_made(
     command: str,
 ) -> None:
     monkeypatch.setattr("qk_sniffer.storage.journal.SEGMENT_BYTES", 1)
+    monkeypatch.setattr("qk_sniffer.storage.journal.SYNC_SECONDS", 0)
     root = tmp_path / "root"
     assert predict("whole", data=BATCHES) == 0
     interrupt("root", data=BATCHES, after=3)

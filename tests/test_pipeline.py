@@ -78,6 +78,7 @@ def test_copies_writes_and_memory_have_limits(
     files = {path: path.read_bytes() for path in (tmp_path / "root").glob("*/data.parquet")}
     with monkeypatch.context() as patch:
         patch.setattr(buffers, "BUFFER_BYTES", SMALL)
+        patch.setattr(journal, "SYNC_SECONDS", 0)
         counted = Counted(patch)
         run["sniffer"]["output"] = {"overwrite": True}
         assert predict(**run) == 0
@@ -95,3 +96,23 @@ def test_copies_writes_and_memory_have_limits(
     assert counted.allocated <= 2 * N_BUFFERS * SMALL
     if name == "all":
         assert total > 20 * N_BUFFERS * SMALL
+
+
+def test_batches_that_soon_follow_each_other_are_written_together(
+    predict: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One copy, two writes and one commit for all of them; the files are those of single batches."""
+    files = []
+    for name, seconds, n_commits in (("single", 0.0, len(LENGTHS)), ("together", 3600.0, 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(journal, "SYNC_SECONDS", seconds)
+            counted = Counted(patch)
+            run = {"sniffer": {"capture": CAPTURES["uniform"]}, "data": {"batch_size": 1}}
+            assert predict(name, **run) == 0
+        assert len(counted.batches) == n_commits
+        n_copies, n_writes, _ = counted.batches[-1]
+        assert n_copies <= n_commits and n_writes <= 2
+        found = (tmp_path / name).glob("*/data.parquet")
+        files.append({path.parent.name: path.read_bytes() for path in found})
+    assert len(files[0]) == 4 * (4 + 2) + 1
+    assert files[0] == files[1]

@@ -59,7 +59,10 @@ class Recorder:
         self._open = ExitStack()
         self._open.callback(self._journal.close)
         self._open.callback(self._sniffer.close)
+        self._open.callback(self._sniffer.hand_on)
         self._open.enter_context(active_sniffer(self._sniffer))
+        self._examples: list[Example] = []
+        """Texts whose rows the sniffer has not handed on."""
         self.batches_read = self.tokens_read = 0
 
     @property
@@ -74,7 +77,7 @@ class Recorder:
         self._sniffer.begin_batch(batch.example_ids.tolist(), lengths.tolist())
 
     def end_batch(self, batch: BatchFields) -> None:
-        """Move the batch's rows to the journal.
+        """Move the batch's rows to the journal, or keep them for the end of another that soon follows.
 
         Raises:
             UserError: The backbone has run outside ``capture_attention``.
@@ -84,11 +87,12 @@ class Recorder:
                 "SnifferCallback: predict_step has run, and nothing was captured; run self.backbone "
                 "under `with qk_sniffer.models.capture_attention(self.backbone):`"
             )
-        self._sniffer.flush_batch()
-        rows = self._rows
-        self._journal.commit(rows.blocks, rows.numbers.numpy(), self._examples(batch))
+        self._sniffer.flush_batch(hand_on=False)
+        self._examples += self._examples_of(batch)
         self.batches_read += 1
         self.tokens_read += int(batch.sequence_lengths.sum())
+        if self._journal.is_due:
+            self._sniffer.hand_on()
 
     def close(self) -> None:
         """Commit what is waiting, and stop capturing; a second call does nothing.
@@ -99,17 +103,18 @@ class Recorder:
         self._open.close()
 
     def take_vectors(self, portion: Portion) -> None:
-        """Let the journal write some bytes of the batch."""
+        """Let the journal write some bytes."""
         self._journal.append(portion)
 
     def take_rows(self, rows: BatchRows) -> None:
-        """Keep what the bytes of the batch are, for its end."""
-        self._rows = rows
+        """Let the journal write what the bytes are, and the texts."""
+        self._journal.commit(rows.blocks, rows.numbers.numpy(), self._examples)
+        self._examples = []
 
     def _is_new(self, batch: BatchFields) -> torch.Tensor:
         return torch.from_numpy(self._is_left(batch.example_ids))
 
-    def _examples(self, batch: BatchFields) -> list[Example]:
+    def _examples_of(self, batch: BatchFields) -> list[Example]:
         lengths = batch.sequence_lengths.tolist()
         tokens: list[list[str] | None] = [None] * len(lengths)
         if self._tokenizer is not None:

@@ -82,6 +82,34 @@ def test_every_vector_arrives(sampler: str, passage: int, buffer_bytes: int, dev
     assert len(sniffer._staging._side_streams) == (device == "an accelerator's")
 
 
+@pytest.mark.parametrize("sampler", ["uniform", "all"])
+def test_batches_can_be_handed_on_together(sampler: str, buffer_bytes: int, device: str) -> None:
+    """Also where one between them is given up."""
+    chunks = Chunks()
+    sniffer = Sniffer(LAYERS, build_sampler(sampler, 5.0, 8), 0, chunks)
+    for first in (5, 50, 8):
+        sniffer.begin_batch([first, first + 1, first + 2], LENGTHS)
+        read(sniffer, 10)
+        if first != 50:
+            sniffer.flush_batch(hand_on=False)
+    assert chunks == []
+    sniffer.close()
+    sniffer.hand_on()
+    assert [(c.layer_idx, c.kind) for c in chunks] == [(0, "q"), (0, "k"), (1, "q"), (1, "k")]
+    for chunk in chunks:
+        captured = LAYERS[chunk.layer_idx]
+        heads, whole = (captured.query, 4) if chunk.kind == "q" else (captured.key, 2)
+        assert sorted(chunk.example_ids.unique().tolist()) == [5, 6, 7, 8, 9, 10]
+        places = (chunk.example_ids - 5).long() % 3
+        expected = states(chunk.layer_idx, whole)[places, :, chunk.positions.long()]
+        assert torch.equal(chunk.vectors, expected[:, heads].transpose(0, 1))
+        if sampler == "all":
+            assert chunk.positions.tolist() == 2 * [*range(37), *range(9), *range(30)]
+    kept = sniffer.rows_kept
+    sniffer.hand_on()
+    assert len(chunks) == 4 and kept == sum(c.vectors.shape[0] * c.vectors.shape[1] for c in chunks)
+
+
 class Slow:
     """A sink that takes bytes in a thread of its own, when it is told to, and counts what waits."""
 
@@ -189,7 +217,7 @@ def test_padding_is_zero() -> None:
         for number in (1, 2):
             assert staging.align() % ALIGNMENT == 0
             staging.room(CPU, torch.int16, 5, 3).fill_(number)
-        staging.hand_on()
+        staging.end()
     one, two = np.full(15, 1, np.int16).tobytes(), np.full(15, 2, np.int16).tobytes()
     assert portions == 2 * [one + bytes(ALIGNMENT - len(one)) + two]
 

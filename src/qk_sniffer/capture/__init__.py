@@ -11,6 +11,7 @@ from qk_sniffer.capture.buffers import BUFFER_BYTES, N_BUFFERS, Portion
 from qk_sniffer.capture.chunks import Chunk, Chunks
 from qk_sniffer.capture.heads import AttentionLayer, CapturedHeads, heads_to_capture, select_heads
 from qk_sniffer.capture.positions import compute_positions, first_new_key
+from qk_sniffer.capture.rows import BatchRows, Block
 from qk_sniffer.capture.sampling import (
     SAMPLERS,
     Sampler,
@@ -22,8 +23,6 @@ from qk_sniffer.capture.sampling import (
     keep_probabilities,
 )
 from qk_sniffer.capture.sniffer import (
-    BatchRows,
-    Block,
     CapturesAttention,
     Sniffer,
     active_sniffer,

@@ -1,10 +1,10 @@
-"""Memory that the vectors of a batch pass through on their way from the model to whoever takes them.
+"""Memory that captured vectors pass through on their way from the model to whoever takes them.
 
-A batch's vectors are one sequence of bytes. It is laid into buffers of fixed size, of which there is a
-fixed number, allocated when they are first needed. A buffer that is full, or the last of a batch, is
-handed on at once and comes back when its bytes have been taken. So memory does not grow with the model,
-the sampler or the length of the texts, and the forward waits only where bytes are taken more slowly
-than they come.
+The vectors of a batch, or of several that are handed on together, are one sequence of bytes. It is laid
+into buffers of fixed size, of which there is a fixed number, allocated when they are first needed. A
+buffer that is full, or the last of a sequence, is handed on at once and comes back when its bytes have
+been taken. So memory does not grow with the model, the sampler or the length of the texts, and the
+forward waits only where bytes are taken more slowly than they come.
 
 On an accelerator a buffer is two: vectors are gathered into memory of the device, and one copy brings
 them to pinned memory of the host, on a stream of its own, behind an event of the model's stream. Only
@@ -26,7 +26,7 @@ from torch import Tensor
 BUFFER_BYTES = 64 * 2**20
 N_BUFFERS = 4
 ALIGNMENT = 64
-"""The vectors of a layer and kind begin at a multiple of this many bytes of the batch."""
+"""The vectors of a layer and kind begin at a multiple of this many bytes of the sequence."""
 
 
 _WITH_STREAMS = ("cuda", "cpu")
@@ -68,10 +68,10 @@ def needs_copy(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Portion:
-    """Consecutive bytes of the vectors of a batch, on the host or on their way there.
+    """Consecutive bytes of vectors, on the host or on their way there.
 
     Attributes:
-        start: The number of the first among the bytes of the batch.
+        start: The number of the first in its sequence.
         n_bytes: How many they are.
     """
 
@@ -93,7 +93,7 @@ class Portion:
 
 
 class Staging:
-    """Lays the vectors of a batch into buffers, and hands on those that are full.
+    """Lays vectors into buffers, and hands on those that are full.
 
     Args:
         take: Takes each portion, in the order of its bytes.
@@ -112,7 +112,7 @@ class Staging:
         self._typed: dict[torch.dtype, Tensor] = {}
         self._used = 0
         self.size = 0
-        """Bytes of the batch so far."""
+        """Bytes of the sequence so far."""
 
     def align(self) -> int:
         """Fill up to where the vectors of another layer or kind may begin, and give the place."""
@@ -144,7 +144,7 @@ class Staging:
         if self._buffer is None or self._device != device or fitting == 0:
             if self._used == 0 and fitting == 0:
                 raise ValueError(f"a vector of {row_bytes} bytes is wider than a buffer")
-            self.hand_on()
+            self._hand_on()
             self._buffer, self._device = self._free.get(), device
             self._memory = self._buffer.on(device)
             self._typed = {}
@@ -161,8 +161,12 @@ class Staging:
         self.size += n_bytes
         return claimed
 
-    def hand_on(self) -> None:
-        """Hand on the buffer that is being filled."""
+    def end(self) -> None:
+        """Hand on the buffer that is being filled; what comes next begins at byte 0 again."""
+        self._hand_on()
+        self.size = 0
+
+    def _hand_on(self) -> None:
         buffer, used = self._buffer, self._used
         self._buffer, self._used = None, 0
         if buffer is None:
@@ -191,7 +195,7 @@ class Staging:
         return copied
 
     def clear(self) -> None:
-        """Begin another batch; what was not handed on of the last is dropped."""
+        """Begin at byte 0 again; what was not handed on is dropped."""
         if self._buffer is not None:
             self._free.put(self._buffer)
         self._buffer, self._used, self.size = None, 0, 0

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qk_sniffer.capture.buffers import Portion
 from qk_sniffer.capture.plan import Kind
-from qk_sniffer.capture.sniffer import BatchRows, Block
+from qk_sniffer.capture.rows import BatchRows, Block
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Chunks(list[Chunk]):
         self._portions: list[Tensor] = []
 
     def take_vectors(self, portion: Portion) -> None:
-        """Copy some bytes of a batch."""
+        """Copy some bytes."""
         if portion.start == 0:
             self._portions.clear()
         self._portions.append(torch.from_numpy(portion.wait()).clone())
@@ -64,7 +64,7 @@ class Chunks(list[Chunk]):
 def _chunk(blocks: list[Block], rows: BatchRows, content: Tensor) -> Chunk:
     """One chunk of the blocks of a layer and kind."""
     vectors = torch.cat([_vectors(block, content) for block in blocks], dim=1)
-    numbers = torch.cat([rows.of(block) for block in blocks], dim=1)
+    numbers = torch.cat([block.part_of(rows.numbers) for block in blocks], dim=1)
     places = {example_id: place for place, example_id in enumerate(rows.example_ids.tolist())}
     order = torch.tensor([places[example_id] for example_id in numbers[0].tolist()])
     order = order.argsort(stable=True)

@@ -9,80 +9,20 @@ waits for a device.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from qk_sniffer.capture.buffers import Portion, Staging, upload
+from qk_sniffer.capture.buffers import Staging, upload
 from qk_sniffer.capture.heads import CapturedHeads
 from qk_sniffer.capture.plan import BatchPlan, Kind, Passage
 from qk_sniffer.capture.positions import first_new_key
+from qk_sniffer.capture.rows import Block, FinishedRows, Sink
 from qk_sniffer.capture.sampling import Sampler
-
-
-class Block(NamedTuple):
-    """The kept rows of one layer and kind in one attention call.
-
-    K rows are sorted by their place in the batch and by position.
-
-    Attributes:
-        layer_idx: Layer in the text decoder, from 0.
-        kind: "q" or "k".
-        sliding_window: The window that the layer used; None attends to all earlier tokens.
-        dtype: Number format of the vectors, the model's, by its name in torch.
-        n_heads: Captured heads.
-        n_rows: K.
-        head_dim: Width of a vector.
-        vectors: The byte of the batch where (n_heads, K, head_dim) begin.
-        rows: Where (3, K) begin in the numbers of the batch.
-    """
-
-    layer_idx: int
-    kind: Kind
-    sliding_window: int | None
-    dtype: str
-    n_heads: int
-    n_rows: int
-    head_dim: int
-    vectors: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class BatchRows:
-    """What the bytes of a batch are.
-
-    Attributes:
-        example_ids: (B,) int64, of the batch's sequences.
-        blocks: Its blocks; those of a layer and kind in the order of their tokens.
-        numbers: (N,) int32. A block's part, (3, K), has example id, position and bucket of each row;
-            the position is -1 where a sequence has ended before it. Blocks may share a part.
-    """
-
-    example_ids: Tensor
-    blocks: Sequence[Block]
-    numbers: Tensor
-
-    def of(self, block: Block) -> Tensor:
-        """The part of a block: (3, K)."""
-        return self.numbers[block.rows : block.rows + 3 * block.n_rows].view(3, block.n_rows)
-
-
-_NO_NUMBERS = torch.empty(0, dtype=torch.int32)
-
-
-class Sink(Protocol):
-    """Where captured rows go."""
-
-    def take_vectors(self, portion: Portion) -> None:
-        """Take some bytes of a batch, in their order; they may still be on their way to the host."""
-
-    def take_rows(self, rows: BatchRows) -> None:
-        """Take what the bytes since the batch's first are."""
 
 
 class _PendingChunk(NamedTuple):
@@ -153,6 +93,7 @@ class Sniffer:
         self._seed = seed
         self._sink = sink
         self._staging = Staging(sink.take_vectors)
+        self._finished = FinishedRows()
         self._plan: BatchPlan | None = None
         self._pending: list[_PendingChunk] = []
         self._sequences = range(0)
@@ -293,55 +234,67 @@ class Sniffer:
             self._head_steps[key] = upload(per_head * torch.tensor(heads)[:, None], device)
         return self._head_steps[key]
 
-    def flush_batch(self, sequence_lengths: Sequence[int] | None = None) -> None:
-        """Hand the rest of the batch's rows to the sink, and what they are, without waiting for them.
+    def flush_batch(
+        self, sequence_lengths: Sequence[int] | None = None, *, hand_on: bool = True
+    ) -> None:
+        """End the batch.
 
         Args:
             sequence_lengths: Tokens that each sequence has in the end, where they are fewer than
                 ``begin_batch`` was told.
+            hand_on: Hand its rows to the sink; otherwise they wait for those of another batch.
 
         Raises:
             RuntimeError: No batch has begun, or a layer did not see all of its tokens.
         """
-        if self._plan is None:
+        plan = self._plan
+        if plan is None:
             raise RuntimeError("begin_batch must come before flush_batch")
-        lengths = self._plan.lengths
+        lengths = plan.lengths
         if sequence_lengths is not None:
             lengths = torch.as_tensor(sequence_lengths, dtype=torch.int64)
+        self._require_read(lengths.tolist())
+        self._finished.add_batch(plan.example_ids)
+        for passage, chunks in groupby(self._pending, key=attrgetter("passage")):
+            blocks, numbers = [chunk.block for chunk in chunks], passage.numbers(lengths)
+            self._finished.add_rows(blocks, numbers)
+            for block in blocks:
+                live = block.n_rows
+                if sequence_lengths is not None:
+                    live = int((block.part_of(numbers)[1] >= 0).sum())
+                self.rows_kept += block.n_heads * live
+        self._end_batch()
+        if hand_on:
+            self.hand_on()
+
+    def _require_read(self, lengths: list[int]) -> None:
+        """See that every layer has read all tokens of the batch."""
         for layer_idx, read in self._tokens_read.items():
-            for tokens_read, length in zip(read, lengths.tolist(), strict=True):
+            if read == lengths:
+                continue
+            for tokens_read, length in zip(read, lengths, strict=True):
                 if tokens_read < length:
                     raise RuntimeError(
                         f"layer {layer_idx} was captured for {tokens_read} of {length} tokens"
                     )
-        rows = self._batch_rows(self._plan, lengths)
-        self._staging.hand_on()
-        self._sink.take_rows(rows)
-        for block in rows.blocks:
-            live = block.n_rows
-            if sequence_lengths is not None:
-                live = int((rows.of(block)[1] >= 0).sum())
-            self.rows_kept += block.n_heads * live
-        self.close()
 
-    def _batch_rows(self, plan: BatchPlan, lengths: Tensor) -> BatchRows:
-        """What the bytes of the batch are."""
-        passages = list(dict.fromkeys(chunk.passage for chunk in self._pending))
-        numbers = [passage.numbers(lengths) for passage in passages]
-        firsts = dict(zip(passages, accumulate(map(len, numbers), initial=0), strict=False))
-        blocks = [
-            block._replace(rows=first + block.rows) if (first := firsts[passage]) else block
-            for passage, block in self._pending
-        ]
-        joined = numbers[0] if len(numbers) == 1 else torch.cat([_NO_NUMBERS, *numbers])
-        return BatchRows(plan.example_ids, blocks, joined)
+    def hand_on(self) -> None:
+        """Hand the rows of the batches that have ended to the sink, without waiting for them."""
+        if self._finished:
+            finished, self._finished = self._finished, FinishedRows()
+            self._staging.end()
+            self._sink.take_rows(finished.joined())
 
-    def close(self) -> None:
-        """Drop what a batch that was never flushed left behind."""
+    def _end_batch(self) -> None:
         self._plan = None
         self._pending = []
         self._tokens_read = {}
-        self._staging.clear()
+
+    def close(self) -> None:
+        """Drop what a batch that was never flushed left behind."""
+        self._end_batch()
+        if not self._finished:
+            self._staging.clear()
 
 
 def _as_rows(states: Tensor) -> tuple[Tensor, tuple[int, int, int]]:

@@ -1,10 +1,10 @@
 """The journal: where rows go as they are captured, so that memory does not grow with the data.
 
-Every process of a run appends to segment files of its own. A segment file is a sequence of batches:
-the vectors in the model's dtype, then the numbers of their rows, the batch's examples as an Arrow IPC
-stream, and the batch's index of blocks. ``commits.jsonl`` says which bytes count, ``header.json`` what
-is captured. One thread does all writing, so that a forward waits only where the disk is slower than the
-model.
+Every process of a run appends to segment files of its own. A segment file is a sequence of batches,
+each one of the model's or several small ones together: the vectors in the model's dtype, then the
+numbers of their rows, the examples as an Arrow IPC stream, and the index of blocks. ``commits.jsonl``
+says which bytes count, ``header.json`` what is captured. One thread does all writing, so that a forward
+waits only where the disk is slower than the model.
 """
 
 import json
@@ -44,6 +44,10 @@ log = logging.getLogger(__name__)
 SYNC_SECONDS = 5.0
 """How often finished batches are synced and committed: the work that a death can cost, against the
 waiting of the disk."""
+
+WRITES_PER_SYNC = 5
+"""How often they are written meanwhile. Small batches are written together, since each write takes time
+from the forward."""
 
 MOST_TASKS = 16
 """Steps of writing that may wait for the disk before the forward waits too. Vectors wait in memory of
@@ -205,7 +209,7 @@ class JournalWriter:
             self._begin_segment()
             self._release = undo.pop_all().close
         self._unsynced: list[Commit] = []
-        self._last_sync = time.monotonic()
+        self._last_sync = self._last_write = time.monotonic()
         # One process watches the disk for all.
         self._watches_space = rank == 0
         self._error: Exception | None = None
@@ -219,17 +223,23 @@ class JournalWriter:
         self._raise_error()
         self._queue.put(partial(self._write_portion, portion))
 
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to write and commit the batches that have ended."""
+        return time.monotonic() - self._last_write >= SYNC_SECONDS / WRITES_PER_SYNC
+
     def commit(
         self, blocks: Sequence[Block], numbers: npt.NDArray[np.int32], examples: Sequence[Example]
     ) -> None:
-        """Make the last batch's vectors and its examples part of the capture.
+        """Make the vectors since the last commit and their examples part of the capture.
 
         Args:
             blocks: What the vectors are; those of a layer and kind in the order of their tokens.
             numbers: Of all rows.
-            examples: The texts of the batch.
+            examples: The texts.
         """
         self._raise_error()
+        self._last_write = time.monotonic()
         # Made here, since a thread that wants the interpreter takes it from the forward's.
         content = pa.BufferOutputStream()
         with pa.ipc.new_stream(content, TOKENS_SCHEMA) as stream:

@@ -1,0 +1,109 @@
+"""What captured vectors are: their blocks, the numbers of their rows, and where both go."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from qk_sniffer.capture.buffers import Portion
+from qk_sniffer.capture.plan import Kind
+
+
+class Block(NamedTuple):
+    """The kept rows of one layer and kind in one attention call.
+
+    K rows are sorted by their place in the batch and by position.
+
+    Attributes:
+        layer_idx: Layer in the text decoder, from 0.
+        kind: "q" or "k".
+        sliding_window: The window that the layer used; None attends to all earlier tokens.
+        dtype: Number format of the vectors, the model's, by its name in torch.
+        n_heads: Captured heads.
+        n_rows: K.
+        head_dim: Width of a vector.
+        vectors: The byte where (n_heads, K, head_dim) begin, among those that are handed on together.
+        rows: Where (3, K) begin in their numbers.
+    """
+
+    layer_idx: int
+    kind: Kind
+    sliding_window: int | None
+    dtype: str
+    n_heads: int
+    n_rows: int
+    head_dim: int
+    vectors: int
+    rows: int
+
+    def part_of(self, numbers: Tensor) -> Tensor:
+        """Example id, position and bucket of each of its rows: (3, K)."""
+        return numbers[self.rows : self.rows + 3 * self.n_rows].view(3, self.n_rows)
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """What the bytes of some batches are, of one or of several that follow each other.
+
+    Attributes:
+        example_ids: (B,) int64, of the batches' sequences.
+        blocks: Their blocks; those of a layer and kind in the order of their tokens.
+        numbers: (N,) int32. A block's part, (3, K), has example id, position and bucket of each row;
+            the position is -1 where a sequence has ended before it. Blocks may share a part.
+    """
+
+    example_ids: Tensor
+    blocks: Sequence[Block]
+    numbers: Tensor
+
+
+class Sink(Protocol):
+    """Where captured rows go."""
+
+    def take_vectors(self, portion: Portion) -> None:
+        """Take some bytes, in their order; they may still be on their way to the host."""
+
+    def take_rows(self, rows: BatchRows) -> None:
+        """Take what the bytes since the first are; what follows begins at byte 0 again."""
+
+
+class FinishedRows:
+    """The rows of batches that have ended, gathered until the sink takes them."""
+
+    def __init__(self) -> None:
+        self._example_ids: list[Tensor] = []
+        self._blocks: list[Block] = []
+        self._numbers: list[Tensor] = []
+        self._size = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._example_ids)
+
+    def add_batch(self, example_ids: Tensor) -> None:
+        """Add the sequences of a batch, before its rows.
+
+        Args:
+            example_ids: (B,) int64.
+        """
+        self._example_ids.append(example_ids)
+
+    def add_rows(self, blocks: Iterable[Block], numbers: Tensor) -> None:
+        """Add some rows.
+
+        Args:
+            blocks: Their ``rows`` count from the first of ``numbers``.
+            numbers: (N,) int32.
+        """
+        first = self._size
+        if first:
+            blocks = (block._replace(rows=first + block.rows) for block in blocks)
+        self._blocks += blocks
+        self._numbers.append(numbers)
+        self._size += numbers.numel()
+
+    def joined(self) -> BatchRows:
+        """All of them."""
+        numbers = torch.cat([torch.empty(0, dtype=torch.int32), *self._numbers])
+        return BatchRows(torch.cat(self._example_ids), self._blocks, numbers)
