@@ -120,6 +120,21 @@ class Staging:
             self._memory[self._claim(padding)] = 0
         return self.size
 
+    def is_open(self, device: torch.device) -> bool:
+        """Whether a buffer is being filled by a device."""
+        return self._buffer is not None and self._device == device
+
+    def open(self, device: torch.device) -> None:
+        """Begin another buffer, for a device; waits where all are under way."""
+        self._hand_on()
+        self._buffer, self._device = self._free.get(), device
+        self._memory = self._buffer.on(device)
+        self._typed = {}
+
+    def fits(self, n_bytes: int) -> bool:
+        """Whether the vectors of a layer and kind go into what is left of the buffer."""
+        return self._used + -self.size % ALIGNMENT + n_bytes <= BUFFER_BYTES
+
     def room(self, device: torch.device, dtype: torch.dtype, n_rows: int, width: int) -> Tensor:
         """Memory for the next vectors of a device: as many of them as fit.
 
@@ -135,22 +150,35 @@ class Staging:
         Raises:
             ValueError: They are too wide for a buffer.
         """
-        itemsize = dtype.itemsize
-        row_bytes = width * itemsize
+        row_bytes = width * dtype.itemsize
         fitting = (BUFFER_BYTES - self._used) // row_bytes
         if fitting < n_rows:
             # The next buffer begins aligned too.
             fitting -= fitting % (ALIGNMENT // math.gcd(row_bytes, ALIGNMENT))
-        if self._buffer is None or self._device != device or fitting == 0:
+        if not self.is_open(device) or fitting == 0:
             if self._used == 0 and fitting == 0:
                 raise ValueError(f"a vector of {row_bytes} bytes is wider than a buffer")
-            self._hand_on()
-            self._buffer, self._device = self._free.get(), device
-            self._memory = self._buffer.on(device)
-            self._typed = {}
+            self.open(device)
             return self.room(device, dtype, n_rows, width)
-        n_rows, first = min(n_rows, fitting), self._used // itemsize
-        self._claim(n_rows * row_bytes)
+        return self._claimed(dtype, min(n_rows, fitting), width)
+
+    def placed(self, dtype: torch.dtype, n_rows: int, width: int) -> tuple[int, Tensor]:
+        """Memory for the vectors of a layer and kind that fit into the open buffer.
+
+        Args:
+            dtype: Their number format.
+            n_rows: How many there are.
+            width: Numbers in each.
+
+        Returns:
+            The place of the first byte in the sequence, and (n_rows, width) for the caller to fill
+            before anything else is placed that does not fit.
+        """
+        return self.align(), self._claimed(dtype, n_rows, width)
+
+    def _claimed(self, dtype: torch.dtype, n_rows: int, width: int) -> Tensor:
+        first = self._used // dtype.itemsize
+        self._claim(n_rows * width * dtype.itemsize)
         if dtype not in self._typed:
             self._typed[dtype] = self._memory.view(dtype)
         return self._typed[dtype].as_strided((n_rows, width), (width, 1), first)

@@ -1,9 +1,11 @@
 """The rows that are kept of one batch, drawn on the host before the forward."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from qk_sniffer.capture.buffers import upload
 from qk_sniffer.capture.sampling import Sampler, count_draws, draw_positions, longest_of
 
 Kind = Literal["q", "k"]
+Stream = tuple[int, Kind]
+"""A layer and kind."""
 
 
 class BatchPlan:
@@ -29,7 +33,7 @@ class BatchPlan:
 
     def __init__(
         self,
-        streams: Sequence[tuple[int, Kind]],
+        streams: tuple[Stream, ...],
         example_ids: Tensor,
         lengths: Tensor,
         sampler: Sampler,
@@ -37,20 +41,19 @@ class BatchPlan:
     ) -> None:
         batch_size = lengths.numel()
         self.longest = longest_of(lengths)
-        drawn = streams[: count_draws(sampler, len(streams), lengths)]
-        self.draws = {stream: min(i, len(drawn) - 1) for i, stream in enumerate(streams)}
-        stream_ids = torch.tensor([2 * layer_idx + (kind == "k") for layer_idx, kind in drawn])
+        self.draws, stream_ids = _draws(streams, count_draws(sampler, len(streams), lengths))
+        n_draws = stream_ids.numel()
         sequences, self.positions = draw_positions(
             sampler,
             seed,
             stream_ids.repeat_interleave(batch_size),
-            example_ids.repeat(len(drawn)),
-            lengths.repeat(len(drawn)),
+            example_ids.repeat(n_draws),
+            lengths.repeat(n_draws),
         )
         self.example_ids, self.lengths = example_ids, lengths
         self.batch_indices = sequences % batch_size
         self.buckets = sampler.buckets(self.positions)
-        self.stops = torch.searchsorted(sequences, torch.arange(1, len(drawn) + 1) * batch_size)
+        self.stops = torch.searchsorted(sequences, torch.arange(1, n_draws + 1) * batch_size)
         """(n_draws,) the row after the last of each draw."""
         self._passage: Passage | None = None
 
@@ -60,6 +63,14 @@ class BatchPlan:
         if passage is None or (passage.sequences, passage.tokens) != (sequences, tokens):
             self._passage = passage = Passage(self, sequences, tokens)
         return passage
+
+
+@lru_cache(maxsize=16)
+def _draws(streams: tuple[Stream, ...], n_draws: int) -> tuple[Mapping[Stream, int], Tensor]:
+    """The draw of each layer and kind, and what names the random stream of each draw: (n_draws,)."""
+    ids = [2 * layer_idx + (kind == "k") for layer_idx, kind in streams[:n_draws]]
+    draws = {stream: min(number, n_draws - 1) for number, stream in enumerate(streams)}
+    return draws, torch.tensor(ids, dtype=torch.int64)
 
 
 class Passage:
@@ -73,6 +84,7 @@ class Passage:
 
     def __init__(self, plan: BatchPlan, sequences: range, tokens: range) -> None:
         self.sequences, self.tokens = sequences, tokens
+        self.draws = plan.draws
         self._plan = plan
         self._rows: Tensor | slice = slice(None)
         stops = plan.stops
@@ -87,21 +99,28 @@ class Passage:
         self.sizes: list[int] = np.diff(self.stops, prepend=0).tolist()
         """Rows of each draw."""
         self._steps: dict[tuple[torch.device, int, int], Sequence[Tensor]] = {}
+        self._steps_on_host: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
 
-    def steps(self, device: torch.device, per_sequence: int, per_token: int) -> Sequence[Tensor]:
-        """Where the rows of each draw lie in states of this passage: (K,) int64 on ``device``.
+    def steps_on_host(self, per_sequence: int, per_token: int) -> npt.NDArray[np.int64]:
+        """Where the rows of all draws lie in states of this passage: (K,) int64.
 
         Args:
-            device: The states'.
             per_sequence: Steps from one sequence to the next.
             per_token: Steps from one token to the next.
         """
-        key = device, per_sequence, per_token
-        if key not in self._steps:
+        key = per_sequence, per_token
+        if key not in self._steps_on_host:
             sequences = self._plan.batch_indices[self._rows] - self.sequences.start
             tokens = self._plan.positions[self._rows] - self.tokens.start
-            steps = upload(sequences * per_sequence + tokens * per_token, device)
-            self._steps[key] = torch.split(steps, self.sizes)
+            self._steps_on_host[key] = (sequences * per_sequence + tokens * per_token).numpy()
+        return self._steps_on_host[key]
+
+    def steps(self, device: torch.device, per_sequence: int, per_token: int) -> Sequence[Tensor]:
+        """The same on a device, for each draw."""
+        key = device, per_sequence, per_token
+        if key not in self._steps:
+            steps = torch.from_numpy(self.steps_on_host(per_sequence, per_token))
+            self._steps[key] = torch.split(upload(steps, device), self.sizes)
         return self._steps[key]
 
     def numbers(self, lengths: Tensor) -> Tensor:

@@ -38,9 +38,15 @@ class Block(NamedTuple):
     vectors: int
     rows: int
 
-    def part_of(self, numbers: Tensor) -> Tensor:
-        """Example id, position and bucket of each of its rows: (3, K)."""
-        return numbers[self.rows : self.rows + 3 * self.n_rows].view(3, self.n_rows)
+    def part_of(self, numbers: Tensor, first: int = 0) -> Tensor:
+        """Example id, position and bucket of each of its rows: (3, K).
+
+        Args:
+            numbers: Those that are handed on together, from ``first`` on.
+            first: The number of the first.
+        """
+        start = self.rows - first
+        return numbers[start : start + 3 * self.n_rows].view(3, self.n_rows)
 
 
 @dataclass(frozen=True)
@@ -73,10 +79,11 @@ class FinishedRows:
     """The rows of batches that have ended, gathered until the sink takes them."""
 
     def __init__(self) -> None:
+        self.n_numbers = 0
+        """Numbers of the rows so far."""
         self._example_ids: list[Tensor] = []
         self._blocks: list[Block] = []
         self._numbers: list[Tensor] = []
-        self._size = 0
 
     def __bool__(self) -> bool:
         return bool(self._example_ids)
@@ -93,15 +100,12 @@ class FinishedRows:
         """Add some rows.
 
         Args:
-            blocks: Their ``rows`` count from the first of ``numbers``.
-            numbers: (N,) int32.
+            blocks: Their ``rows`` count from the first of all numbers.
+            numbers: (N,) int32, which come behind those that are here.
         """
-        first = self._size
-        if first:
-            blocks = (block._replace(rows=first + block.rows) for block in blocks)
         self._blocks += blocks
         self._numbers.append(numbers)
-        self._size += numbers.numel()
+        self.n_numbers += numbers.numel()
 
     def joined(self) -> BatchRows:
         """All of them."""

@@ -8,13 +8,11 @@ A longer sequence keeps the same positions as its prefix.
 """
 
 import importlib
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from functools import lru_cache
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +31,7 @@ MAX_POSITIONS = 2**31
 _DRAWS_AT_ONCE = 2**20
 _CELL_BITS = 14
 _CELL_SHIFT = 32 - _CELL_BITS
+_NO_ROWS: Rows = np.empty(0, np.int64)
 
 
 class Segment(NamedTuple):
@@ -176,21 +175,21 @@ def draw_positions(
     longest = longest_of(lengths)
     if longest > MAX_POSITIONS:
         raise UserError(f"data: a sequence of {longest} tokens exceeds 2^31; set max_length")
-    found: dict[int, list[Rows]] = {}
-    drawing: list[_Drawing] = []
+    found, drawn, sizes = [_NO_ROWS], [], []
     for segment in sampler.segments(longest):
-        sizes = (lengths.numpy() - segment.start).clip(0, segment.stop - segment.start)
+        reached = np.minimum(lengths.numpy(), segment.stop) - segment.start
         if segment.probability >= 1:
-            found[segment.start] = [_every_row(segment.start, sizes)]
-        elif sizes.any():
-            found[segment.start] = []
-            drawing.append(_Drawing.of(segment, sizes, found[segment.start]))
-    while drawing:
-        drawing = _draw_on(drawing, seed, stream_ids.numpy(), example_ids.numpy() & WORD)
-    # What few sequences draw once more comes behind the others.
-    in_order = [rows[0] if len(rows) == 1 else np.sort(np.concatenate(rows)) for rows in found.values()]
-    rows = _merged(in_order, lengths.numel())
-    return torch.from_numpy(rows >> 32), torch.from_numpy(rows & WORD)
+            found.append(_every_row(segment.start, reached.clip(0)))
+        else:
+            drawn.append(segment)
+            sizes.append(reached)
+    drawing = _Drawing.of(drawn, np.stack(sizes)) if drawn else None
+    while drawing is not None:
+        rows, drawing = drawing.draw(seed, stream_ids.numpy(), example_ids.numpy() & WORD)
+        found.append(rows)
+    # A stable sort merges what is in order already.
+    joined = np.sort(np.concatenate(found), kind="stable")
+    return torch.from_numpy(joined >> 32), torch.from_numpy(joined & WORD)
 
 
 def longest_of(lengths: Tensor) -> int:
@@ -240,22 +239,6 @@ def expected_rows_by_bucket(sampler: Sampler, lengths: Tensor) -> dict[int, floa
     return dict(zip(buckets.tolist(), sums.tolist(), strict=True))
 
 
-def _merged(segments: Sequence[Rows], n_sequences: int) -> Rows:
-    """The rows of all segments, which ascend, sorted; those of each segment are."""
-    if len(segments) == 1:
-        return segments[0]
-    counts = [np.bincount(rows >> 32, minlength=n_sequences) for rows in segments]
-    totals = sum(counts, np.zeros(n_sequences, np.int64))
-    merged = np.empty(totals.sum(), np.int64)
-    places = totals.cumsum() - totals
-    for rows, count in zip(segments, counts, strict=True):
-        # Where a sequence's rows of this segment go, less where they come from.
-        moves = places - (count.cumsum() - count)
-        merged[np.arange(rows.size) + np.repeat(moves, count)] = rows
-        places += count
-    return merged
-
-
 def _every_row(start: int, sizes: npt.NDArray[np.int64]) -> Rows:
     """All positions from ``start`` on."""
     sequences = np.repeat(np.arange(sizes.size), sizes)
@@ -265,97 +248,99 @@ def _every_row(start: int, sizes: npt.NDArray[np.int64]) -> Rows:
 
 @dataclass(frozen=True)
 class _Drawing:
-    """Where the draws of one segment stand.
+    """Where the draws of all segments stand.
 
     Attributes:
-        segment: The segment.
-        sizes: (A,) positions in it, of the sequences that are not drawn to its end yet.
-        sequences: (A,) their numbers.
-        last: (A,) the last position of each that is kept so far, from the segment's start; -1 for none.
+        segments: The segments.
+        numbers: (A,) the segments, by their numbers and ascending, whose end some sequence has not come
+            to yet.
+        sequences: (A,) the number of that sequence.
+        sizes: (A,) its positions in the segment.
+        last: (A,) the last position that is kept so far, from the segment's start; -1 for none.
         draws_done: Gaps that each has drawn.
-        found: Takes the rows of each turn, sorted.
     """
 
-    segment: Segment
-    sizes: npt.NDArray[np.int64]
+    segments: Sequence[Segment]
+    numbers: npt.NDArray[np.int64]
     sequences: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
     last: npt.NDArray[np.int64]
     draws_done: int
-    found: list[Rows]
 
     @classmethod
-    def of(cls, segment: Segment, sizes: npt.NDArray[np.int64], found: list[Rows]) -> "_Drawing":
-        """Before the first draw."""
-        sequences = sizes.nonzero()[0]
-        return cls(segment, sizes[sequences], sequences, np.full_like(sequences, -1), 0, found)
-
-    def draws_needed(self, limit: int) -> int:
-        """Draws that take most sequences past their end, at most ``limit`` for all of them together."""
-        expected = self.segment.probability * float((self.sizes - 1 - self.last).mean())
-        draws = int(expected + 4 * expected**0.5) + 4
-        return max(1, min(draws, limit // self.sizes.size))
-
-    def keep(self, words: Words) -> "_Drawing | None":
-        """Add the rows of some more draws to those that were found.
+    def of(cls, segments: Sequence[Segment], sizes: npt.NDArray[np.int64]) -> "_Drawing | None":
+        """Before the first draw; None where there is nothing to draw.
 
         Args:
-            words: (4, A, draws).
-
-        Returns:
-            The sequences that have not come to their end; None where all have.
+            segments: The segments.
+            sizes: (segments, S) positions of each sequence in each; those below 1 are none.
         """
-        gaps = _geometric_gaps(self.segment.probability, words)
-        offsets = self.last[:, None] + (gaps + 1).cumsum(axis=1)
-        inside = offsets < self.sizes[:, None]
-        self.found.append(((self.sequences[:, None] << 32) + (offsets + self.segment.start))[inside])
-        left = inside[:, -1]
-        if not left.any():
+        numbers, sequences = (sizes > 0).nonzero()
+        if not numbers.size:
             return None
-        return _Drawing(
-            self.segment,
-            self.sizes[left],
-            self.sequences[left],
-            offsets[left, -1],
-            self.draws_done + words.shape[2],
-            self.found,
+        return cls(
+            segments, numbers, sequences, sizes[numbers, sequences], np.full_like(numbers, -1), 0
         )
 
+    def draw(
+        self, seed: int, stream_ids: npt.NDArray[np.int64], example_ids: npt.NDArray[np.int64]
+    ) -> "tuple[Rows, _Drawing | None]":
+        """Draw further in all segments, by one call of the generator.
 
-def _draw_on(
-    drawing: Sequence[_Drawing],
-    seed: int,
-    stream_ids: npt.NDArray[np.int64],
-    example_ids: npt.NDArray[np.int64],
-) -> list[_Drawing]:
-    """Draw further in all segments, by one call of the generator."""
-    limit = _DRAWS_AT_ONCE // len(drawing)
-    shapes = [(each.sizes.size, each.draws_needed(limit)) for each in drawing]
-    borders = [0, *accumulate(map(math.prod, shapes))]
-    words = np.empty((4, borders[-1]), np.uint64)
-    parts = [
-        words[:, start:stop].reshape(4, *shape)
-        for shape, start, stop in zip(shapes, borders[:-1], borders[1:], strict=True)
-    ]
-    for each, part in zip(drawing, parts, strict=True):
-        part[0] = np.arange(each.draws_done, each.draws_done + part.shape[2])
-        part[1] = each.segment.start
-        part[2] = stream_ids[each.sequences, None]
-        part[3] = example_ids[each.sequences, None]
-    mix(words, seed)
-    left = [each.keep(part) for each, part in zip(drawing, parts, strict=True)]
-    return [each for each in left if each is not None]
+        Returns:
+            The rows that were found, and what has not come to its end; None where all has.
+        """
+        starts = np.array([segment.start for segment in self.segments])[self.numbers]
+        words = np.empty((4, self.sizes.size, self._draws_needed()), np.uint64)
+        words[0] = np.arange(self.draws_done, self.draws_done + words.shape[2])
+        words[1] = starts[:, None]
+        words[2] = stream_ids[self.sequences, None]
+        words[3] = example_ids[self.sequences, None]
+        mix(words.reshape(4, -1), seed)
+        steps = self._steps(words)
+        offsets = np.cumsum(steps, axis=1, out=steps)
+        offsets += self.last[:, None]
+        inside = offsets < self.sizes[:, None]
+        left, rest = inside[:, -1], None
+        if left.any():
+            rest = _Drawing(
+                self.segments,
+                self.numbers[left],
+                self.sequences[left],
+                self.sizes[left],
+                offsets[left, -1],
+                self.draws_done + words.shape[2],
+            )
+        offsets += ((self.sequences << 32) + starts)[:, None]
+        return offsets[inside], rest
+
+    def _draws_needed(self) -> int:
+        """Draws that take most sequences past their end, within what is drawn at once."""
+        probabilities = np.array([segment.probability for segment in self.segments])
+        rows = probabilities[self.numbers] * (self.sizes - 1 - self.last)
+        expected = float(rows.sum()) / rows.size
+        most: int = _DRAWS_AT_ONCE // rows.size
+        return max(1, min(int(expected + 4 * expected**0.5) + 4, most))
+
+    def _steps(self, words: Words) -> npt.NDArray[np.int64]:
+        """From each kept position to the next: (A, draws), from their words (4, A, draws)."""
+        steps = np.ones(words.shape[1:], np.int64)
+        stops = np.bincount(self.numbers, minlength=len(self.segments)).cumsum().tolist()
+        for segment, start, stop in zip(self.segments, [0, *stops], stops, strict=False):
+            if start < stop:
+                _add_gaps(steps[start:stop], segment.probability, words[:, start:stop])
+        return steps
 
 
-def _geometric_gaps(probability: float, words: Words) -> npt.NDArray[np.int64]:
-    """Positions skipped before the next kept one: P(gap = g) = probability * (1 - probability)^g.
+def _add_gaps(steps: npt.NDArray[np.int64], probability: float, words: Words) -> None:
+    """Add the positions skipped before each kept one: P(gap = g) = probability (1 - probability)^g.
 
     The base-256 digits of a geometric variable are independent, so four words give its four digits.
     """
-    gaps = np.zeros(words.shape[1:], np.int64)
     for power, digits in enumerate(_digits(probability)):
-        if digits is not None:
-            gaps += digits.of(words[power]) << (8 * power)
-    return gaps
+        # Those behind the first are 0 in nearly every gap.
+        if digits is not None and words[power].max() >= digits.least:
+            steps += digits.of(words[power]) << (8 * power)
 
 
 class _Digits:
@@ -367,6 +352,8 @@ class _Digits:
 
     def __init__(self, thresholds: npt.NDArray[np.int64]) -> None:
         self._thresholds = thresholds
+        self.least = thresholds[0]
+        """The smallest word whose digit is not 0."""
         cells = np.arange(2**_CELL_BITS + 1) << _CELL_SHIFT
         reached = np.searchsorted(thresholds, cells, side="right")
         last = np.searchsorted(thresholds, cells[1:] - 1, side="right")

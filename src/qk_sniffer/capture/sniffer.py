@@ -6,7 +6,6 @@ buffer. A buffer is handed on when it is full, in the middle of a batch or of a 
 waits for a device.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -17,24 +16,40 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from qk_sniffer.capture.buffers import Staging, upload
+from qk_sniffer.capture.buffers import Staging
+from qk_sniffer.capture.gathers import Gather, Gathers
 from qk_sniffer.capture.heads import CapturedHeads
-from qk_sniffer.capture.plan import BatchPlan, Kind, Passage
+from qk_sniffer.capture.plan import BatchPlan, Kind, Passage, Stream
 from qk_sniffer.capture.positions import first_new_key
 from qk_sniffer.capture.rows import Block, FinishedRows, Sink
 from qk_sniffer.capture.sampling import Sampler
 
 
 class _PendingChunk(NamedTuple):
-    """Gathered rows of one layer and kind in one attention call.
-
-    Attributes:
-        passage: Which rows of the batch the call has read.
-        block: What they are; its ``rows`` count from the numbers of the passage.
-    """
+    """Gathered rows of one layer and kind in one attention call."""
 
     passage: Passage
-    block: Block
+    stream: Stream
+    sliding_window: int | None
+    gather: Gather
+
+    def block(self, first: int) -> Block:
+        """What they are.
+
+        Args:
+            first: Where the numbers of the passage begin.
+        """
+        gather = self.gather
+        return Block(
+            *self.stream,
+            self.sliding_window,
+            _dtype_name(gather.layout.dtype),
+            gather.n_heads,
+            gather.n_rows,
+            gather.layout.width,
+            gather.vectors,
+            first + gather.rows,
+        )
 
 
 class CapturesAttention(Protocol):
@@ -83,7 +98,7 @@ class Sniffer:
         pre_rope: bool = False,
     ) -> None:
         self.pre_rope = pre_rope
-        self._heads: dict[tuple[int, Kind], tuple[int, ...]] = {}
+        self._heads: dict[Stream, tuple[int, ...]] = {}
         for layer_idx, captured in heads.items():
             if capture_queries:
                 self._heads[layer_idx, "q"] = captured.query
@@ -93,12 +108,14 @@ class Sniffer:
         self._seed = seed
         self._sink = sink
         self._staging = Staging(sink.take_vectors)
+        self._gathers = Gathers(self._heads, self._staging)
         self._finished = FinishedRows()
         self._plan: BatchPlan | None = None
+        self._passage: Passage | None = None
+        self._positions: Tensor | None = None
         self._pending: list[_PendingChunk] = []
         self._sequences = range(0)
         self._tokens_read: dict[int, list[int]] = {}
-        self._head_steps: dict[tuple[torch.device, tuple[int, ...], int], Tensor] = {}
         self.rows_kept = 0
         """Rows flushed so far, over all heads."""
 
@@ -111,7 +128,7 @@ class Sniffer:
         """
         self.close()
         self._plan = BatchPlan(
-            list(self._heads),
+            tuple(self._heads),
             torch.as_tensor(example_ids, dtype=torch.int64),
             torch.as_tensor(sequence_lengths, dtype=torch.int64),
             self._sampler,
@@ -129,7 +146,7 @@ class Sniffer:
             start: The first of them, by its index in the batch.
             stop: The one after the last.
         """
-        self._sequences = range(start, stop)
+        self._sequences, self._passage = range(start, stop), None
         for read in self._tokens_read.values():
             read[start:stop] = [0] * (stop - start)
         self._pending = [
@@ -167,72 +184,39 @@ class Sniffer:
         """
         if self._plan is None:
             raise RuntimeError("begin_batch must come before the forward that is captured")
-        if layer_idx not in self._tokens_read:
+        read = self._tokens_read.get(layer_idx)
+        if read is None:
             return
-        length, start, stop = positions.numel(), int(positions[0]), int(positions[-1]) + 1
-        sequences, read = self._sequences, self._tokens_read[layer_idx]
-        tokens_read = read[sequences.start]
-        if start != tokens_read or stop - start != length or query.shape[2] != length:
+        passage = self._passage_at(positions)
+        if read[passage.sequences.start] != passage.tokens.start:
+            # The very same tensor may have other values than before.
+            self._passage = None
+            passage = self._passage_at(positions)
+        sequences, tokens, length = passage.sequences, passage.tokens, query.shape[2]
+        if read[sequences.start] != tokens.start or not len(tokens) == positions.numel() == length:
             raise RuntimeError(
-                f"layer {layer_idx}: {query.shape[2]} queries at positions {start} to {stop - 1} came "
-                f"after {tokens_read} tokens of the same batch"
+                f"layer {layer_idx}: {length} queries at positions {tokens.start} to "
+                f"{tokens.stop - 1} came after {read[sequences.start]} tokens of the same batch"
             )
-        read[sequences.start : sequences.stop] = [stop] * len(sequences)
-        passage = self._plan.passage(sequences, range(start, stop))
+        read[sequences.start : sequences.stop] = [tokens.stop] * len(sequences)
         if key.shape[2] != length:
-            new_keys = first_new_key(start, length, key.shape[2])
+            new_keys = first_new_key(tokens.start, length, key.shape[2])
             key = key[:, :, new_keys : new_keys + length]
         states: tuple[tuple[Kind, Tensor], ...] = (("q", query), ("k", key))
         for kind, vectors in states:
-            if (layer_idx, kind) in self._heads:
+            stream = layer_idx, kind
+            if stream in self._heads:
                 plain = vectors.detach() if vectors.requires_grad else vectors
-                self._gather((layer_idx, kind), plain, passage, sliding_window)
+                if (gather := self._gathers.gather(stream, plain, passage)) is not None:
+                    self._pending.append(_PendingChunk(passage, stream, sliding_window, gather))
 
-    def _gather(
-        self,
-        stream: tuple[int, Kind],
-        states: Tensor,
-        passage: Passage,
-        sliding_window: int | None,
-    ) -> None:
-        """Lay down the kept rows of all captured heads, head by head."""
-        assert self._plan is not None
-        draw = self._plan.draws[stream]
-        n_rows, width = passage.sizes[draw], states.shape[3]
-        if n_rows == 0:
-            return
-        vectors, (per_sequence, per_head, per_token) = _as_rows(states)
-        steps = passage.steps(states.device, per_sequence, per_token)[draw]
-        head_steps = self._steps_to_heads(states.device, self._heads[stream], per_head)
-        block = Block(
-            *stream,
-            sliding_window,
-            _dtype_name(states.dtype),
-            len(head_steps),
-            n_rows,
-            width,
-            self._staging.align(),
-            3 * (passage.stops[draw] - n_rows),
-        )
-        done, total = 0, block.n_heads * n_rows
-        while done < total:
-            room = self._staging.room(states.device, states.dtype, total - done, width)
-            stop, first = done + room.shape[0], done // n_rows
-            if stop - done < total:
-                index = (head_steps[first : -(-stop // n_rows)] + steps).view(-1)
-                index = index[done - first * n_rows : stop - first * n_rows]
-            else:
-                index = (head_steps + steps).view(-1)
-            torch.index_select(vectors, 0, index, out=room)
-            done = stop
-        self._pending.append(_PendingChunk(passage, block))
-
-    def _steps_to_heads(self, device: torch.device, heads: tuple[int, ...], per_head: int) -> Tensor:
-        """(n_heads, 1) int64 on ``device``."""
-        key = device, heads, per_head
-        if key not in self._head_steps:
-            self._head_steps[key] = upload(per_head * torch.tensor(heads)[:, None], device)
-        return self._head_steps[key]
+    def _passage_at(self, positions: Tensor) -> Passage:
+        """The rows that a forward reads, whose layers mostly give the very same positions."""
+        if positions is not self._positions or self._passage is None:
+            assert self._plan is not None
+            tokens = range(int(positions[0]), int(positions[-1]) + 1)
+            self._positions, self._passage = positions, self._plan.passage(self._sequences, tokens)
+        return self._passage
 
     def flush_batch(
         self, sequence_lengths: Sequence[int] | None = None, *, hand_on: bool = True
@@ -256,12 +240,13 @@ class Sniffer:
         self._require_read(lengths.tolist())
         self._finished.add_batch(plan.example_ids)
         for passage, chunks in groupby(self._pending, key=attrgetter("passage")):
-            blocks, numbers = [chunk.block for chunk in chunks], passage.numbers(lengths)
+            first, numbers = self._finished.n_numbers, passage.numbers(lengths)
+            blocks = [chunk.block(first) for chunk in chunks]
             self._finished.add_rows(blocks, numbers)
             for block in blocks:
                 live = block.n_rows
                 if sequence_lengths is not None:
-                    live = int((block.part_of(numbers)[1] >= 0).sum())
+                    live = int((block.part_of(numbers, first)[1] >= 0).sum())
                 self.rows_kept += block.n_heads * live
         self._end_batch()
         if hand_on:
@@ -286,7 +271,7 @@ class Sniffer:
             self._sink.take_rows(finished.joined())
 
     def _end_batch(self) -> None:
-        self._plan = None
+        self._plan = self._passage = self._positions = None
         self._pending = []
         self._tokens_read = {}
 
@@ -297,36 +282,9 @@ class Sniffer:
             self._staging.clear()
 
 
-def _as_rows(states: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """Every vector of some states as a row of one matrix, without a copy.
-
-    Args:
-        states: (B, n_heads, S, head_dim).
-
-    Returns:
-        The matrix, and the rows from one sequence, head and token to the next.
-    """
-    if states.stride(3) != 1:
-        states = states.contiguous()
-    size, step, steps = _row_steps(states.shape, states.stride())
-    return states.as_strided((size, states.shape[3]), (step, 1)), steps
-
-
 @lru_cache
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-@lru_cache(maxsize=64)
-def _row_steps(
-    shape: tuple[int, ...], strides: tuple[int, ...]
-) -> tuple[int, int, tuple[int, int, int]]:
-    """Rows of the matrix, elements from one to the next, and rows along each axis but the last."""
-    walked = [stride if size > 1 else 0 for stride, size in zip(strides[:3], shape[:3], strict=True)]
-    step = math.gcd(*walked) or 1
-    per_sequence, per_head, per_token = (stride // step for stride in walked)
-    last = (shape[0] - 1) * per_sequence + (shape[1] - 1) * per_head + (shape[2] - 1) * per_token
-    return last + 1, step, (per_sequence, per_head, per_token)
 
 
 _active_sniffer: CapturesAttention | None = None

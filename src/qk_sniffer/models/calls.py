@@ -11,9 +11,9 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import lru_cache, wraps
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
@@ -22,8 +22,7 @@ from qk_sniffer.models.adapters import ADAPTERS, Adapter, OnResult, ScoreTrace, 
 from qk_sniffer.models.decoder import DecoderModules
 
 
-@dataclass(frozen=True)
-class AttentionCall:
+class AttentionCall(NamedTuple):
     """One attention of one module, before it is computed.
 
     Attributes:
@@ -37,7 +36,7 @@ class AttentionCall:
     module: nn.Module
     query: Tensor
     key: Tensor
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = MappingProxyType({})
     adapter: Adapter | None = None
 
     @property
