@@ -61,10 +61,20 @@ def read(sniffer: Sniffer, passage: int = 37) -> None:
             sniffer.capture(layer_idx, query, key, torch.arange(start, stop))
 
 
+class Counting(Chunks):
+    """Counts the bytes that come."""
+
+    n_bytes = 0
+
+    def take_vectors(self, portion: Portion) -> None:
+        self.n_bytes += portion.n_bytes
+        super().take_vectors(portion)
+
+
 @pytest.mark.parametrize("passage", [37, 10])
 @pytest.mark.parametrize("sampler", ["uniform", "all"])
 def test_every_vector_arrives(sampler: str, passage: int, buffer_bytes: int, device: str) -> None:
-    chunks = Chunks()
+    chunks = Counting()
     sniffer = Sniffer(LAYERS, build_sampler(sampler, 5.0, 8), 0, chunks)
     for first in (5, 8):
         sniffer.begin_batch([first, first + 1, first + 2], LENGTHS)
@@ -80,6 +90,9 @@ def test_every_vector_arrives(sampler: str, passage: int, buffer_bytes: int, dev
         if sampler == "all":
             assert chunk.positions.tolist() == [*range(37), *range(9), *range(30)]
     assert len(sniffer._staging._side_streams) == (device == "an accelerator's")
+    # Nothing comes that nobody has gathered, but for what aligns a call's vectors.
+    n_calls = len(chunks) * -(-37 // passage)
+    assert 0 <= chunks.n_bytes - sum(chunk.vectors.nbytes for chunk in chunks) < n_calls * ALIGNMENT
 
 
 @pytest.mark.parametrize("sampler", ["uniform", "all"])
@@ -108,6 +121,49 @@ def test_batches_can_be_handed_on_together(sampler: str, buffer_bytes: int, devi
     kept = sniffer.rows_kept
     sniffer.hand_on()
     assert len(chunks) == 4 and kept == sum(c.vectors.shape[0] * c.vectors.shape[1] for c in chunks)
+
+
+ALIKE = {
+    layer_idx: CapturedHeads(AttentionLayer(layer_idx, 4, 2, 16), query=(1, 3), key=(layer_idx % 2,))
+    for layer_idx in range(6)
+}
+
+
+ODD_ONES = {(3, 1): "contiguous", (0, 2): "half", (5, 2): "contiguous", (2, 4): "half"}
+"""Layers and batches whose queries lie otherwise in memory than those of their neighbours."""
+
+
+@pytest.mark.parametrize("odd_ones", [{}, ODD_ONES])
+@pytest.mark.parametrize("sampler", ["uniform", "all"])
+@pytest.mark.parametrize("buffer", [64 * 2**20, 300 * ALIGNMENT, SMALL])
+def test_layers_may_be_alike_or_change(
+    sampler: str,
+    buffer: int,
+    odd_ones: dict[tuple[int, int], str],
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is prepared for a layer fits it, or is made anew; and no room is left unused."""
+    monkeypatch.setattr(buffers_module, "BUFFER_BYTES", buffer)
+    chunks = Counting()
+    sniffer = Sniffer(ALIKE, build_sampler(sampler, 5.0, 8), 0, chunks)
+    expected = []
+    for batch, length in enumerate([37, 20, 20, 37, 9, 37]):
+        sniffer.begin_batch([2 * batch, 2 * batch + 1], [length, length - 4])
+        for layer_idx in ALIKE:
+            query, key = (torch.randn(2, length, n_heads, 16).transpose(1, 2) for n_heads in (4, 2))
+            if (layer_idx, batch) in odd_ones:
+                query = getattr(query, odd_ones[layer_idx, batch])()
+            sniffer.capture(layer_idx, query, key, torch.arange(length))
+            captured = ALIKE[layer_idx]
+            expected += [query[:, captured.query], key[:, captured.key]]
+        sniffer.flush_batch()
+    for chunk, whole in zip(chunks, expected, strict=True):
+        places = chunk.example_ids.long() % 2
+        assert torch.equal(chunk.vectors, whole[places, :, chunk.positions.long()].transpose(0, 1))
+    if not odd_ones:
+        extra = chunks.n_bytes - sum(chunk.vectors.nbytes for chunk in chunks)
+        assert 0 <= extra < len(chunks) * ALIGNMENT
 
 
 class Slow:

@@ -131,9 +131,10 @@ class Staging:
         self._memory = self._buffer.on(device)
         self._typed = {}
 
-    def fits(self, n_bytes: int) -> bool:
-        """Whether the vectors of a layer and kind go into what is left of the buffer."""
-        return self._used + -self.size % ALIGNMENT + n_bytes <= BUFFER_BYTES
+    def fits(self, n_bytes: int, device: torch.device) -> bool:
+        """Whether the buffer that a device fills, or else the next, takes so many bytes more."""
+        used = self._used + -self.size % ALIGNMENT if self.is_open(device) else 0
+        return used + n_bytes <= BUFFER_BYTES
 
     def room(self, device: torch.device, dtype: torch.dtype, n_rows: int, width: int) -> Tensor:
         """Memory for the next vectors of a device: as many of them as fit.

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qk_sniffer.capture.buffers import Staging, upload
+from qk_sniffer.capture.buffers import ALIGNMENT, Staging, upload
 from qk_sniffer.capture.plan import Passage, Stream
 
 
@@ -32,6 +32,11 @@ class Layout(NamedTuple):
     def width(self) -> int:
         """head_dim."""
         return self.shape[3]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a vector."""
+        return self.width * self.dtype.itemsize
 
     def as_matrix(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shape and strides of the states as a matrix whose rows are vectors."""
@@ -108,6 +113,8 @@ class Gathers:
         self._layouts: dict[Stream, Layout] = {}
         self._passage: Passage | None = None
         self._prepared: dict[Stream, _Prepared] = {}
+        self._fits: bool | None = None
+        self._widest = 0
         self._head_steps: dict[tuple[torch.device, tuple[int, ...], int], Tensor] = {}
 
     def gather(self, stream: Stream, states: Tensor, passage: Passage) -> Gather | None:
@@ -119,7 +126,7 @@ class Gathers:
             passage: Its kept rows.
         """
         if passage is not self._passage:
-            self._passage, self._prepared = passage, {}
+            self._passage, self._prepared, self._fits = passage, {}, None
         n_rows = passage.sizes[passage.draws[stream]]
         if n_rows == 0:
             return None
@@ -128,13 +135,25 @@ class Gathers:
         layout = Layout(states.device, states.dtype, states.shape, states.stride())
         prepared = self._prepared.pop(stream, None)
         if prepared is None or prepared.gather.layout != layout:
-            self._prepare(stream, layout, passage)
+            if self._fits is None:
+                self._fits = self._fits_whole(layout, passage)
+            if self._fits:
+                self._prepare(stream, layout, passage)
             prepared = self._prepared.pop(stream, None)
             if prepared is None:
                 return self._gather_in_parts(stream, states, layout, passage)
         gather, shape, strides, places, room = prepared
         torch.index_select(states.as_strided(shape, strides), 0, places, out=room)
         return gather
+
+    def _fits_whole(self, layout: Layout, passage: Passage) -> bool:
+        """Whether the open buffer takes the vectors of all layers and kinds, as wide as they were."""
+        self._widest = max(self._widest, layout.row_bytes)
+        n_vectors = sum(
+            len(heads) * passage.sizes[passage.draws[stream]] for stream, heads in self._heads.items()
+        )
+        n_bytes = n_vectors * self._widest + len(self._heads) * ALIGNMENT
+        return self._staging.fits(n_bytes, layout.device)
 
     def _prepare(self, stream: Stream, layout: Layout, passage: Passage) -> None:
         """Find places for a layer and kind, and for those behind it that were laid out like it."""
@@ -167,16 +186,15 @@ class Gathers:
         self, streams: Sequence[Stream], layout: Layout, passage: Passage
     ) -> tuple[dict[Stream, Gather], list[Tensor]]:
         """The gathers of those that fit into the buffer, and where their vectors go."""
-        gathers, rooms, width = {}, [], layout.shape[3]
-        row_bytes = width * layout.dtype.itemsize
+        gathers, rooms = {}, []
         for stream in streams:
             draw, n_heads = passage.draws[stream], len(self._heads[stream])
             n_rows = passage.sizes[draw]
-            if not self._staging.fits(n_heads * n_rows * row_bytes):
+            if not self._staging.fits(n_heads * n_rows * layout.row_bytes, layout.device):
                 break
             self._layouts[stream] = layout
             if n_rows:
-                start, room = self._staging.placed(layout.dtype, n_heads * n_rows, width)
+                start, room = self._staging.placed(layout.dtype, n_heads * n_rows, layout.width)
                 rows = 3 * (passage.stops[draw] - n_rows)
                 gathers[stream] = Gather(layout, n_heads, n_rows, start, rows)
                 rooms.append(room)
