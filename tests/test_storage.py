@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -15,6 +16,8 @@ import yaml
 
 from conftest import LENGTHS
 from qk_sniffer.ids import example_id
+from qk_sniffer.storage import journal, reader
+from qk_sniffer.storage.non_finite import NonFinite
 from readers import assert_readers_agree, schema
 
 Predict = Callable[..., int]
@@ -153,3 +156,31 @@ def test_half_precision_vectors_are_widened_exactly(
     vectors = torch.from_numpy(np.stack(table["vector"].to_numpy()))
     assert torch.equal(vectors, vectors.to(getattr(torch, dtype)).float())
     assert vectors.abs().max() > 0.1
+
+
+def test_pieces_of_a_file_do_not_depend_on_how_its_journal_was_written(
+    predict: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer's pages end with its pieces, so that files would have other bytes."""
+    found: list[list[int]] = []
+
+    def noting(self: NonFinite, example_ids: Any, pieces: Any) -> None:
+        found.append([len(piece) for piece in pieces])
+
+    monkeypatch.setattr(NonFinite, "count", noting)
+    monkeypatch.setattr(reader, "_LONG_STRETCH", 1)
+
+    def pieces_of(name: str, *, heads: list[int] | None, passage: int | None, seconds: float) -> Any:
+        found.clear()
+        monkeypatch.setattr(journal, "SYNC_SECONDS", seconds)
+        capture = {"sampler": {"type": "all"}, "layers": [1], "heads": heads, "capture_keys": False}
+        run = {"sniffer": {"capture": capture}, "model": {"prefill_chunk_size": passage}}
+        assert predict(name, **run) == 0
+        return sorted(found)
+
+    for heads in ([2], None):
+        whole = pieces_of(f"whole-{heads}", heads=heads, passage=None, seconds=0)
+        assert max(len(pieces) for pieces in whole) > 2
+        assert whole == pieces_of(f"together-{heads}", heads=heads, passage=None, seconds=3600)
+        assert whole == pieces_of(f"passages-{heads}", heads=heads, passage=7, seconds=0)
+        assert whole == pieces_of(f"both-{heads}", heads=heads, passage=7, seconds=3600)

@@ -102,8 +102,8 @@ def write_heads(
         with ExitStack() as stack:
             heads = [stack.enter_context(_HeadWriter(file, stream, digest)) for file in missing]
             runs = _merge(stream.runs(), heads[0].earlier)
-            for ids, blocks, rows in _row_groups(runs, stream.head_dim):
-                numbers = _Numbers(stream, ids, blocks, rows, tokens, heads[0])
+            for ids, blocks, rows, pieces in _row_groups(runs, stream.head_dim):
+                numbers = _Numbers(stream, ids, blocks, rows, pieces, tokens, heads[0])
                 for head in heads:
                     head.write(numbers)
                 stream.forget()
@@ -219,15 +219,32 @@ def _stored_block(number: int) -> int:
 
 
 def _row_groups(runs: Runs, head_dim: int) -> Iterator[tuple[npt.NDArray[Any], ...]]:
-    """Example id, block and number in the block of the rows of each row group."""
+    """Example id, block, number in the block and piece of the rows of each row group."""
     rows_at_once = max(1, ROW_GROUP_BYTES // (4 * head_dim))
     ids, blocks, starts, stops = runs.T
+    pieces = _pieces(runs)
     ends = np.cumsum(stops - starts)
     total = int(ends[-1]) if ends.size else 0
     for first in range(0, total, rows_at_once):
         numbers = np.arange(first, min(first + rows_at_once, total))
         run = np.searchsorted(ends, numbers, side="right")
-        yield ids[run], blocks[run], stops[run] - (ends[run] - numbers)
+        yield ids[run], blocks[run], stops[run] - (ends[run] - numbers), pieces[run]
+
+
+def _pieces(runs: Runs) -> npt.NDArray[np.int64]:
+    """Number the pieces in which runs are written: (R,).
+
+    A writer's pages end with its pieces, so that these may not depend on how a journal was written: the
+    passages of an example are one piece, and examples that follow each other in a batch share theirs.
+    """
+    ids, blocks, starts, stops = runs.T
+    if not ids.size:
+        return np.empty(0, np.int64)
+    firsts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))
+    before, after = firsts[:-1], firsts[1:]
+    begins = np.zeros(ids.size, np.int64)
+    begins[after] = (blocks[after] != blocks[before]) | (starts[after] != stops[before])
+    return begins.cumsum()
 
 
 class _Numbers:
@@ -239,6 +256,7 @@ class _Numbers:
         ids: npt.NDArray[np.int64],
         blocks: npt.NDArray[np.int64],
         rows: npt.NDArray[np.int64],
+        pieces: npt.NDArray[np.int64],
         tokens: TokensOf | None,
         first_head: "_HeadWriter",
     ) -> None:
@@ -247,8 +265,8 @@ class _Numbers:
         self.stored = [
             np.flatnonzero(blocks == _stored_block(number)) for number in range(len(first_head.earlier))
         ]
-        self.blocks, self.rows = blocks[new], rows[new]
-        positions, buckets, windows = stream.numbers(self.blocks, self.rows)
+        self.places = stream.places(blocks[new], rows[new], pieces[new])
+        positions, buckets, windows = stream.numbers(self.places)
         self.columns = pa.table(
             {
                 "bucket": buckets,
@@ -335,7 +353,7 @@ class _HeadWriter:
 
     def write(self, numbers: _Numbers) -> None:
         """Write one row group."""
-        pieces = self._stream.vectors(self._file.number, numbers.blocks, numbers.rows)
+        pieces = self._stream.vectors(self._file.number, numbers.places)
         if numbers.new.size < numbers.size:
             pieces = [self._with_stored(pieces, numbers)]
         self.non_finite.count(numbers.columns["example_id"], pieces)

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from functools import lru_cache
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ import pyarrow as pa
 from qk_sniffer.storage.commits import Commit, read_header, read_journal
 from qk_sniffer.storage.journal import ALIGNMENT, DTYPES, INDEX
 
-_NUMPY_DTYPES = {
+_NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(np.uint16),
@@ -77,6 +77,42 @@ class JournalReader:
                 return stream.read_all()
 
 
+class _Stretch(NamedTuple):
+    """Rows that lie behind each other.
+
+    Attributes:
+        segment: The number of their segment.
+        vectors: The byte where the vectors of their block begin.
+        n_rows: Rows of the block.
+        first: The number of the first there.
+        length: How many they are.
+    """
+
+    segment: int
+    vectors: int
+    n_rows: int
+    first: int
+    length: int
+
+
+class Places(NamedTuple):
+    """Where some rows lie, found once for all heads of a layer and kind.
+
+    Attributes:
+        table: (K,) the entries of their blocks in the index.
+        segments: (K,) the numbers of their segments.
+        rows: (K,) their numbers in the blocks.
+        breaks: The first row of each piece but the first.
+        stretches: Where they are few; none crosses a break.
+    """
+
+    table: npt.NDArray[Any]
+    segments: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    breaks: list[int]
+    stretches: list[_Stretch] | None
+
+
 class StreamReader:
     """The rows of one layer and kind: a context manager that holds the memory maps of the segments.
 
@@ -131,23 +167,46 @@ class StreamReader:
         self.forget()
         return joined[np.argsort(joined[:, 0], kind="stable")]
 
-    def numbers(self, blocks: Any, rows: Any) -> tuple[npt.NDArray[Any], ...]:
-        """Position, bucket and window (-1 for none) of some rows: three int32 arrays.
+    def places(self, blocks: Any, rows: Any, pieces: Any) -> Places:
+        """Find some rows, for all heads.
 
         Args:
             blocks: (K,) number of the block of each row.
             rows: (K,) its number there.
+            pieces: (K,) ascending; rows of one number are read in one piece where that is worth it.
         """
-        table = self._blocks[blocks]
-        first = table["rows"] // 4 + rows
-        segments = self._segments[blocks]
+        breaks = (np.flatnonzero(np.diff(pieces)) + 1).tolist()
+        cuts = (np.flatnonzero((np.diff(blocks) != 0) | (np.diff(rows) != 1)) + 1).tolist()
+        table, segments = self._blocks[blocks], self._segments[blocks]
+        stretches = None
+        if len(cuts) * _LONG_STRETCH <= len(rows):
+            starts, stops = [0, *cuts], [*cuts, len(rows)]
+            stretches = [
+                _Stretch(
+                    int(segments[start]),
+                    int(table["vectors"][start]),
+                    int(table["n_rows"][start]),
+                    int(rows[start]),
+                    stop - start,
+                )
+                for start, stop in zip(starts, stops, strict=True)
+                if stop > start
+            ]
+        if len(breaks) * _LONG_STRETCH > len(rows):
+            breaks = []
+        return Places(table, segments, rows, breaks, stretches)
+
+    def numbers(self, places: Places) -> tuple[npt.NDArray[Any], ...]:
+        """Position, bucket and window (-1 for none) of some rows: three int32 arrays."""
+        table = places.table
+        first = table["rows"] // 4 + places.rows
         position, bucket = (
-            np.concatenate([np.empty(0, _INT32), *self._gather(_INT32, 4, segments, places)])
-            for places in (first + table["n_rows"], first + 2 * table["n_rows"])
+            self._gather(_INT32, 4, places.segments, numbers)
+            for numbers in (first + table["n_rows"], first + 2 * table["n_rows"])
         )
         return position, bucket, table["window"]
 
-    def vectors(self, head: int, blocks: Any, rows: Any) -> list[npt.NDArray[np.float32]]:
+    def vectors(self, head: int, places: Places) -> list[npt.NDArray[np.float32]]:
         """The vectors of some rows of one head, in pieces of (n, head_dim).
 
         Long stretches of float32 rows are views of the memory map and cost no copy; let go of them
@@ -155,31 +214,50 @@ class StreamReader:
 
         Args:
             head: Its number among the stream's captured heads.
-            blocks: (K,) number of the block of each row.
-            rows: (K,) its number there.
+            places: Those of the rows.
         """
-        table = self._blocks[blocks]
-        if len(self._dtypes) == 1:
-            return self._vectors(head, self._dtypes[0], table, self._segments[blocks], rows)
-        vectors = np.empty((len(rows), self.head_dim), np.float32)
+        if places.rows.size == 0:
+            return []
+        if len(self._dtypes) == 1 and places.stretches is not None:
+            return self._stretches(head, places.breaks, places.stretches)
+        vectors = np.empty((len(places.rows), self.head_dim), np.float32)
         for code in self._dtypes:
-            chosen = np.flatnonzero(table["dtype"] == code)
-            segments = self._segments[blocks[chosen]]
-            vectors[chosen] = np.concatenate(
-                self._vectors(head, code, table[chosen], segments, rows[chosen])
+            chosen = np.flatnonzero(places.table["dtype"] == code)
+            table, dtype = places.table[chosen], _NUMPY_DTYPES[DTYPES[code]]
+            width = dtype.itemsize * self.head_dim
+            first = table["vectors"] + (
+                (head * table["n_rows"].astype(np.int64) + places.rows[chosen]) * width
             )
-        return [vectors]
+            step = gcd(width, ALIGNMENT)
+            raw: Any = self._gather(
+                np.dtype((np.void, width)), step, places.segments[chosen], first // step
+            )
+            vectors[chosen] = _as_float32(raw.view(dtype).reshape(-1, self.head_dim), DTYPES[code])
+        if len(self._dtypes) > 1:
+            return [vectors]
+        return np.split(vectors, places.breaks)
 
-    def _vectors(
-        self, head: int, code: int, table: Any, segments: Any, rows: Any
+    def _stretches(
+        self, head: int, breaks: list[int], stretches: "list[_Stretch]"
     ) -> list[npt.NDArray[np.float32]]:
-        dtype: Any = _NUMPY_DTYPES[DTYPES[code]]
+        """Adjacent vectors, as they lie in the memory maps."""
+        name = DTYPES[self._dtypes[0]]
+        dtype = _NUMPY_DTYPES[name]
         width = dtype.itemsize * self.head_dim
-        places = table["vectors"] + (head * table["n_rows"].astype(np.int64) + rows) * width
-        step = gcd(width, ALIGNMENT)
-        raw: Any = self._gather(np.dtype((np.void, width)), step, segments, places // step)
+        pieces: list[list[npt.NDArray[Any]]] = [[]]
+        ends, done = iter([*breaks, -1]), 0
+        end = next(ends)
+        for stretch in stretches:
+            if done == end:
+                pieces.append([])
+                end = next(ends)
+            place = stretch.vectors + (head * stretch.n_rows + stretch.first) * width
+            shape = stretch.length, self.head_dim
+            pieces[-1].append(np.ndarray(shape, dtype, self._maps[stretch.segment], place))
+            done += stretch.length
         return [
-            _as_float32(piece.view(dtype).reshape(-1, self.head_dim), DTYPES[code]) for piece in raw
+            _as_float32(parts[0] if len(parts) == 1 else np.concatenate(parts), name)
+            for parts in pieces
         ]
 
     def forget(self) -> None:
@@ -187,30 +265,13 @@ class StreamReader:
         for mapped in self._maps:
             mapped.madvise(mmap.MADV_DONTNEED)
 
-    def _gather(
-        self, dtype: np.dtype[Any], step: int, segments: Any, places: Any
-    ) -> list[npt.NDArray[Any]]:
-        """The elements that begin at ``places`` times ``step`` bytes of their segments, in pieces."""
-        stride = dtype.itemsize // step
-        breaks = np.flatnonzero((np.diff(places) != stride) | (np.diff(segments) != 0)) + 1
-        if breaks.size * _LONG_STRETCH <= places.size:
-            starts, stops = [0, *breaks.tolist()], [*breaks.tolist(), places.size]
-            return [
-                self._stretch(int(segments[start]), dtype, int(places[start]) * step, stop - start)
-                for start, stop in zip(starts, stops, strict=True)
-                if stop > start
-            ]
+    def _gather(self, dtype: np.dtype[Any], step: int, segments: Any, places: Any) -> npt.NDArray[Any]:
+        """The elements that begin at ``places`` times ``step`` bytes of their segments."""
         out = np.empty(len(places), dtype)
         for segment in range(len(self._maps)):
             chosen = segments == segment
             out[chosen] = self._elements(segment, dtype, step)[places[chosen]]
-        return [out]
-
-    def _stretch(
-        self, segment: int, dtype: np.dtype[Any], offset: int, length: int
-    ) -> npt.NDArray[Any]:
-        """Adjacent elements, as they lie in the memory map."""
-        return np.ndarray((length,), dtype, self._maps[segment], offset)
+        return out
 
     def _elements(self, segment: int, dtype: np.dtype[Any], step: int) -> npt.NDArray[Any]:
         """A segment as overlapping elements of ``dtype``, one at every ``step`` bytes."""
