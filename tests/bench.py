@@ -360,7 +360,8 @@ def time_host(repetitions: int) -> str:
                     f"{median(run.more for run in runs):.1f}",
                     f"{min(run.more for run in runs):.1f} - {max(run.more for run in runs):.1f}",
                     "at most 3" if batch_size == 1 else "",
-                    *(f"{count:,.0f}" for count in counts),
+                    *(f"{count:,.2f}" for count in counts[:2]),
+                    f"{counts[2]:,.0f}",
                 )
             )
     return section(
@@ -990,11 +991,22 @@ PARTS = {
 }
 
 
+def time_gpu(repetitions: int) -> str:
+    from bench_gpu import time_gpu
+
+    return time_gpu(repetitions)
+
+
+ON_REQUEST = {"gpu": time_gpu}
+"""Parts that run where they are named."""
+
+
 def parts(names: str) -> list[str]:
     chosen = names.split(",")
-    if unknown := set(chosen) - set(PARTS):
+    every = PARTS | ON_REQUEST
+    if unknown := set(chosen) - set(every):
         raise argparse.ArgumentTypeError(f"no part is called {', '.join(sorted(unknown))}")
-    return [name for name in PARTS if name in chosen]
+    return [name for name in every if name in chosen]
 
 
 def title() -> str:
@@ -1011,7 +1023,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=5, help="of all but memory and drawing")
     parser.add_argument(
-        "--only", type=parts, default=list(PARTS), help=f"parts to run, of {','.join(PARTS)}"
+        "--only", type=parts, default=list(PARTS), help=f"of {','.join(PARTS | ON_REQUEST)}"
     )
     parser.add_argument("--measure-memory", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -1023,10 +1035,10 @@ def main() -> None:
     sections = [title()]
     print(sections[0], flush=True)
     for name in arguments.only:
-        sections.append(PARTS[name](max(1, arguments.repetitions)))
+        sections.append((PARTS | ON_REQUEST)[name](max(1, arguments.repetitions)))
         print(f"\n{sections[-1]}", flush=True)
     CACHE.mkdir(exist_ok=True)
-    report = CACHE / "bench.md"
+    report = CACHE / ("bench-gpu.md" if arguments.only == list(ON_REQUEST) else "bench.md")
     report.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     print(f"\nSaved to {report}")
 

@@ -1,0 +1,376 @@
+"""Measure the capture on a GPU: models of real shapes with random weights, between bare loops.
+
+Each line is printed as soon as it is known, the most telling first, since a borrowed machine may be
+gone at any moment.
+"""
+
+import contextlib
+import io
+import os
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
+
+from qk_sniffer.callback import SnifferCallback
+from qk_sniffer.capture import Sniffer
+from qk_sniffer.config import CaptureConfig, HeadSamplingConfig, OutputConfig, SamplerConfig
+from qk_sniffer.models import decoder_backbone
+from qk_sniffer.module import SnifferModule
+from qk_sniffer.recorder import Recorder
+from qk_sniffer.storage.schema import DATA_FILE, JOURNAL_DIRECTORY
+
+SMOLLM2_135M = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    max_position_embeddings=8192,
+    tie_word_embeddings=True,
+)
+LLAMA_1B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    max_position_embeddings=131072,
+    tie_word_embeddings=True,
+)
+QWEN3_8B = Qwen3Config(
+    vocab_size=151936,
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=131072,
+)
+
+
+def capture_config(
+    sampler: str, min_bucket_size: int = 128, n_heads: int | None = None
+) -> CaptureConfig:
+    """A capture of all heads, or of so many of them."""
+    return CaptureConfig(
+        min_bucket_size=min_bucket_size,
+        sampler=SamplerConfig(type=sampler),
+        head_sampling=None if n_heads is None else HeadSamplingConfig(count=n_heads),
+    )
+
+
+class Case(NamedTuple):
+    """What a model reads, and what is captured with which goal for the loop against a bare one."""
+
+    model: str
+    config: PreTrainedConfig
+    n_texts: int
+    length: int
+    batch_size: int
+    captures: dict[str, tuple[CaptureConfig, float | None]]
+    has_peer: bool = False
+    """Whether a script of forward hooks is measured beside it."""
+
+
+WITH_DISK = None
+"""The goal of `all`: 1.1 times the larger of the bare loop and a plain write of the same bytes."""
+
+CASES = [
+    Case(
+        "SmolLM2-135M", SMOLLM2_135M, 256, 1024, 16,
+        {
+            "uniform 128": (capture_config("uniform"), 1.10),
+            "log_uniform 128": (capture_config("log_uniform"), 1.10),
+        },
+    ),
+    Case("SmolLM2-135M", SMOLLM2_135M, 256, 512, 1, {"uniform 128": (capture_config("uniform"), 1.20)}),
+    Case("SmolLM2-135M", SMOLLM2_135M, 32, 1024, 4, {"all": (capture_config("all"), WITH_DISK)}, True),
+    Case(
+        "Llama-1B", LLAMA_1B, 64, 4096, 4,
+        {
+            "uniform 128": (capture_config("uniform"), 1.02),
+            "log_uniform 128": (capture_config("log_uniform"), 1.02),
+        },
+    ),
+    Case("Llama-1B", LLAMA_1B, 8, 4096, 2, {"all": (capture_config("all"), WITH_DISK)}),
+    Case(
+        "Qwen3-8B", QWEN3_8B, 4, 16384, 1,
+        {
+            "uniform 8192, 300 heads": (capture_config("uniform", 8192, 300), 1.01),
+            "uniform 128": (capture_config("uniform"), 1.01),
+        },
+    ),
+    Case("Qwen3-8B", QWEN3_8B, 4, 2048, 1, {"all": (capture_config("all"), WITH_DISK)}),
+    Case(
+        "Qwen3-8B", QWEN3_8B, 1, 131072, 1,
+        {"uniform 8192, 300 heads": (capture_config("uniform", 8192, 300), 1.01)},
+    ),
+]  # fmt: skip
+
+
+def batches_of(case: Case) -> DataLoader[Any]:
+    """Random tokens in batches, as a loader of someone's own gives them."""
+    generator = torch.Generator().manual_seed(0)
+    shape = case.n_texts, case.length
+    tokens = torch.randint(0, case.config.vocab_size, shape, generator=generator)
+    example_ids = torch.arange(case.n_texts)
+    parts = zip(tokens.split(case.batch_size), example_ids.split(case.batch_size), strict=True)
+    batches = [{"input_ids": ids, "example_ids": numbers} for ids, numbers in parts]
+    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+
+class Loop(Callback):
+    """Seconds of the loop, to the end of the device's work, and host seconds of ours in it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = 0.0
+        self.closed = 0.0
+        self.ours: dict[str, float] = defaultdict(float)
+        self._device = device
+        self._patches = contextlib.ExitStack()
+
+    def on_predict_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for owner, method, name in (
+            (Recorder, "begin_batch", "draw"),
+            (Sniffer, "capture", "gather"),
+            (Recorder, "end_batch", "flush"),
+        ):
+            self._time(owner, method, name)
+        synchronize(self._device)
+        self._started = time.perf_counter()
+
+    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        synchronize(self._device)
+        self.seconds = time.perf_counter() - self._started
+        self._patches.close()
+
+    def _time(self, owner: type, method: str, name: str) -> None:
+        original = getattr(owner, method)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            result = original(*args, **kwargs)
+            self.ours[name] += time.perf_counter() - started
+            return result
+
+        setattr(owner, method, timed)
+        self._patches.callback(setattr, owner, method, original)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def module_of(case: Case, device: torch.device) -> SnifferModule:
+    """The model with random weights, made on the device."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(case.config, dtype=dtype, attn_implementation="sdpa")
+    module = SnifferModule(case.model)
+    object.__setattr__(module, "backbone", decoder_backbone(model.eval()))
+    return module
+
+
+def run_loop(module: SnifferModule, case: Case, device: torch.device, *callbacks: Callback) -> Loop:
+    """A loop over the texts."""
+    loop = Loop(device)
+    trainer = pl.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=[loop, *callbacks],
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.predict(module, batches_of(case), return_predictions=False)
+    return loop
+
+
+@contextlib.contextmanager
+def counted_syncs(device: torch.device) -> Iterator[list[int]]:
+    """Counts the calls in which the host waited for the device, by torch's own account."""
+    found = [0]
+    if device.type != "cuda":
+        yield found
+        return
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield found
+        found[0] = sum("synchronizing" in str(warning.message) for warning in caught)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def plain_write(n_bytes: int) -> float:
+    """Seconds of writing so many bytes to the disk one behind the other, and syncing them."""
+    chunk = bytes(2**26)
+    with tempfile.NamedTemporaryFile() as file:
+        started = time.perf_counter()
+        for start in range(0, n_bytes, len(chunk)):
+            file.write(chunk[: n_bytes - start])
+        file.flush()
+        os.fsync(file.fileno())
+        return time.perf_counter() - started
+
+
+class Closing(SnifferCallback):
+    """Keeps the seconds of closing, and the bytes of the journal before it."""
+
+    seconds = 0.0
+    n_bytes = 0
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        started = time.perf_counter()
+        assert self._recorder is not None
+        self._recorder.close()
+        segments = (self.data_root / JOURNAL_DIRECTORY).glob("*/segment-*")
+        self.n_bytes = sum(file.stat().st_size for file in segments)
+        super().on_predict_end(trainer, pl_module)
+        self.seconds = time.perf_counter() - started
+
+
+def measure(
+    module: SnifferModule, case: Case, name: str, device: torch.device, repetitions: int
+) -> str:
+    """One capture between bare loops: a line of the table."""
+    capture, goal = case.captures[name]
+    ratios: list[float] = []
+    bares: list[float] = []
+    closings: list[float] = []
+    ours: dict[str, list[float]] = defaultdict(list)
+    before = run_loop(module, case, device).seconds
+    n_batches = -(-case.n_texts // case.batch_size)
+    for _ in range(repetitions):
+        with tempfile.TemporaryDirectory() as root:
+            sniffer = Closing(OutputConfig(root), capture, check=False)
+            with counted_syncs(device) as syncs:
+                loop = run_loop(module, case, device, sniffer)
+            n_bytes = sum(file.stat().st_size for file in Path(root).glob(f"l*/{DATA_FILE}"))
+        after = run_loop(module, case, device).seconds
+        bares.append((before + after) / 2)
+        ratios.append(loop.seconds / bares[-1])
+        closings.append(sniffer.seconds)
+        for step, seconds in loop.ours.items():
+            ours[step].append(1000 * seconds / n_batches)
+        before = after
+    bare = median(bares)
+    if goal is None:
+        goal = 1.1 * max(1.0, plain_write(sniffer.n_bytes) / bare)
+    return row(
+        f"{case.model}, {case.n_texts} x {case.length:,}, batches of {case.batch_size}, {name}",
+        f"{median(ratios):.3f}",
+        f"at most {goal:.2f}",
+        f"{case.n_texts * case.length / bare:,.0f}",
+        *(f"{median(ours[step]):.2f}" for step in ("draw", "gather", "flush")),
+        f"{syncs[0] / n_batches:.1f}",
+        f"{median(closings):.1f} s, {n_bytes / 1e6:,.0f} MB",
+        f"{peak_of(device) / 2**30:.2f}",
+    )
+
+
+def hooks_script(module: SnifferModule, case: Case, device: torch.device) -> str:
+    """What a dozen lines of forward hooks cost that bring every query and key to the host."""
+    kept: list[torch.Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        kept.append(output.cpu())
+
+    before = run_loop(module, case, device).seconds
+    projections = [m for n, m in module.backbone.named_modules() if n.endswith(("q_proj", "k_proj"))]
+    handles = [projection.register_forward_hook(keep) for projection in projections]
+    seconds = run_loop(module, case, device).seconds
+    for handle in handles:
+        handle.remove()
+    bare = (before + run_loop(module, case, device).seconds) / 2
+    started = time.perf_counter()
+    with tempfile.NamedTemporaryFile() as file:
+        torch.save(kept, file)
+    closing = time.perf_counter() - started
+    name = f"the same by forward hooks and .cpu(), {len(projections)} of them"
+    n_bytes = sum(states.nbytes for states in kept)
+    closed = f"{closing:.1f} s, {n_bytes / 1e6:,.0f} MB"
+    return row(name, f"{seconds / bare:.3f}", "", "", "", "", "", "", closed, "")
+
+
+HEAD = (
+    "", "loop / bare", "goal", "bare, tokens/s", "draw, ms", "gather, ms", "flush, ms", "syncs",
+    "closing", "peak, GiB",
+)  # fmt: skip
+
+
+def row(*cells: str) -> str:
+    """A line of the table."""
+    assert len(cells) == len(HEAD)
+    return f"| {' | '.join(cells)} |"
+
+
+def peak_of(device: torch.device) -> int:
+    """The most bytes of the device that were in use since the last call."""
+    if device.type != "cuda":
+        return 0
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+def time_cases(cases: list[Case], device: torch.device, repetitions: int) -> list[str]:
+    """The table, of which each line is printed at once."""
+    lines: list[str] = []
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+
+    tell(row(*HEAD))
+    tell(row(*(["---"] * len(HEAD))))
+    for case in cases:
+        module = module_of(case, device)
+        run_loop(module, case._replace(n_texts=min(case.n_texts, 2 * case.batch_size)), device)
+        peak_of(device)
+        for name in case.captures:
+            tell(measure(module, case, name, device, repetitions))
+        if case.has_peer:
+            tell(hooks_script(module, case, device))
+        del module
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return lines
+
+
+def time_gpu(repetitions: int) -> str:
+    """Every case on the first GPU; without one, a line that says so."""
+    if not torch.cuda.is_available():
+        return "## GPU\n\nThis machine has no CUDA device."
+    device = torch.device("cuda", 0)
+    print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}", flush=True)
+    lines = time_cases(CASES, device, min(repetitions, 2))
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    text = (
+        f"{torch.cuda.get_device_name(device)}; random weights, bfloat16, sdpa. Milliseconds of the "
+        "host and calls that wait for the device are those of a batch. Closing is what follows the "
+        f"loop. The host's memory peaked at {host / 2**30:.1f} GiB."
+    )
+    return "\n".join(["## GPU", "", text, "", *lines])

@@ -1,0 +1,39 @@
+"""The benchmark for a GPU runs on any device, so that a machine that is lent loses no time to it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench_gpu
+from families import FAMILIES
+
+
+def test_every_kind_of_case_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    config = FAMILIES["llama"]
+    captures = {
+        name: (bench_gpu.capture_config(name, 16, n_heads), goal)
+        for name, n_heads, goal in (("uniform", 5, 1.1), ("all", None, bench_gpu.WITH_DISK))
+    }
+    case = bench_gpu.Case("tiny", config, 5, 32, 2, captures, has_peer=True)
+    lines = bench_gpu.time_cases([case], torch.device("cpu"), 1)
+    assert capsys.readouterr().out.splitlines() == lines
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert [row[0].rpartition(", ")[2] for row in cells[:2]] == ["uniform", "all"]
+    assert "8 of them" in cells[2][0] and len(cells) == 3
+    for row in cells:
+        assert float(row[1]) > 0
+    for row in cells[:2]:
+        assert all(float(cell) > 0 for cell in row[3].split(","))
+        assert all(float(cell) > 0 for cell in row[4:7])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so() -> None:
+    bench = Path(__file__).with_name("bench.py")
+    command = [sys.executable, str(bench), "--only", "gpu"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0
+    assert "This machine has no CUDA device." in ended.stdout
