@@ -13,17 +13,24 @@ from qk_sniffer.storage.schema import temporary_name
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its name once it is written and synced."""
+def replacing(path: Path, *, syncs_name: bool = True) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its name once it is written and synced.
+
+    Args:
+        path: The path.
+        syncs_name: Make the name survive a loss of power too; otherwise the caller syncs the directory.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(temporary_name(path.name))
     try:
         yield temporary
         sync_file(temporary)
         temporary.replace(path)
-        sync_directory(path.parent)
-    finally:
+        if syncs_name:
+            sync_directory(path.parent)
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
 
 
 def sync_file(path: Path) -> None:

@@ -108,6 +108,9 @@ def write_heads(
                     head.write(numbers)
                 stream.forget()
             counted = {head.path: head.non_finite for head in heads}
+        # After all of them have their names: the first sync then brings most of the others along.
+        for file in missing:
+            sync_directory(file.path.parent)
     return [_describe_head(file.path, counted.get(file.path)) for file in files]
 
 
@@ -341,7 +344,7 @@ class _HeadWriter:
     def __enter__(self) -> "_HeadWriter":
         with ExitStack() as stack:
             self.earlier = [_EarlierRows(file, self._schema) for file in self._file.earlier]
-            temporary = stack.enter_context(replacing(self._file.path))
+            temporary = stack.enter_context(replacing(self._file.path, syncs_name=False))
             sink = stack.enter_context(pa.OSFile(str(temporary), "wb"))
             self._writer = stack.enter_context(open_writer(sink, self._schema))
             self._writer.add_key_value_metadata({EXAMPLES_KEY: self._digest})
