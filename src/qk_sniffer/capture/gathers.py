@@ -138,7 +138,9 @@ class Gathers:
             if self._fits is None:
                 self._fits = self._fits_whole(layout, passage)
             if self._fits:
-                self._prepare(stream, layout, passage)
+                # Where one is not as it was, the others may be.
+                alike = self._alike(stream) if prepared is None else []
+                self._prepare([stream, *alike], layout, passage)
             prepared = self._prepared.pop(stream, None)
             if prepared is None:
                 return self._gather_in_parts(stream, states, layout, passage)
@@ -155,16 +157,20 @@ class Gathers:
         n_bytes = n_vectors * self._widest + len(self._heads) * ALIGNMENT
         return self._staging.fits(n_bytes, layout.device)
 
-    def _prepare(self, stream: Stream, layout: Layout, passage: Passage) -> None:
-        """Find places for a layer and kind, and for those behind it that were laid out like it."""
+    def _alike(self, stream: Stream) -> list[Stream]:
+        """The layers and kinds behind one that were laid out like it."""
+        known = self._layouts.get(stream)
+        if known is None:
+            return []
+        return [other for other in self._later[stream] if self._layouts.get(other) == known]
+
+    def _prepare(self, streams: Sequence[Stream], layout: Layout, passage: Passage) -> None:
+        """Find places for layers and kinds of one layout."""
         if not self._staging.is_open(layout.device):
             # What is prepared and not gathered would be handed on without its vectors.
             self._prepared = {}
             self._staging.open(layout.device)
-        before = self._layouts.get(stream)
-        later = self._later[stream] if before is not None else []
-        alike = [stream, *(other for other in later if self._layouts.get(other) == before)]
-        gathers, rooms = self._placed_together(alike, layout, passage)
+        gathers, rooms = self._placed_together(streams, layout, passage)
         places = np.empty(sum(map(len, rooms)), np.int64)
         per_sequence, per_head, per_token = layout.steps()
         steps = passage.steps_on_host(per_sequence, per_token)
