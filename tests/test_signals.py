@@ -18,6 +18,7 @@ from conftest import HUB_TOKEN, LENGTHS, REPO, write_jsonl
 from killing import BEFORE, Death, Ended, Processes, Started
 from loopback import LoopbackHub, environment_of
 from qk_sniffer.cli import main
+from qk_sniffer.storage.commits import COMMITS_FILE, read_commits
 
 ModelDir = Callable[[str], Path]
 WriteRun = Callable[..., list[str]]
@@ -216,7 +217,8 @@ def test_two_ranks(
         | {"streaming": True, "num_workers": 1},
         trainer={"devices": 2, "strategy": "ddp"},
     )
-    parts = [root / ".journal" / f"rank-{rank:05d}" / "commits.jsonl" for rank in range(2)]
+    parts = [root / ".journal" / f"rank-{rank:05d}" for rank in range(2)]
+    logs = [part / COMMITS_FILE for part in parts]
     heeded = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     output = tmp_path / "output"
     with (
@@ -227,7 +229,7 @@ def test_two_ranks(
     ):
         try:
             until(
-                lambda: all(part.exists() and part.read_text().count("\n") > 5 for part in parts),
+                lambda: all(log.exists() and log.read_text().count("\n") > 1 for log in logs),
                 lambda: process.poll() is None,
                 output.read_text,
             )
@@ -242,7 +244,8 @@ def test_two_ranks(
     assert printed.count(END[sent]) == 1
     assert "Traceback" not in printed
     assert f"qk-sniffer finalize {root}" in printed
-    captured = sum(part.read_text().count("\n") for part in parts) * 3
+    commits = [commit for part in parts for commit in read_commits(part).commits]
+    captured = sum(commit.example_ids.size for commit in commits)
     assert main(["finalize", str(root)]) == 0
     assert pq.read_table(root / "examples" / "data.parquet").num_rows == captured
 
