@@ -194,17 +194,23 @@ class Gathers:
         """The gathers of those that fit into the buffer, and where their vectors go."""
         gathers, rooms = {}, []
         for stream in streams:
-            draw, n_heads = passage.draws[stream], len(self._heads[stream])
-            n_rows = passage.sizes[draw]
-            if not self._staging.fits(n_heads * n_rows * layout.row_bytes, layout.device):
+            n_rows = passage.sizes[passage.draws[stream]]
+            n_vectors = len(self._heads[stream]) * n_rows
+            if not self._staging.fits(n_vectors * layout.row_bytes, layout.device):
                 break
             self._layouts[stream] = layout
             if n_rows:
-                start, room = self._staging.placed(layout.dtype, n_heads * n_rows, layout.width)
-                rows = 3 * (passage.stops[draw] - n_rows)
-                gathers[stream] = Gather(layout, n_heads, n_rows, start, rows)
+                start, room = self._staging.placed(layout.dtype, n_vectors, layout.width)
+                gathers[stream] = self._described(stream, layout, passage, start)
                 rooms.append(room)
         return gathers, rooms
+
+    def _described(self, stream: Stream, layout: Layout, passage: Passage, start: int) -> Gather:
+        """The gather whose vectors begin at a byte of the staging."""
+        draw = passage.draws[stream]
+        n_rows = passage.sizes[draw]
+        rows = 3 * (passage.stops[draw] - n_rows)
+        return Gather(layout, len(self._heads[stream]), n_rows, start, rows)
 
     def _gather_in_parts(
         self, stream: Stream, states: Tensor, layout: Layout, passage: Passage
@@ -212,10 +218,7 @@ class Gathers:
         """Gather more than the open buffer takes."""
         self._prepared = {}
         self._layouts[stream] = layout
-        draw, n_heads = passage.draws[stream], len(self._heads[stream])
-        n_rows = passage.sizes[draw]
-        rows = 3 * (passage.stops[draw] - n_rows)
-        gather = Gather(layout, n_heads, n_rows, self._staging.align(), rows)
+        gather = self._described(stream, layout, passage, self._staging.align())
         vectors = states.as_strided(*layout.as_matrix())
         done, total = 0, gather.n_heads * gather.n_rows
         while done < total:
