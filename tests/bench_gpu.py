@@ -23,8 +23,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from families import LLAMA_1B, QWEN3_8B, SMOLLM2_135M
 from qk_sniffer.callback import SnifferCallback
 from qk_sniffer.capture import Sniffer
 from qk_sniffer.config import CaptureConfig, HeadSamplingConfig, OutputConfig, SamplerConfig
@@ -32,38 +33,6 @@ from qk_sniffer.models import decoder_backbone
 from qk_sniffer.module import SnifferModule
 from qk_sniffer.recorder import Recorder
 from qk_sniffer.storage.schema import DATA_FILE, JOURNAL_DIRECTORY
-
-SMOLLM2_135M = LlamaConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    max_position_embeddings=8192,
-    tie_word_embeddings=True,
-)
-LLAMA_1B = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=64,
-    max_position_embeddings=131072,
-    tie_word_embeddings=True,
-)
-QWEN3_8B = Qwen3Config(
-    vocab_size=151936,
-    hidden_size=4096,
-    intermediate_size=12288,
-    num_hidden_layers=36,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    max_position_embeddings=131072,
-)
 
 
 def capture_config(
@@ -142,7 +111,6 @@ class Loop(Callback):
 
     def __init__(self, device: torch.device) -> None:
         self.seconds = 0.0
-        self.closed = 0.0
         self.ours: dict[str, float] = defaultdict(float)
         self._device = device
         self._patches = contextlib.ExitStack()

@@ -1,4 +1,4 @@
-"""Tiny random models of eight families, from their real config classes."""
+"""Tiny random models of eight families, from their real config classes, and shapes of real models."""
 
 import math
 
@@ -60,6 +60,40 @@ HOST_BOUND = LlamaConfig(
     num_key_value_heads=3,
 )
 """As many layers as SmolLM2-135M, and so small that the host's own work is most of a batch."""
+
+
+SMOLLM2_135M = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    max_position_embeddings=8192,
+    tie_word_embeddings=True,
+)
+LLAMA_1B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    max_position_embeddings=131072,
+    tie_word_embeddings=True,
+)
+QWEN3_8B = Qwen3Config(
+    vocab_size=151936,
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=131072,
+)
+"""Shapes of real models, for measures that need no trained weights."""
 
 
 def tiny_model(config: PreTrainedConfig) -> PreTrainedModel:

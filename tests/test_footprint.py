@@ -5,31 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import Gemma3TextConfig, PreTrainedConfig
 
-from families import FAMILIES, tiny_model
+from families import FAMILIES, QWEN3_8B, SMOLLM2_135M, tiny_model
 from qk_sniffer.models import decoder_backbone, forward_footprint
 from qk_sniffer.models.footprint import _Held
 from qk_sniffer.models.loading import auto_class
-
-QWEN3_8B = Qwen3Config(
-    vocab_size=151_936,
-    hidden_size=4096,
-    intermediate_size=12_288,
-    num_hidden_layers=36,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-)
-SMOLLM2_135M = LlamaConfig(
-    vocab_size=49_152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    tie_word_embeddings=True,
-)
 
 
 def skeleton(config: PreTrainedConfig, attention: str = "sdpa", dtype: Any = torch.bfloat16) -> Any:
