@@ -36,6 +36,7 @@ from qk_sniffer.storage.commits import (
     part_directory,
     repair,
 )
+from qk_sniffer.storage.direct import PAGE, DirectFile
 from qk_sniffer.storage.files import explained_writing, sync_directory, write_text
 from qk_sniffer.storage.schema import EXAMPLES_SCHEMA, Kind
 
@@ -142,26 +143,25 @@ class _Segment:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # Unbuffered, so that a write that fails takes no earlier batch with it.
-        self._file = path.open("xb", buffering=0)
+        self._file = DirectFile(path)
         self.size = 0
         self._digest = xxhash.xxh3_64()
 
-    def write(self, data: bytes | memoryview) -> None:
-        written, n_bytes = 0, len(data)
-        while written < n_bytes:
-            written += self._file.write(memoryview(data)[written:])
+    def write(self, data: npt.NDArray[np.uint8]) -> None:
+        """Append bytes: (N,) uint8."""
+        self._file.write(data)
         self._digest.update(data)
-        self.size += n_bytes
+        self.size += data.size
 
     def end_batch(self) -> str:
-        """The digest of the bytes since the last batch."""
+        """End a batch, at the end of a page, and give the digest of its bytes."""
+        self._file.flush()
         digest = self._digest.hexdigest()
         self._digest = xxhash.xxh3_64()
         return digest
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        self._file.sync()
 
     def close(self, size: int = -1) -> None:
         """Close the file, cut to ``size``; an empty one goes."""
@@ -172,8 +172,8 @@ class _Segment:
             self.path.unlink()
 
 
-def _aligned(size: int) -> int:
-    return size + -size % ALIGNMENT
+def _aligned(size: int, alignment: int = ALIGNMENT) -> int:
+    return size + -size % alignment
 
 
 class JournalWriter:
@@ -303,10 +303,10 @@ class JournalWriter:
         vectors = portion.wait()
         if portion.start == 0:
             # Behind a batch that was given up, whose bytes are of no use.
-            if padding := bytes(-self._segment.size % ALIGNMENT):
-                self._segment.write(padding)
+            if padding := -self._segment.size % PAGE:
+                self._segment.write(np.zeros(padding, np.uint8))
             self._vectors = self._segment.size
-        self._segment.write(vectors.data)
+        self._segment.write(vectors)
 
     def _end_batch(
         self,
@@ -318,8 +318,8 @@ class JournalWriter:
         segment = self._segment
         rows = _aligned(segment.size)
         texts = rows + _aligned(numbers.nbytes)
-        # The next batch begins where this one ends, and is aligned.
-        stop = _aligned(texts + examples.size + index.nbytes)
+        # The next batch begins where this one ends.
+        stop = _aligned(texts + examples.size + index.nbytes, PAGE)
         place = stop - index.nbytes
         is_there = index["n_rows"] > 0
         index["rows"] += rows * is_there
@@ -328,7 +328,7 @@ class JournalWriter:
         for start, part in ((rows, numbers.view(np.uint8)), (texts, examples), (place, index)):
             values = np.frombuffer(part, np.uint8)
             tail[start - segment.size :][: values.size] = values
-        segment.write(tail.data)
+        segment.write(tail)
         digest = segment.end_batch()
         self._unsynced.append(
             Commit(segment.path, self._batch_start, stop, place, texts, digest, example_ids)
