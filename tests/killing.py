@@ -301,8 +301,8 @@ class _Passages:
         return death.moment if death and (death.point, death.passage) == (point, passage) else None
 
 
-def _half_a_write(write: Callable[..., int], segment: Any, data: bytes) -> None:
-    write(segment, bytes(data)[: len(data) // 2])
+def _half_a_write(write: Callable[..., None], segment: Any, data: Any) -> None:
+    write(segment, data[: data.size // 2])
 
 
 def _half_the_lines(_: Any, file: Any, records: Any) -> None:

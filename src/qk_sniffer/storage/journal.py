@@ -150,7 +150,7 @@ class _Segment:
     def write(self, data: npt.NDArray[np.uint8]) -> None:
         """Append bytes: (N,) uint8."""
         self._file.write(data)
-        self._digest.update(data)
+        self._digest.update(data.data)
         self.size += data.size
 
     def end_batch(self) -> str:
