@@ -77,7 +77,7 @@ class Recorder:
         self._sniffer.begin_batch(batch.example_ids.tolist(), lengths.tolist())
 
     def end_batch(self, batch: BatchFields) -> None:
-        """Move the batch's rows to the journal, or keep them for the end of another that soon follows.
+        """Keep the batch's rows for ``save``, which may follow another batch.
 
         Raises:
             UserError: The backbone has run outside ``capture_attention``.
@@ -91,8 +91,15 @@ class Recorder:
         self._examples += self._examples_of(batch)
         self.batches_read += 1
         self.tokens_read += int(batch.sequence_lengths.sum())
-        if self._journal.is_due:
-            self._sniffer.hand_on()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to save the batches that have ended."""
+        return self._journal.is_due
+
+    def save(self) -> None:
+        """Move the rows of the batches that have ended to the journal."""
+        self._sniffer.hand_on()
 
     def close(self) -> None:
         """Commit what is waiting, and stop capturing; a second call does nothing.

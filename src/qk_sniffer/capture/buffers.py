@@ -121,7 +121,8 @@ class Staging:
     def align(self) -> int:
         """Fill up to where the vectors of another layer or kind may begin, and give the place."""
         if padding := -self.size % ALIGNMENT:
-            self._memory[self._claim(padding)] = 0
+            first = self._claim(padding)
+            self._memory[first : first + padding] = 0
         return self.size
 
     def is_open(self, device: torch.device) -> bool:
@@ -165,10 +166,10 @@ class Staging:
                 raise ValueError(f"a vector of {row_bytes} bytes is wider than a buffer")
             self.open(device)
             return self.room(device, dtype, n_rows, width)
-        return self._claimed(dtype, min(n_rows, fitting), width)
+        return self.placed(dtype, min(n_rows, fitting), width)
 
-    def placed(self, dtype: torch.dtype, n_rows: int, width: int) -> tuple[int, Tensor]:
-        """Memory for the vectors of a layer and kind that fit into the open buffer.
+    def placed(self, dtype: torch.dtype, n_rows: int, width: int) -> Tensor:
+        """Memory for vectors that fit into the open buffer.
 
         Args:
             dtype: Their number format.
@@ -176,23 +177,19 @@ class Staging:
             width: Numbers in each.
 
         Returns:
-            The place of the first byte in the sequence, and (n_rows, width) for the caller to fill
-            before anything else is placed that does not fit.
+            (n_rows, width), for the caller to fill before anything else is placed that does not fit.
         """
-        return self.align(), self._claimed(dtype, n_rows, width)
-
-    def _claimed(self, dtype: torch.dtype, n_rows: int, width: int) -> Tensor:
-        first = self._used // dtype.itemsize
-        self._claim(n_rows * width * dtype.itemsize)
         if dtype not in self._typed:
             self._typed[dtype] = self._memory.view(dtype)
+        first = self._claim(n_rows * width * dtype.itemsize) // dtype.itemsize
         return self._typed[dtype].as_strided((n_rows, width), (width, 1), first)
 
-    def _claim(self, n_bytes: int) -> slice:
-        claimed = slice(self._used, self._used + n_bytes)
+    def _claim(self, n_bytes: int) -> int:
+        """Take the next bytes of the buffer, and give the number of the first."""
+        first = self._used
         self._used += n_bytes
         self.size += n_bytes
-        return claimed
+        return first
 
     def end(self) -> None:
         """Hand on the buffer that is being filled; what comes next begins at byte 0 again."""

@@ -77,6 +77,11 @@ class Gather(NamedTuple):
     vectors: int
     rows: int
 
+    @property
+    def n_vectors(self) -> int:
+        """Vectors of all heads."""
+        return self.n_heads * self.n_rows
+
 
 class _Prepared(NamedTuple):
     """A gather that only waits for its states.
@@ -107,10 +112,9 @@ class Gathers:
     def __init__(self, heads: Mapping[Stream, tuple[int, ...]], staging: Staging) -> None:
         self._heads = heads
         self._staging = staging
-        streams = list(heads)
-        self._head_numbers = {s: np.array(numbers)[:, None] for s, numbers in heads.items()}
-        self._later = {stream: streams[number + 1 :] for number, stream in enumerate(streams)}
         self._layouts: dict[Stream, Layout] = {}
+        self._alike: dict[Stream, list[Stream]] = {}
+        self._is_grouped = True
         self._passage: Passage | None = None
         self._prepared: dict[Stream, _Prepared] = {}
         self._fits: bool | None = None
@@ -126,9 +130,8 @@ class Gathers:
             passage: Its kept rows.
         """
         if passage is not self._passage:
-            self._passage, self._prepared, self._fits = passage, {}, None
-        n_rows = passage.sizes[passage.draws[stream]]
-        if n_rows == 0:
+            self._begin(passage)
+        if passage.sizes[passage.draws[stream]] == 0:
             return None
         if states.stride(3) != 1:
             states = states.contiguous()
@@ -137,73 +140,90 @@ class Gathers:
         if prepared is None or prepared.gather.layout != layout:
             if self._fits is None:
                 self._fits = self._fits_whole(layout, passage)
-            if self._fits:
-                # Where one is not as it was, the others may be.
-                alike = self._alike(stream) if prepared is None else []
-                self._prepare([stream, *alike], layout, passage)
-            prepared = self._prepared.pop(stream, None)
-            if prepared is None:
+            # Where one is not as it was, the others may be.
+            alike = self._alike_from(stream) if prepared is None else [stream]
+            if not (self._fits and self._prepare(alike, layout, passage)):
                 return self._gather_in_parts(stream, states, layout, passage)
+            prepared = self._prepared.pop(stream)
         gather, shape, strides, places, room = prepared
         torch.index_select(states.as_strided(shape, strides), 0, places, out=room)
         return gather
 
+    def _begin(self, passage: Passage) -> None:
+        self._passage, self._prepared, self._fits = passage, {}, None
+        if not self._is_grouped:
+            self._is_grouped = True
+            groups: dict[Layout, list[Stream]] = {}
+            for stream in self._heads:
+                if stream in self._layouts:
+                    groups.setdefault(self._layouts[stream], []).append(stream)
+            self._alike = {stream: group for group in groups.values() for stream in group}
+
     def _fits_whole(self, layout: Layout, passage: Passage) -> bool:
         """Whether the open buffer takes the vectors of all layers and kinds, as wide as they were."""
         self._widest = max(self._widest, layout.row_bytes)
-        n_vectors = sum(
-            len(heads) * passage.sizes[passage.draws[stream]] for stream, heads in self._heads.items()
-        )
-        n_bytes = n_vectors * self._widest + len(self._heads) * ALIGNMENT
-        return self._staging.fits(n_bytes, layout.device)
+        return self._fits_together(list(self._heads), self._widest, layout.device, passage)
 
-    def _alike(self, stream: Stream) -> list[Stream]:
-        """The layers and kinds behind one that were laid out like it."""
-        known = self._layouts.get(stream)
-        if known is None:
-            return []
-        return [other for other in self._later[stream] if self._layouts.get(other) == known]
+    def _fits_together(
+        self, streams: Sequence[Stream], row_bytes: int, device: torch.device, passage: Passage
+    ) -> bool:
+        n_vectors = sum(len(self._heads[s]) * passage.sizes[passage.draws[s]] for s in streams)
+        return self._staging.fits(n_vectors * row_bytes + len(streams) * ALIGNMENT, device)
 
-    def _prepare(self, streams: Sequence[Stream], layout: Layout, passage: Passage) -> None:
-        """Find places for layers and kinds of one layout."""
+    def _alike_from(self, stream: Stream) -> list[Stream]:
+        """A layer and kind, and those behind it that were laid out like it in the last forward."""
+        alike = self._alike.get(stream, [stream])
+        return alike[alike.index(stream) :]
+
+    def _prepare(self, streams: Sequence[Stream], layout: Layout, passage: Passage) -> bool:
+        """Find places for layers and kinds of one layout, where they fit into the buffer."""
         if not self._staging.is_open(layout.device):
             # What is prepared and not gathered would be handed on without its vectors.
             self._prepared = {}
             self._staging.open(layout.device)
-        gathers, rooms = self._placed_together(streams, layout, passage)
-        places = np.empty(sum(map(len, rooms)), np.int64)
+        if not self._fits_together(streams, layout.row_bytes, layout.device, passage):
+            return False
+        self._note(streams, layout)
+        kept = [stream for stream in streams if passage.sizes[passage.draws[stream]]]
+        start = self._staging.align()
+        gathers = []
+        for stream in kept:
+            gathers.append(gather := self._described(stream, layout, passage, start))
+            start += gather.n_vectors * layout.row_bytes
+        counts = [gather.n_vectors for gather in gathers]
+        rooms = torch.split(self._staging.placed(layout.dtype, sum(counts), layout.width), counts)
+        places = self._places_on_host(kept, gathers, layout, passage)
+        split = torch.split(upload(places, layout.device), counts)
+        shape, strides = layout.as_matrix()
+        self._prepared |= {
+            stream: _Prepared(gather, shape, strides, own, room)
+            for stream, gather, own, room in zip(kept, gathers, split, rooms, strict=True)
+        }
+        return True
+
+    def _note(self, streams: Sequence[Stream], layout: Layout) -> None:
+        """Remember how layers and kinds are laid out, together or one alone."""
+        if len(streams) == 1 and self._layouts.get(streams[0]) != layout:
+            self._is_grouped = False
+        self._layouts.update(dict.fromkeys(streams, layout))
+
+    def _places_on_host(
+        self, streams: Sequence[Stream], gathers: Sequence[Gather], layout: Layout, passage: Passage
+    ) -> Tensor:
+        """Where the kept vectors of some layers and kinds lie in the matrices of their states."""
         per_sequence, per_head, per_token = layout.steps()
         steps = passage.steps_on_host(per_sequence, per_token)
+        places = np.empty(sum(gather.n_vectors for gather in gathers), np.int64)
+        head_steps = {
+            heads: per_head * np.array(heads)[:, None] for heads in {self._heads[s] for s in streams}
+        }
         stop = 0
-        for other, gather in gathers.items():
-            first = gather.rows // 3
-            start, stop = stop, stop + gather.n_heads * gather.n_rows
-            np.add(
-                per_head * self._head_numbers[other],
-                steps[first : first + gather.n_rows],
-                out=places[start:stop].reshape(gather.n_heads, gather.n_rows),
-            )
-        shape, strides = layout.as_matrix()
-        split = torch.split(upload(torch.from_numpy(places), layout.device), list(map(len, rooms)))
-        for (other, gather), own, room in zip(gathers.items(), split, rooms, strict=True):
-            self._prepared[other] = _Prepared(gather, shape, strides, own, room)
-
-    def _placed_together(
-        self, streams: Sequence[Stream], layout: Layout, passage: Passage
-    ) -> tuple[dict[Stream, Gather], list[Tensor]]:
-        """The gathers of those that fit into the buffer, and where their vectors go."""
-        gathers, rooms = {}, []
-        for stream in streams:
-            n_rows = passage.sizes[passage.draws[stream]]
-            n_vectors = len(self._heads[stream]) * n_rows
-            if not self._staging.fits(n_vectors * layout.row_bytes, layout.device):
-                break
-            self._layouts[stream] = layout
-            if n_rows:
-                start, room = self._staging.placed(layout.dtype, n_vectors, layout.width)
-                gathers[stream] = self._described(stream, layout, passage, start)
-                rooms.append(room)
-        return gathers, rooms
+        for stream, (_, n_heads, n_rows, _, rows) in zip(streams, gathers, strict=True):
+            start, stop = stop, stop + n_heads * n_rows
+            own = steps[rows // 3 : rows // 3 + n_rows]
+            room = places[start:stop].reshape(n_heads, n_rows)
+            np.add(head_steps[self._heads[stream]], own, out=room)
+        return torch.from_numpy(places)
 
     def _described(self, stream: Stream, layout: Layout, passage: Passage, start: int) -> Gather:
         """The gather whose vectors begin at a byte of the staging."""
@@ -217,10 +237,10 @@ class Gathers:
     ) -> Gather:
         """Gather more than the open buffer takes."""
         self._prepared = {}
-        self._layouts[stream] = layout
+        self._note([stream], layout)
         gather = self._described(stream, layout, passage, self._staging.align())
         vectors = states.as_strided(*layout.as_matrix())
-        done, total = 0, gather.n_heads * gather.n_rows
+        done, total = 0, gather.n_vectors
         while done < total:
             room = self._staging.room(layout.device, layout.dtype, total - done, layout.width)
             stop = done + room.shape[0]

@@ -6,6 +6,7 @@ order of calls and no device count.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -43,13 +44,19 @@ def philox4x32(counter: Sequence[Any], key: int) -> Words:
 
 def mix(words: Words, key: int) -> None:
     """Put the words that ``philox4x32`` gives for some counters in their place: (4, n)."""
-    halves = key & WORD, key >> 32 & WORD
-    rounds = np.array(
-        [[half + weyl * n & WORD for half, weyl in zip(halves, _WEYL, strict=True)] for n in _ROUNDS],
-        np.uint64,
-    )
+    rounds = _round_keys(key)
     for start in range(0, words.shape[1], _COUNTERS_AT_ONCE):
-        _mix(words[:, start : start + _COUNTERS_AT_ONCE], rounds[:, :, None])
+        _mix(words[:, start : start + _COUNTERS_AT_ONCE], rounds)
+
+
+@lru_cache(maxsize=16)
+def _round_keys(key: int) -> Words:
+    """What each round adds to each half of the words: (rounds, 2, 1)."""
+    halves = key & WORD, key >> 32 & WORD
+    rounds = [
+        [[half + weyl * n & WORD] for half, weyl in zip(halves, _WEYL, strict=True)] for n in _ROUNDS
+    ]
+    return np.array(rounds, np.uint64)
 
 
 def _mix(words: Words, rounds: Words) -> None:

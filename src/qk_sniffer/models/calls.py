@@ -134,7 +134,7 @@ def _intercept_interface(modules: Set[nn.Module], on_call: OnCall) -> Iterator[N
         ) -> Any:
             on_result = None
             if module in modules:
-                arguments = {"value": value, "attention_mask": attention_mask} | kwargs
+                arguments = {"value": value, "attention_mask": attention_mask, **kwargs}
                 on_result = on_call(AttentionCall(module, query, key, arguments))
             result = attention(module, query, key, value, attention_mask, **kwargs)
             if on_result is not None:
