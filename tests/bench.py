@@ -28,7 +28,7 @@ from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from pydoc_data.topics import topics
-from statistics import median
+from statistics import median, quantiles
 from textwrap import fill
 from typing import Any, NamedTuple
 
@@ -172,6 +172,52 @@ class LoopTimer(Callback):
         self.seconds = time.perf_counter() - self.started
 
 
+class Pairs:
+    """Seconds of each batch, read barely and with the callbacks between ``begin`` and ``end``, in turn.
+
+    What takes its time when a batch has ended must be little: it would count as the bare one's.
+    """
+
+    def __init__(self) -> None:
+        self.bare: list[float] = []
+        self.captured: list[float] = []
+        self.begin, self.end = _Begin(self), _End(self)
+        self.started = 0.0
+
+    def read_barely(self, module: Any, batch: Any, is_turn: bool) -> None:
+        if is_turn:
+            tokens = batch["input_ids"]
+            self.bare.append(timed(lambda: module.backbone(input_ids=tokens, use_cache=False)))
+
+
+class _Begin(Callback):
+    def __init__(self, pairs: Pairs) -> None:
+        self._pairs = pairs
+
+    def on_predict_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._pairs.read_barely(pl_module, batch, batch_idx % 2 == 0)
+        self._pairs.started = time.perf_counter()
+
+
+class _End(Callback):
+    def __init__(self, pairs: Pairs) -> None:
+        self._pairs = pairs
+
+    def on_predict_batch_end(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._pairs.captured.append(time.perf_counter() - self._pairs.started)
+        self._pairs.read_barely(pl_module, batch, batch_idx % 2 == 1)
+
+
 class TimedSniffer(SnifferCallback):
     """Keeps the seconds that each batch's flush holds up the loop."""
 
@@ -242,20 +288,32 @@ class Sample(NamedTuple):
 
 
 def time_captures(repetitions: int) -> str:
-    """Run every capture in turn, with a bare loop before and after each."""
+    """Run every capture in turn, and read each batch barely too, or all of them before and after."""
     samples: dict[str, list[Sample]] = {name: [] for name in CAPTURES}
     with documents(DOCUMENTS) as data:
         predict(data)
-        before, _ = predict(data)
         for _ in range(repetitions):
             for name, (capture, check, _) in CAPTURES.items():
                 with tempfile.TemporaryDirectory() as root:
                     sniffer = TimedSniffer(OutputConfig(root), capture, check)
-                    loop, close = predict(data, sniffer)
-                after, _ = predict(data)
-                samples[name].append(Sample(loop, close, median(sniffer.flushes), (before + after) / 2))
-                before = after
+                    sample = between_loops if name == "all" else by_pairs
+                    samples[name].append(sample(data, sniffer))
     return f"{captures_section(samples)}\n\n{flush_section(samples['all'])}"
+
+
+def between_loops(data: TextDataModule, sniffer: TimedSniffer) -> Sample:
+    """A capture whose writing goes on beside the next batch, with a bare loop before and behind."""
+    before, _ = predict(data)
+    loop, close = predict(data, sniffer)
+    after, _ = predict(data)
+    return Sample(loop, close, median(sniffer.flushes), (before + after) / 2)
+
+
+def by_pairs(data: TextDataModule, sniffer: TimedSniffer) -> Sample:
+    """A capture that writes little, with each batch read barely too."""
+    pairs = Pairs()
+    _, close = predict(data, pairs.begin, sniffer, pairs.end)
+    return Sample(sum(pairs.captured), close, median(sniffer.flushes), sum(pairs.bare))
 
 
 def captures_section(samples: dict[str, list[Sample]]) -> str:
@@ -277,10 +335,11 @@ def captures_section(samples: dict[str, list[Sample]]) -> str:
         )
     return section(
         "Capture",
-        f"{DOCUMENTS} x {TOKENS:,} tokens in batches of {BATCH_SIZE}, medians of {len(runs)}. Bare is "
-        "the mean of the bare loops before and after. Closing is what follows the loop: the rest of "
-        "the journal, and the Parquet files. Probing and hashing the weights come before the loop and "
-        "are in neither.",
+        f"{DOCUMENTS} x {TOKENS:,} tokens in batches of {BATCH_SIZE}, medians of {len(runs)}. Each "
+        "batch is read barely too, right before or behind; for `all`, whose writing goes on beside the "
+        "next batch, bare is the mean of the bare loops before and after. Closing is what follows the "
+        "loop: the rest of the journal, and the Parquet files. Probing and hashing the weights come "
+        "before the loop and are in neither.",
         *rows,
     )
 
@@ -328,13 +387,6 @@ class Counts(Callback):
         self._patches.callback(setattr, owner, method, original)
 
 
-class HostCost(NamedTuple):
-    """Milliseconds of a batch: of a bare loop, and more of one with a capture."""
-
-    bare: float
-    more: float
-
-
 def time_host(repetitions: int) -> str:
     """What a capture costs the host, by a model that takes next to no time itself."""
     # Its import sets HF_HUB_OFFLINE, which client_of takes back.
@@ -344,22 +396,23 @@ def time_host(repetitions: int) -> str:
         "uniform 128": config("uniform", HOST_TOKENS),
         "log_uniform 16": config("log_uniform", 16),
     }
-    cells = [("", "bare, ms", "more, ms", "range", "goal", "copies", "blocks", "Python calls")]
+    cells = [("", "bare, ms", "more, ms", "half of them", "goal", "copies", "blocks", "Python calls")]
     with tempfile.TemporaryDirectory() as place, long_files(HOST_TEXTS) as texts:
         tiny_model(HOST_BOUND).save_pretrained(place)
         byte_tokenizer().save_pretrained(place)
         for (name, capture), batch_size in itertools.product(captures.items(), (1, 8)):
             tokenizer = TokenizerConfig(place, max_length=HOST_TOKENS)
             data = TextDataModule(texts, tokenizer=tokenizer, batch_size=batch_size)
-            runs, counts = time_host_batches(
+            bare, more, counts = time_host_batches(
                 place, data, capture, HOST_TEXTS // batch_size, repetitions
             )
+            low, middle, high = quantiles(more, n=4)
             cells.append(
                 (
                     f"{name}, batches of {batch_size}",
-                    f"{median(run.bare for run in runs):.1f}",
-                    f"{median(run.more for run in runs):.1f}",
-                    f"{min(run.more for run in runs):.1f} - {max(run.more for run in runs):.1f}",
+                    f"{median(bare):.1f}",
+                    f"{middle:.1f}",
+                    f"{low:.1f} - {high:.1f}",
                     "at most 3" if batch_size == 1 else "",
                     *(f"{count:,.2f}" for count in counts[:2]),
                     f"{counts[2]:,.0f}",
@@ -369,40 +422,41 @@ def time_host(repetitions: int) -> str:
         "Host cost",
         f"{HOST_TEXTS} texts of {HOST_TOKENS} tokens, read in one thread by a model of "
         f"{HOST_BOUND.num_hidden_layers} layers of width {HOST_BOUND.hidden_size}, which stands for a "
-        "GPU that waits for its host: milliseconds of a batch, and how many more with a capture, "
-        f"medians of {repetitions}. Copies to the host, journal blocks and calls of Python functions "
-        "are those of a batch; the calls are those that a bare loop does not make.",
+        "GPU that waits for its host. Each batch is read barely too, right before or behind: "
+        "milliseconds of a bare batch, and how many more with a capture, medians of all batches in "
+        f"{repetitions} runs. Copies to the host, journal blocks and calls of Python functions are "
+        "those of a batch; the calls are those that a bare loop does not make.",
         *cells,
     )
 
 
 def time_host_batches(
     place: str, data: TextDataModule, capture: CaptureConfig, n_batches: int, repetitions: int
-) -> tuple[list[HostCost], tuple[float, float, float]]:
-    """Run captures between bare loops; gives what each cost, and what is counted in a batch."""
+) -> tuple[list[float], list[float], tuple[float, float, float]]:
+    """Milliseconds of each bare batch and how many more with a capture, and what a batch counts."""
 
-    def loop(*callbacks: Callback) -> float:
-        return 1000 * predict(data, *callbacks, module=SnifferModule(place))[0] / n_batches
+    def loop(*callbacks: Callback) -> None:
+        predict(data, *callbacks, module=SnifferModule(place))
 
-    def captured(*callbacks: Callback) -> float:
+    def captured(*callbacks: Callback) -> None:
         with tempfile.TemporaryDirectory() as root:
-            return loop(SnifferCallback(OutputConfig(root), capture, check=False), *callbacks)
+            first, *others = callbacks
+            loop(first, SnifferCallback(OutputConfig(root), capture, check=False), *others)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    loop(), captured()
-    before, runs = loop(), []
-    for _ in range(repetitions):
-        seconds, after = captured(), loop()
-        bare = (before + after) / 2
-        runs.append(HostCost(bare, seconds - bare))
-        before = after
+    runs = [Pairs() for _ in range(repetitions + 1)]
+    for run in runs:
+        captured(run.begin, run.end)
     counts, own = Counts(), Counts()
-    captured(counts)
+    captured(Callback(), counts)
     loop(own)
     torch.set_num_threads(threads)
+    bare = [1000 * seconds for run in runs[1:] for seconds in run.bare]
+    with_capture = [1000 * seconds for run in runs[1:] for seconds in run.captured]
+    more = [ours - theirs for ours, theirs in zip(with_capture, bare, strict=True)]
     calls = counts.python_calls - own.python_calls
-    return runs, (counts.copies / n_batches, counts.blocks / n_batches, calls / n_batches)
+    return bare, more, (counts.copies / n_batches, counts.blocks / n_batches, calls / n_batches)
 
 
 def mixed_lengths() -> list[int]:

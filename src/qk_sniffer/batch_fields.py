@@ -56,7 +56,7 @@ def batch_fields(batch: Any) -> BatchFields:
     ids = _integers("example_ids", batch["example_ids"], size)
     if ids.size and not (_INT32.min <= ids.min() and ids.max() <= _INT32.max):
         raise UserError("example_ids: one is no 32-bit integer; number the texts, or hash their ids")
-    if np.unique(ids).size < size:
+    if len(set(ids.tolist())) < size:
         raise UserError("example_ids: two texts of a batch share one; give each an integer of its own")
     return BatchFields(
         getattr(batch, "host_input_ids", input_ids),
@@ -76,23 +76,21 @@ def sequence_lengths(batch: Mapping[str, Any]) -> Tensor:
     size, width = batch["input_ids"].shape
     mask, lengths = batch.get("attention_mask"), batch.get("sequence_lengths")
     if mask is not None:
-        mask = torch.as_tensor(mask).bool()
+        mask = torch.as_tensor(mask).bool().cpu().numpy()
     if lengths is None:
         lengths = [width] * size if mask is None else mask.sum(1)
-    found = torch.from_numpy(_integers("sequence_lengths", lengths, size))
-    if found.numel() and not 0 <= int(found.min()) <= int(found.max()) <= width:
+    found = _integers("sequence_lengths", lengths, size)
+    if found.size and not 0 <= found.min() <= found.max() <= width:
         raise UserError(
             f"sequence_lengths: expected 0 to {width:,}, the width of input_ids, got {found.tolist()}; "
             f"{_LIKE}"
         )
-    if mask is not None and not torch.equal(
-        mask, torch.arange(width, device=mask.device) < found.to(mask.device)[:, None]
-    ):
+    if mask is not None and not np.array_equal(mask, np.arange(width) < found[:, None]):
         raise UserError(
             "attention_mask: a batch is not padded on the right up to its sequence_lengths; set "
             "the tokenizer's padding_side to right"
         )
-    return found
+    return torch.from_numpy(found)
 
 
 def _integers(name: str, values: Any, size: int) -> npt.NDArray[np.int64]:
