@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import bench_gpu
+import bench_stand_in
 from families import FAMILIES
 
 
@@ -28,6 +29,21 @@ def test_every_kind_of_case_is_measured(capsys: pytest.CaptureFixture[str]) -> N
     for row in cells[:2]:
         assert all(float(cell) > 0 for cell in row[3].split(","))
         assert all(float(cell) > 0 for cell in row[4:7])
+
+
+def test_what_stands_for_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    captures = {
+        name: (bench_gpu.capture_config(name, 16), goal)
+        for name, goal in (("log_uniform", 1.1), ("all", bench_gpu.WITH_DISK))
+    }
+    case = bench_gpu.Case("tiny", FAMILIES["llama"], 4, 64, 2, captures)
+    lines = bench_stand_in.time_hosts([case], 3)
+    assert capsys.readouterr().out.splitlines() == lines
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert [row[0] for row in cells] == ["tiny, 2 x 64, log_uniform", "tiny, 2 x 64, all"]
+    assert [bool(cell) for cell in cells[0]] == [True] * 5 + [False] * 2
+    assert [bool(cell) for cell in cells[1]] == [True] * 3 + [False] * 2 + [True] * 2
+    assert all(float(cell) > 0 for cell in cells[1][5:])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

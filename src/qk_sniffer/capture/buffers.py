@@ -27,7 +27,8 @@ from torch import Tensor
 BUFFER_BYTES = 64 * 2**20
 N_BUFFERS = 4
 ALIGNMENT = 64
-"""The vectors of a layer and kind begin at a multiple of this many bytes of the sequence."""
+"""The vectors of a layer and kind begin at a multiple of this many bytes of the sequence, or right
+behind others of their width."""
 
 
 _WITH_STREAMS = ("cuda", "cpu")

@@ -58,8 +58,8 @@ SEGMENT_BYTES = 8 * 2**30
 """Size from which the next batch begins a new segment file."""
 
 ALIGNMENT = 64
-"""The vectors of a batch and those of a block begin at a multiple of this many bytes, and so does
-whatever follows."""
+"""What follows the vectors of a batch begins at a multiple of this many bytes, and so do the vectors of
+a block, but for those that lie right behind others of their width. A batch begins with a page."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 INDEX = np.dtype(
@@ -116,7 +116,10 @@ class Block(Protocol):
 
     @property
     def vectors(self) -> int:
-        """The byte of the batch where (n_heads, K, head_dim) begin; a multiple of ``ALIGNMENT``."""
+        """The byte of the batch where (n_heads, K, head_dim) begin.
+
+        It is a multiple of ``ALIGNMENT``, or right behind others of their width.
+        """
 
     @property
     def rows(self) -> int:

@@ -1,0 +1,213 @@
+"""What stands for a GPU where there is none: its host, which enqueues gathers that nobody does.
+
+A tiny model of as many layers runs between the captures, as the launches of a real one do, and hands
+on states of the real shape. What a capture adds is the host's work for it, but for the uploads of
+places; and for `all` the writing, but for the copy to the host, which a GPU makes by itself. Both are
+set against what a batch took on a GPU.
+"""
+
+import contextlib
+import copy
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from bench_gpu import CASES, Case, plain_write
+from families import HOST_BOUND, tiny_model
+from qk_sniffer.capture import (
+    AttentionLayer,
+    BatchRows,
+    CapturedHeads,
+    Portion,
+    Sniffer,
+    buffers,
+    build_sampler,
+    select_heads,
+)
+from qk_sniffer.capture.buffers import Buffer, Staging
+from qk_sniffer.config import CaptureConfig
+from qk_sniffer.models import decoder_backbone
+from qk_sniffer.models.attention import watch_attention
+from qk_sniffer.storage import JournalWriter
+
+PAIRS, WARM_UP = 40, 5
+ON_AN_H100 = {
+    ("SmolLM2-135M", 1024, 16): 529_109,
+    ("SmolLM2-135M", 512, 1): 20_651,
+    ("SmolLM2-135M", 1024, 4): 184_242,
+    ("Llama-1B", 4096, 4): 176_772,
+    ("Llama-1B", 4096, 2): 173_025,
+    ("Qwen3-8B", 16384, 1): 25_175,
+    ("Qwen3-8B", 2048, 1): 27_974,
+    ("Qwen3-8B", 131072, 1): 10_033,
+}
+"""Tokens a second of a bare loop, by model, length and batch size: one H100, bfloat16, sdpa."""
+HEAD = (
+    "", "more, ms", "bare on an H100, ms", "so at most", "goal", "to disk, GB/s", "plain write, GB/s",
+)  # fmt: skip
+
+
+class ToJournal:
+    """A sink that journals what comes, as a run does."""
+
+    def __init__(self, directory: Path, heads: dict[int, CapturedHeads]) -> None:
+        streams = [{"layer_idx": layer_idx, "kind": kind} for layer_idx in heads for kind in ("q", "k")]
+        self.journal = JournalWriter(directory, {"streams": streams})
+        self.n_bytes = 0
+
+    def take_vectors(self, portion: Portion) -> None:
+        self.n_bytes += portion.n_bytes
+        self.journal.append(portion)
+
+    def take_rows(self, rows: BatchRows) -> None:
+        self.journal.commit(rows.blocks, rows.numbers.numpy(), [])
+
+
+class WithoutCopies(Staging):
+    """Its buffers have values from the start, since none comes from a device."""
+
+    def __init__(self, take: Any) -> None:
+        super().__init__(take)
+        self._filled: set[Buffer] = set()
+
+    def _copy(self, buffer: Buffer, n_bytes: int) -> None:
+        if buffer not in self._filled:
+            self._filled.add(buffer)
+            buffer.host().random_()
+
+
+class HostCost(NamedTuple):
+    """More seconds of a batch, those of all batches with their writing, and what was written."""
+
+    more: float
+    seconds: float
+    n_bytes: int
+
+
+def heads_of(case: Case, capture: CaptureConfig) -> dict[int, CapturedHeads]:
+    config = case.config
+    n_heads, n_kv_heads, width = shape_of(config)
+    layers = [
+        AttentionLayer(layer_idx, n_heads, n_kv_heads, width)
+        for layer_idx in range(config.num_hidden_layers)
+    ]
+    count = None if capture.head_sampling is None else capture.head_sampling.count
+    return select_heads(layers, sample_count=count)
+
+
+def shape_of(config: Any) -> tuple[int, int, int]:
+    """Query heads, key heads and head_dim."""
+    n_heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    return n_heads, config.num_key_value_heads, width
+
+
+@contextlib.contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Gathers are enqueued and done by nobody, by a call that takes a host as long."""
+    select = torch.index_select
+    one, place = torch.zeros(1, 64), torch.zeros(1, dtype=torch.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "index_select", lambda *_, **__: select(one, 0, place))
+        patch.setattr(buffers, "needs_copy", lambda device: True)
+        yield
+
+
+def measure_host(case: Case, capture: CaptureConfig, pairs: int) -> HostCost:
+    """Read a batch barely and with a capture, in turn."""
+    heads, settings = heads_of(case, capture), capture.sampler
+    sampler = build_sampler(settings.type, settings.base_rate, capture.min_bucket_size)
+    config = copy.deepcopy(HOST_BOUND)
+    config.num_hidden_layers = case.config.num_hidden_layers
+    backbone = decoder_backbone(tiny_model(config).eval())
+    n_heads, n_kv_heads, width = shape_of(case.config)
+    # Never touched, and so without memory.
+    query, key = (
+        torch.empty(case.batch_size, case.length, n, width, dtype=torch.bfloat16).transpose(1, 2)
+        for n in (n_heads, n_kv_heads)
+    )
+    tokens, positions = torch.zeros(1, 128, dtype=torch.int64), torch.arange(case.length)
+    lengths = [case.length] * case.batch_size
+    bare, more = [], []
+    with tempfile.TemporaryDirectory() as directory, torch.inference_mode(), as_on_a_gpu():
+        sink = ToJournal(Path(directory) / "journal", heads)
+        sniffer = Sniffer(heads, sampler, settings.seed, sink)
+        sniffer._staging = sniffer._gathers._staging = WithoutCopies(sink.take_vectors)
+
+        def report(layer_idx: int, *_: Any) -> None:
+            sniffer.capture(layer_idx, query, key, positions)
+
+        for number in range(pairs + WARM_UP):
+            started = time.perf_counter()
+            backbone(input_ids=tokens, use_cache=False)
+            bare.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            first = number * case.batch_size
+            sniffer.begin_batch(range(first, first + case.batch_size), lengths)
+            with watch_attention(backbone, report):
+                backbone(input_ids=tokens, use_cache=False)
+            sniffer.flush_batch(hand_on=sink.journal.is_due)
+            more.append(time.perf_counter() - started - bare[-1])
+        seconds = sum(more)
+        started = time.perf_counter()
+        sniffer.hand_on()
+        sink.journal.close()
+        seconds += time.perf_counter() - started
+    return HostCost(median(more[WARM_UP:]), seconds, sink.n_bytes)
+
+
+def row(*cells: str) -> str:
+    """A line of the table."""
+    assert len(cells) == len(HEAD)
+    return f"| {' | '.join(cells)} |"
+
+
+def time_hosts(cases: list[Case], pairs: int) -> list[str]:
+    """The table, of which each line is printed at once."""
+    lines: list[str] = []
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+
+    tell(row(*HEAD))
+    tell(row(*(["---"] * len(HEAD))))
+    for case in cases:
+        for name, (capture, goal) in case.captures.items():
+            cost = measure_host(case, capture, pairs if goal else 4)
+            rate = ON_AN_H100.get((case.model, case.length, case.batch_size), 1)
+            on_gpu = case.batch_size * case.length / rate
+            cells = [f"{1 + cost.more / on_gpu:.3f}", f"{goal}", "", ""]
+            if goal is None:
+                plain = cost.n_bytes / plain_write(cost.n_bytes)
+                written = cost.n_bytes / cost.seconds
+                cells = ["", "", f"{written / 1e9:.2g}", f"{plain / 1e9:.2g}"]
+            tell(
+                row(
+                    f"{case.model}, {case.batch_size} x {case.length:,}, {name}",
+                    f"{1000 * cost.more:.1f}",
+                    f"{1000 * on_gpu:,.0f}",
+                    *cells,
+                )
+            )
+    return lines
+
+
+def time_stand_in(repetitions: int) -> str:
+    """Every case of the GPU's table."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    lines = time_hosts(CASES, repetitions * PAIRS)
+    torch.set_num_threads(threads)
+    text = (
+        "What the host does more for a batch, and what the batch alone took on an H100: together the "
+        "ratio if none of the host's work went on beside the GPU's. For `all`, what goes through the "
+        "buffers to this disk, and a plain write of as much."
+    )
+    return "\n".join(["## A GPU's host", "", text, "", *lines])
