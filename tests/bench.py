@@ -185,6 +185,10 @@ class Pairs:
         self.begin, self.end = _Begin(self), _End(self)
         self.started = 0.0
 
+    def more(self) -> list[float]:
+        """More seconds of each batch than of the bare one."""
+        return [ours - bare for ours, bare in zip(self.captured, self.bare, strict=True)]
+
     def read_barely(self, module: Any, batch: Any, is_turn: bool) -> None:
         if is_turn:
             tokens = batch["input_ids"]
@@ -434,28 +438,33 @@ def time_host(repetitions: int) -> str:
 def time_host_batches(
     place: str, data: TextDataModule, capture: CaptureConfig, n_batches: int, repetitions: int
 ) -> tuple[list[float], list[float], tuple[float, float, float]]:
-    """Milliseconds of each bare batch and how many more with a capture, and what a batch counts."""
+    """Milliseconds of each bare batch and how many more with a capture, and what a batch counts.
+
+    A batch without capture takes more than the model too: that is Lightning's.
+    """
 
     def loop(*callbacks: Callback) -> None:
         predict(data, *callbacks, module=SnifferModule(place))
 
     def captured(*callbacks: Callback) -> None:
         with tempfile.TemporaryDirectory() as root:
-            first, *others = callbacks
-            loop(first, SnifferCallback(OutputConfig(root), capture, check=False), *others)
+            sniffer = SnifferCallback(OutputConfig(root), capture, check=False)
+            loop(*callbacks[:1], sniffer, *callbacks[1:])
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    runs = [Pairs() for _ in range(repetitions + 1)]
+    uncaptured, *runs = [Pairs() for _ in range(repetitions + 1)]
+    captured()
+    loop(uncaptured.begin, uncaptured.end)
     for run in runs:
         captured(run.begin, run.end)
     counts, own = Counts(), Counts()
     captured(Callback(), counts)
     loop(own)
     torch.set_num_threads(threads)
-    bare = [1000 * seconds for run in runs[1:] for seconds in run.bare]
-    with_capture = [1000 * seconds for run in runs[1:] for seconds in run.captured]
-    more = [ours - theirs for ours, theirs in zip(with_capture, bare, strict=True)]
+    bare = [1000 * seconds for run in runs for seconds in run.bare]
+    of_lightning = median(uncaptured.more())
+    more = [1000 * (seconds - of_lightning) for run in runs for seconds in run.more()]
     calls = counts.python_calls - own.python_calls
     return bare, more, (counts.copies / n_batches, counts.blocks / n_batches, calls / n_batches)
 

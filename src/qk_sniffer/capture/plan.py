@@ -123,6 +123,23 @@ class Passage:
             self._steps[key] = torch.split(upload(steps, device), self.sizes)
         return self._steps[key]
 
+    def forget_steps(self) -> None:
+        """Let go of what only a forward needs."""
+        self._steps.clear()
+        self._steps_on_host.clear()
+
+    def sizes_within(self, lengths: Tensor) -> list[int]:
+        """Rows of each draw that come before the end of their sequence.
+
+        Args:
+            lengths: (B,) tokens that each sequence has in the end.
+        """
+        plan = self._plan
+        sequences, positions = plan.batch_indices[self._rows], plan.positions[self._rows]
+        live = np.concatenate([[0], (positions < lengths[sequences]).numpy().cumsum()])
+        sizes: list[int] = np.diff(live[self.stops], prepend=0).tolist()
+        return sizes
+
     def numbers(self, lengths: Tensor) -> Tensor:
         """Example id, position and bucket of each row: (3 K,) int32.
 

@@ -1,10 +1,9 @@
 """What captured vectors are: their blocks, the numbers of their rows, and where both go."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from qk_sniffer.capture.buffers import Portion
@@ -38,15 +37,13 @@ class Block(NamedTuple):
     vectors: int
     rows: int
 
-    def part_of(self, numbers: Tensor, first: int = 0) -> Tensor:
+    def part_of(self, numbers: Tensor) -> Tensor:
         """Example id, position and bucket of each of its rows: (3, K).
 
         Args:
-            numbers: Those that are handed on together, from ``first`` on.
-            first: The number of the first.
+            numbers: Those that are handed on together.
         """
-        start = self.rows - first
-        return numbers[start : start + 3 * self.n_rows].view(3, self.n_rows)
+        return numbers[self.rows : self.rows + 3 * self.n_rows].view(3, self.n_rows)
 
 
 @dataclass(frozen=True)
@@ -73,41 +70,3 @@ class Sink(Protocol):
 
     def take_rows(self, rows: BatchRows) -> None:
         """Take what the bytes since the first are; what follows begins at byte 0 again."""
-
-
-class FinishedRows:
-    """The rows of batches that have ended, gathered until the sink takes them."""
-
-    def __init__(self) -> None:
-        self.n_numbers = 0
-        """Numbers of the rows so far."""
-        self._example_ids: list[Tensor] = []
-        self._blocks: list[Block] = []
-        self._numbers: list[Tensor] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._example_ids)
-
-    def add_batch(self, example_ids: Tensor) -> None:
-        """Add the sequences of a batch, before its rows.
-
-        Args:
-            example_ids: (B,) int64.
-        """
-        self._example_ids.append(example_ids)
-
-    def add_rows(self, blocks: Iterable[Block], numbers: Tensor) -> None:
-        """Add some rows.
-
-        Args:
-            blocks: Their ``rows`` count from the first of all numbers.
-            numbers: (N,) int32, which come behind those that are here.
-        """
-        self._blocks += blocks
-        self._numbers.append(numbers)
-        self.n_numbers += numbers.numel()
-
-    def joined(self) -> BatchRows:
-        """All of them."""
-        numbers = torch.cat([torch.empty(0, dtype=torch.int32), *self._numbers])
-        return BatchRows(torch.cat(self._example_ids), self._blocks, numbers)

@@ -21,7 +21,7 @@ from qk_sniffer.capture.gathers import Gather, Gathers
 from qk_sniffer.capture.heads import CapturedHeads
 from qk_sniffer.capture.plan import BatchPlan, Kind, Passage, Stream
 from qk_sniffer.capture.positions import first_new_key
-from qk_sniffer.capture.rows import Block, FinishedRows, Sink
+from qk_sniffer.capture.rows import BatchRows, Block, Sink
 from qk_sniffer.capture.sampling import Sampler
 
 
@@ -50,6 +50,20 @@ class _PendingChunk(NamedTuple):
             gather.vectors,
             first + gather.rows,
         )
+
+
+class _EndedBatch(NamedTuple):
+    """A batch whose rows have not been handed on.
+
+    What they are is worked out for many batches at once, which takes half the time that it would take
+    behind each forward.
+    """
+
+    example_ids: Tensor
+    """(B,) int64."""
+    lengths: Tensor
+    """(B,) int64, tokens that each sequence has in the end."""
+    pending: list[_PendingChunk]
 
 
 class CapturesAttention(Protocol):
@@ -109,7 +123,7 @@ class Sniffer:
         self._sink = sink
         self._staging = Staging(sink.take_vectors)
         self._gathers = Gathers(self._heads, self._staging)
-        self._finished = FinishedRows()
+        self._ended: list[_EndedBatch] = []
         self._plan: BatchPlan | None = None
         self._passage: Passage | None = None
         self._positions: Tensor | None = None
@@ -238,19 +252,23 @@ class Sniffer:
         if sequence_lengths is not None:
             lengths = torch.as_tensor(sequence_lengths, dtype=torch.int64)
         self._require_read(lengths.tolist())
-        self._finished.add_batch(plan.example_ids)
-        for passage, chunks in groupby(self._pending, key=attrgetter("passage")):
-            first, numbers = self._finished.n_numbers, passage.numbers(lengths)
-            blocks = [chunk.block(first) for chunk in chunks]
-            self._finished.add_rows(blocks, numbers)
-            for block in blocks:
-                live = block.n_rows
-                if sequence_lengths is not None:
-                    live = int((block.part_of(numbers, first)[1] >= 0).sum())
-                self.rows_kept += block.n_heads * live
+        self.rows_kept += self._count(None if sequence_lengths is None else lengths)
+        for passage in {chunk.passage for chunk in self._pending}:
+            passage.forget_steps()
+        self._ended.append(_EndedBatch(plan.example_ids, lengths, self._pending))
         self._end_batch()
         if hand_on:
             self.hand_on()
+
+    def _count(self, lengths: Tensor | None) -> int:
+        """Rows of the batch, over all heads, within the lengths that its sequences have in the end."""
+        if lengths is None:
+            return sum(chunk.gather.n_vectors for chunk in self._pending)
+        rows = 0
+        for passage, chunks in groupby(self._pending, key=attrgetter("passage")):
+            sizes = passage.sizes_within(lengths)
+            rows += sum(c.gather.n_heads * sizes[passage.draws[c.stream]] for c in chunks)
+        return rows
 
     def _require_read(self, lengths: list[int]) -> None:
         """See that every layer has read all tokens of the batch."""
@@ -265,10 +283,19 @@ class Sniffer:
 
     def hand_on(self) -> None:
         """Hand the rows of the batches that have ended to the sink, without waiting for them."""
-        if self._finished:
-            finished, self._finished = self._finished, FinishedRows()
-            self._staging.end()
-            self._sink.take_rows(finished.joined())
+        if not self._ended:
+            return
+        ended, self._ended = self._ended, []
+        blocks: list[Block] = []
+        numbers, n_numbers = [torch.empty(0, dtype=torch.int32)], 0
+        for batch in ended:
+            for passage, chunks in groupby(batch.pending, key=attrgetter("passage")):
+                blocks += [chunk.block(n_numbers) for chunk in chunks]
+                numbers.append(passage.numbers(batch.lengths))
+                n_numbers += numbers[-1].numel()
+        example_ids = torch.cat([batch.example_ids for batch in ended])
+        self._staging.end()
+        self._sink.take_rows(BatchRows(example_ids, blocks, torch.cat(numbers)))
 
     def _end_batch(self) -> None:
         self._plan = self._passage = self._positions = None
@@ -278,7 +305,7 @@ class Sniffer:
     def close(self) -> None:
         """Drop what a batch that was never flushed left behind."""
         self._end_batch()
-        if not self._finished:
+        if not self._ended:
             self._staging.clear()
 
 
