@@ -83,7 +83,12 @@ def batches(model_dir: Callable[[str], Path]) -> Callable[..., list[dict[str, An
             str(path), tokenizer=TokenizerConfig(name=str(model_dir("llama"))), **options
         )
         data.setup("predict")
-        return list(data.predict_dataloader())
+        read = list(data.predict_dataloader())
+        if (told := data.own_batches()) is not None:
+            found = [[b["example_ids"].tolist(), b["sequence_lengths"].tolist()] for b in read]
+            assert [[ids.tolist(), lengths.tolist()] for ids, lengths in told] == found
+        assert (told is None) == data.streaming
+        return read
 
     return read
 

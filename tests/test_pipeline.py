@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import LENGTHS
-from qk_sniffer.capture import buffers
+from qk_sniffer.capture import buffers, plan
 from qk_sniffer.capture.buffers import ALIGNMENT, N_BUFFERS, Staging
 from qk_sniffer.storage import journal
 
@@ -113,6 +113,41 @@ def test_batches_that_soon_follow_each_other_are_written_together(
         n_copies, n_writes, _ = counted.batches[-1]
         assert n_copies <= n_commits and n_writes <= 2
         found = (tmp_path / name).glob("*/data.parquet")
+        files.append({path.parent.name: path.read_bytes() for path in found})
+    assert len(files[0]) == 4 * (4 + 2) + 1
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", CAPTURES)
+def test_batches_to_come_are_drawn_with_the_first(
+    name: str,
+    streaming: bool,
+    predict: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where they are known; the files are those of single draws."""
+    draw, files = plan.draw_positions, []
+    run = {
+        "sniffer": {"capture": CAPTURES[name], "check": False},
+        "data": {"batch_size": 1, "streaming": streaming},
+    }
+    for root, at_once, n_draws in (
+        ("single", 1, len(LENGTHS)),
+        ("together", plan.BATCHES_AT_ONCE, len(LENGTHS) if streaming else 1),
+    ):
+        drawn = []
+
+        def counting(*args: Any, drawn: list[int] = drawn) -> Any:
+            drawn.append(len(args))
+            return draw(*args)
+
+        monkeypatch.setattr(plan, "draw_positions", counting)
+        monkeypatch.setattr(plan, "BATCHES_AT_ONCE", at_once)
+        assert predict(root, **run) == 0
+        assert len(drawn) == n_draws
+        found = (tmp_path / root).glob("*/data.parquet")
         files.append({path.parent.name: path.read_bytes() for path in found})
     assert len(files[0]) == 4 * (4 + 2) + 1
     assert files[0] == files[1]

@@ -185,6 +185,7 @@ class SnifferCallback(pl.Callback):
                 ranks.rank,
                 self._uncaptured(),
                 texts.tokenizer,
+                texts.own_batches(),
             )
         )
         self._forewarn(texts.sequence_lengths(), header["n_positions"])

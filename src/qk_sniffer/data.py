@@ -217,6 +217,21 @@ class TextDataModule(pl.LightningDataModule):
         """Batches that are left to read, of all processes; None where the dataset streams."""
         return None if self.streaming else len(self._batches)
 
+    def own_batches(
+        self,
+    ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]] | None:
+        """Example ids and tokens of the texts of each batch of this process, in their order.
+
+        None where the dataset streams.
+        """
+        if self.streaming:
+            return None
+        return ((self.example_ids[batch], self._lengths[batch]) for batch in self._own_batches())
+
+    def _own_batches(self) -> list[Batch]:
+        ranks = Ranks.of(self.trainer)
+        return share_of(self._batches, self._lengths, ranks.rank, ranks.size)
+
     def batch_lengths(self) -> list[npt.NDArray[np.int64]] | None:
         """Tokens in each text of each batch that ``n_batches`` counts."""
         return None if self.streaming else [self._lengths[batch] for batch in self._batches]
@@ -241,8 +256,7 @@ class TextDataModule(pl.LightningDataModule):
                 ranks.size,
             )
         else:
-            own = share_of(self._batches, self._lengths, ranks.rank, ranks.size)
-            dataset, sampler = _EncodedRows(self._dataset), _ShareSampler(own)
+            dataset, sampler = _EncodedRows(self._dataset), _ShareSampler(self._own_batches())
         return DataLoader(
             dataset,
             batch_size=None,

@@ -1,11 +1,11 @@
 """Recorder: one process's sniffer, and the journal that its rows go to."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from qk_sniffer.batch_fields import BatchFields
@@ -28,6 +28,7 @@ class Recorder:
         rank: Number of this process.
         is_left: The texts that no earlier run has captured.
         tokenizer: Gives the token strings, where they are captured.
+        expected: Example ids, int32, and lengths, int64, of batches to come; others may come instead.
 
     Raises:
         UserError: The journal is in use, or the disk refuses.
@@ -43,6 +44,7 @@ class Recorder:
         rank: int,
         is_left: ExampleFilter,
         tokenizer: PreTrainedTokenizerBase | None,
+        expected: Iterable[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = (),
     ) -> None:
         self._is_left = is_left
         self._tokenizer = tokenizer if capture.capture_token_strings else None
@@ -55,6 +57,7 @@ class Recorder:
             capture_queries=capture.capture_queries,
             capture_keys=capture.capture_keys,
             pre_rope=capture.capture_pre_rope,
+            expected=((ids.tolist(), self._to_keep(ids, lengths)) for ids, lengths in expected),
         )
         self._open = ExitStack()
         self._open.callback(self._journal.close)
@@ -72,9 +75,8 @@ class Recorder:
 
     def begin_batch(self, batch: BatchFields) -> None:
         """Draw the rows that a batch keeps."""
-        # A loader of someone's own may give texts that are captured already: they keep no rows.
-        lengths = batch.sequence_lengths * self._is_new(batch)
-        self._sniffer.begin_batch(batch.example_ids.tolist(), lengths.tolist())
+        lengths = self._to_keep(batch.example_ids, batch.sequence_lengths.numpy())
+        self._sniffer.begin_batch(batch.example_ids.tolist(), lengths)
 
     def end_batch(self, batch: BatchFields) -> None:
         """Keep the batch's rows for ``save``, which may follow another batch.
@@ -118,8 +120,13 @@ class Recorder:
         self._journal.commit(rows.blocks, rows.numbers.numpy(), self._examples)
         self._examples = []
 
-    def _is_new(self, batch: BatchFields) -> torch.Tensor:
-        return torch.from_numpy(self._is_left(batch.example_ids))
+    def _to_keep(self, example_ids: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> list[int]:
+        """Tokens of each text of a batch, and none of those that are captured already.
+
+        A loader of someone's own may give such texts.
+        """
+        kept: list[int] = (lengths * self._is_left(example_ids)).tolist()
+        return kept
 
     def _examples_of(self, batch: BatchFields) -> list[Example]:
         lengths = batch.sequence_lengths.tolist()
@@ -132,5 +139,5 @@ class Recorder:
         rows = zip(
             batch.example_ids.tolist(), batch.source_ids, lengths, batch.truncated, tokens, strict=True
         )
-        is_new = self._is_new(batch).tolist()
+        is_new = self._is_left(batch.example_ids).tolist()
         return [Example(*fields) for fields, new in zip(rows, is_new, strict=True) if new]

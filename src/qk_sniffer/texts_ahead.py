@@ -1,5 +1,6 @@
 """What is known of the texts of a trainer before they are read."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -45,6 +46,10 @@ class TextsAhead:
         """The batches of all processes."""
         found: int | None = self._asked("n_batches")
         return found
+
+    def own_batches(self) -> Iterable[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
+        """Example ids and tokens of the texts of each batch of this process; empty if not known."""
+        return self._asked("own_batches") or ()
 
     def _asked(self, name: str) -> Any:
         method = getattr(self.data, name, None)

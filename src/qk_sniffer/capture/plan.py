@@ -1,7 +1,10 @@
-"""The rows that are kept of one batch, drawn on the host before the forward."""
+"""The rows that are kept of a batch, drawn on the host before the forward."""
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -10,52 +13,129 @@ import torch
 from torch import Tensor
 
 from qk_sniffer.capture.buffers import upload
-from qk_sniffer.capture.sampling import Sampler, count_draws, draw_positions, longest_of
+from qk_sniffer.capture.sampling import Sampler, count_draws, draw_positions
 
 Kind = Literal["q", "k"]
 Stream = tuple[int, Kind]
 """A layer and kind."""
 
 
+BATCHES_AT_ONCE, TOKENS_AT_ONCE = 16, 2**16
+"""How much is drawn at once: a draw takes the host as long for some rows as for many."""
+
+
+class Plans:
+    """Plans batches one behind the other, and those that are expected some at a time.
+
+    Args:
+        streams: The layers and kinds.
+        sampler: Which positions are kept.
+        seed: 64-bit seed of the random stream.
+        expected: Example ids and lengths of batches to come; others may come instead.
+    """
+
+    def __init__(
+        self,
+        streams: tuple[Stream, ...],
+        sampler: Sampler,
+        seed: int,
+        expected: Iterable[tuple[Sequence[int], Sequence[int]]],
+    ) -> None:
+        self._streams, self._sampler, self._seed = streams, sampler, seed
+        self._expected = iter(expected)
+        self._drawn: deque[BatchPlan] = deque()
+
+    def next(self, example_ids: Sequence[int], lengths: Sequence[int]) -> "BatchPlan":
+        """The rows of the next batch.
+
+        Args:
+            example_ids: (B,) one integer for each sequence.
+            lengths: (B,) tokens in each sequence.
+        """
+        batch = list(example_ids), list(lengths)
+        if not self._drawn or self._drawn[0].batch != batch:
+            self._drawn = deque(self._draw([batch, *self._behind(batch)]))
+        return self._drawn.popleft()
+
+    def _behind(self, batch: tuple[list[int], list[int]]) -> Iterator[tuple[list[int], list[int]]]:
+        """Some of those that are expected behind a batch; none where another was expected."""
+        n_tokens = 0
+        for number, (example_ids, lengths) in enumerate(islice(self._expected, BATCHES_AT_ONCE)):
+            following = list(example_ids), list(lengths)
+            if number == 0 and following != batch:
+                self._expected = iter(())
+                return
+            if number > 0:
+                yield following
+            n_tokens += len(lengths) * max(lengths, default=0)
+            if n_tokens >= TOKENS_AT_ONCE:
+                return
+
+    def _draw(self, batches: Sequence[tuple[list[int], list[int]]]) -> Iterator["BatchPlan"]:
+        lengths = [torch.tensor(lengths, dtype=torch.int64) for _, lengths in batches]
+        ids = [torch.tensor(example_ids, dtype=torch.int64) for example_ids, _ in batches]
+        n_draws = count_draws(self._sampler, len(self._streams), torch.cat(lengths))
+        draws, stream_ids = _draws(self._streams, n_draws)
+        sizes = [len(batch_ids) for batch_ids in ids]
+        sequences, positions = draw_positions(
+            self._sampler,
+            self._seed,
+            torch.cat([stream_ids.repeat_interleave(size) for size in sizes]),
+            torch.cat([batch_ids.repeat(n_draws) for batch_ids in ids]),
+            torch.cat([batch_lengths.repeat(n_draws) for batch_lengths in lengths]),
+        )
+        batch_indices = torch.cat([torch.arange(size).repeat(n_draws) for size in sizes])[sequences]
+        buckets = self._sampler.buckets(positions)
+        # Sequences are numbered by batch, draw, and their place in the batch.
+        ends = torch.tensor(sizes).repeat_interleave(n_draws).cumsum(0)
+        stops = torch.searchsorted(sequences, ends).view(len(batches), n_draws)
+        first = 0
+        for number, batch in enumerate(batches):
+            rows = slice(first, first := int(stops[number, -1]))
+            yield BatchPlan(
+                batch,
+                ids[number],
+                lengths[number],
+                draws,
+                positions[rows],
+                batch_indices[rows],
+                buckets[rows],
+                stops[number] - rows.start,
+            )
+
+
+@dataclass(eq=False)
 class BatchPlan:
     """The rows that each layer and kind keeps of one batch.
 
     Those of every draw lie in one tensor, sorted by draw, sequence and position. Each layer and kind
     has a draw of its own, but for a sampler that keeps every position: there they share one.
 
-    Args:
-        streams: The layers and kinds.
+    Attributes:
+        batch: Example ids and lengths.
         example_ids: (B,) int64.
         lengths: (B,) int64, tokens in each sequence.
-        sampler: Which positions are kept.
-        seed: 64-bit seed of the random stream.
+        draws: The draw of each layer and kind.
+        positions: (R,) int64, of each row.
+        batch_indices: (R,) int64, its sequence.
+        buckets: (R,) int64.
+        stops: (n_draws,) the row after the last of each draw.
     """
 
-    def __init__(
-        self,
-        streams: tuple[Stream, ...],
-        example_ids: Tensor,
-        lengths: Tensor,
-        sampler: Sampler,
-        seed: int,
-    ) -> None:
-        batch_size = lengths.numel()
-        self.longest = longest_of(lengths)
-        self.draws, stream_ids = _draws(streams, count_draws(sampler, len(streams), lengths))
-        n_draws = stream_ids.numel()
-        sequences, self.positions = draw_positions(
-            sampler,
-            seed,
-            stream_ids.repeat_interleave(batch_size),
-            example_ids.repeat(n_draws),
-            lengths.repeat(n_draws),
-        )
-        self.example_ids, self.lengths = example_ids, lengths
-        self.batch_indices = sequences % batch_size
-        self.buckets = sampler.buckets(self.positions)
-        self.stops = torch.searchsorted(sequences, torch.arange(1, n_draws + 1) * batch_size)
-        """(n_draws,) the row after the last of each draw."""
-        self._passage: Passage | None = None
+    batch: tuple[list[int], list[int]]
+    example_ids: Tensor
+    lengths: Tensor
+    draws: Mapping[Stream, int]
+    positions: Tensor
+    batch_indices: Tensor
+    buckets: Tensor
+    stops: Tensor
+    _passage: "Passage | None" = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens in the longest sequence."""
+        return max(self.batch[1], default=0)
 
     def passage(self, sequences: range, tokens: range) -> "Passage":
         """The rows that one forward reads; every layer of a forward asks for the same."""

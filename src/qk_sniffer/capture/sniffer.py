@@ -6,7 +6,7 @@ buffer. A buffer is handed on when it is full, in the middle of a batch or of a 
 waits for a device.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import groupby
@@ -19,7 +19,7 @@ from torch import Tensor
 from qk_sniffer.capture.buffers import Staging
 from qk_sniffer.capture.gathers import Gather, Gathers
 from qk_sniffer.capture.heads import CapturedHeads
-from qk_sniffer.capture.plan import BatchPlan, Kind, Passage, Stream
+from qk_sniffer.capture.plan import BatchPlan, Kind, Passage, Plans, Stream
 from qk_sniffer.capture.positions import first_new_key
 from qk_sniffer.capture.rows import BatchRows, Block, Sink
 from qk_sniffer.capture.sampling import Sampler
@@ -98,6 +98,8 @@ class Sniffer:
         capture_queries: Keep the queries.
         capture_keys: Keep the keys.
         pre_rope: Ask for the vectors as they are before the rotary embedding.
+        expected: Example ids and lengths of batches to come, which are then drawn some at a time;
+            others may come instead.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Sniffer:
         capture_queries: bool = True,
         capture_keys: bool = True,
         pre_rope: bool = False,
+        expected: Iterable[tuple[Sequence[int], Sequence[int]]] = (),
     ) -> None:
         self.pre_rope = pre_rope
         self._heads: dict[Stream, tuple[int, ...]] = {}
@@ -118,8 +121,7 @@ class Sniffer:
                 self._heads[layer_idx, "q"] = captured.query
             if capture_keys:
                 self._heads[layer_idx, "k"] = captured.key
-        self._sampler = sampler
-        self._seed = seed
+        self._plans = Plans(tuple(self._heads), sampler, seed, expected)
         self._sink = sink
         self._staging = Staging(sink.take_vectors)
         self._gathers = Gathers(self._heads, self._staging)
@@ -141,13 +143,7 @@ class Sniffer:
             sequence_lengths: Its number of tokens; where the model generates, the most there can be.
         """
         self.close()
-        self._plan = BatchPlan(
-            tuple(self._heads),
-            torch.as_tensor(example_ids, dtype=torch.int64),
-            torch.as_tensor(sequence_lengths, dtype=torch.int64),
-            self._sampler,
-            self._seed,
-        )
+        self._plan = self._plans.next(example_ids, sequence_lengths)
         self._sequences = range(len(sequence_lengths))
         self._tokens_read = {layer_idx: [0] * len(sequence_lengths) for layer_idx, _ in self._heads}
 
