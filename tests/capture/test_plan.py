@@ -83,3 +83,18 @@ def test_many_are_drawn_at_once_within_a_bound(
         plans.next(*batch)
     assert len(drawn) == n_draws
     assert max(drawn) <= len(STREAMS) * max(TOKENS_AT_ONCE, tokens)
+
+
+def test_nothing_is_drawn_in_vain_once_others_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    draw = plan.draw_positions
+
+    def counting(*args: Any) -> Any:
+        drawn.append(len(args[-1]) // len(STREAMS))
+        return draw(*args)
+
+    monkeypatch.setattr(plan, "draw_positions", counting)
+    plans = Plans(STREAMS, SAMPLERS["uniform"], 0, [([number], [50]) for number in range(40)])
+    for number in range(100, 120):
+        plans.next([number], [50])
+    assert drawn == [1] * 20
