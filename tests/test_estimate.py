@@ -30,6 +30,7 @@ from qk_sniffer.models import (
     probe_attention,
 )
 from qk_sniffer.models.refusals import REFUSED
+from qk_sniffer.storage import journal
 from readers import error_line
 from smollm2 import CHECKPOINT
 from tiny import ARCHITECTURES, tiny_causal_lm
@@ -183,6 +184,23 @@ def test_time_is_told_and_the_data_root_stays_as_it_is(
     left = {path: path.read_bytes() for path in (tmp_path / "root").rglob("*") if path.is_file()}
     assert left == files
     assert rows_of_each_head(text)["all"] == 189
+
+
+def test_what_is_timed_writes_its_rows_as_it_goes(
+    say: Say, write_run: WriteRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a run does; all at the end would be in no time."""
+    commits = []
+    commit = journal.JournalWriter.commit
+
+    def counting(*args: Any) -> None:
+        commits.append(len(args))
+        commit(*args)
+
+    monkeypatch.setattr(journal, "SYNC_SECONDS", 0)
+    monkeypatch.setattr(journal.JournalWriter, "commit", counting)
+    say("estimate", *write_run()[1:], "--time")
+    assert len(commits) > 3
 
 
 def test_seconds_of_another_length_follow_from_those_measured() -> None:

@@ -244,11 +244,7 @@ class SnifferCallback(pl.Callback):
             SystemExit: Another process died.
         """
         assert self._recorder is not None
-        self._recorder.end_batch(self._fields)
-        if self._recorder.is_due:
-            # Another run may have taken this one for dead.
-            self._ownership.require()
-            self._recorder.save()
+        self._recorder.end_batch(self._fields, before_saving=self._ownership.require)
         self._save_config()
         lifeline = self._ranks.lifeline
         if lifeline is not None:

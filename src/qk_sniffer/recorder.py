@@ -1,6 +1,6 @@
 """Recorder: one process's sniffer, and the journal that its rows go to."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,12 @@ class Recorder:
         lengths = self._to_keep(batch.example_ids, batch.sequence_lengths.numpy())
         self._sniffer.begin_batch(batch.example_ids.tolist(), lengths)
 
-    def end_batch(self, batch: BatchFields) -> None:
-        """Keep the batch's rows for ``save``, which may follow another batch.
+    def end_batch(self, batch: BatchFields, before_saving: Callable[[], None] = lambda: None) -> None:
+        """Move the batch's rows to the journal, or keep them for the end of another that soon follows.
+
+        Args:
+            batch: Its fields.
+            before_saving: Called where rows are moved; raises where they may not be.
 
         Raises:
             UserError: The backbone has run outside ``capture_attention``.
@@ -93,15 +97,9 @@ class Recorder:
         self._examples += self._examples_of(batch)
         self.batches_read += 1
         self.tokens_read += int(batch.sequence_lengths.sum())
-
-    @property
-    def is_due(self) -> bool:
-        """Whether it is time to save the batches that have ended."""
-        return self._journal.is_due
-
-    def save(self) -> None:
-        """Move the rows of the batches that have ended to the journal."""
-        self._sniffer.hand_on()
+        if self._journal.is_due:
+            before_saving()
+            self._sniffer.hand_on()
 
     def close(self) -> None:
         """Commit what is waiting, and stop capturing; a second call does nothing.
