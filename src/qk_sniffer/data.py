@@ -199,6 +199,7 @@ class TextDataModule(pl.LightningDataModule):
         if self.max_tokens_per_batch is not None:
             batches = longest_first(batches, self._lengths)
         self._is_left, self._batches = is_left, batches
+        self._own: list[Batch] | None = None
 
     def sequence_lengths(self) -> torch.Tensor | None:
         """Tokens in each text that is left to read, (N,) int64; None where the dataset streams."""
@@ -229,8 +230,10 @@ class TextDataModule(pl.LightningDataModule):
         return ((self.example_ids[batch], self._lengths[batch]) for batch in self._own_batches())
 
     def _own_batches(self) -> list[Batch]:
-        ranks = Ranks.of(self.trainer)
-        return share_of(self._batches, self._lengths, ranks.rank, ranks.size)
+        if self._own is None:
+            ranks = Ranks.of(self.trainer)
+            self._own = share_of(self._batches, self._lengths, ranks.rank, ranks.size)
+        return self._own
 
     def batch_lengths(self) -> list[npt.NDArray[np.int64]] | None:
         """Tokens in each text of each batch that ``n_batches`` counts."""

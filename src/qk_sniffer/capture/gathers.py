@@ -112,6 +112,7 @@ class Gathers:
     def __init__(self, heads: Mapping[Stream, tuple[int, ...]], staging: Staging) -> None:
         self._heads = heads
         self._staging = staging
+        self._head_numbers = {s: np.array(numbers)[:, None] for s, numbers in heads.items()}
         self._layouts: dict[Stream, Layout] = {}
         self._alike: dict[Stream, list[Stream]] = {}
         self._is_grouped = True
@@ -214,15 +215,12 @@ class Gathers:
         per_sequence, per_head, per_token = layout.steps()
         steps = passage.steps_on_host(per_sequence, per_token)
         places = np.empty(sum(gather.n_vectors for gather in gathers), np.int64)
-        head_steps = {
-            heads: per_head * np.array(heads)[:, None] for heads in {self._heads[s] for s in streams}
-        }
         stop = 0
         for stream, (_, n_heads, n_rows, _, rows) in zip(streams, gathers, strict=True):
             start, stop = stop, stop + n_heads * n_rows
             own = steps[rows // 3 : rows // 3 + n_rows]
             room = places[start:stop].reshape(n_heads, n_rows)
-            np.add(head_steps[self._heads[stream]], own, out=room)
+            np.add(per_head * self._head_numbers[stream], own, out=room)
         return torch.from_numpy(places)
 
     def _described(self, stream: Stream, layout: Layout, passage: Passage, start: int) -> Gather:

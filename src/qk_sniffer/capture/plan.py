@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -19,6 +18,8 @@ Kind = Literal["q", "k"]
 Stream = tuple[int, Kind]
 """A layer and kind."""
 
+Batch = tuple[list[int], list[int]]
+"""Example ids and tokens of the sequences of a batch."""
 
 BATCHES_AT_ONCE, TOKENS_AT_ONCE = 16, 2**16
 """How much is drawn at once: a draw takes the host as long for some rows as for many."""
@@ -42,7 +43,7 @@ class Plans:
         expected: Iterable[tuple[Sequence[int], Sequence[int]]],
     ) -> None:
         self._streams, self._sampler, self._seed = streams, sampler, seed
-        self._expected = iter(expected)
+        self._expected: Iterator[Batch] = ((list(ids), list(lengths)) for ids, lengths in expected)
         self._drawn: deque[BatchPlan] = deque()
 
     def next(self, example_ids: Sequence[int], lengths: Sequence[int]) -> "BatchPlan":
@@ -54,24 +55,23 @@ class Plans:
         """
         batch = list(example_ids), list(lengths)
         if not self._drawn or self._drawn[0].batch != batch:
-            self._drawn = deque(self._draw([batch, *self._behind(batch)]))
+            self._drawn = deque(self._draw(self._with_following(batch)))
         return self._drawn.popleft()
 
-    def _behind(self, batch: tuple[list[int], list[int]]) -> Iterator[tuple[list[int], list[int]]]:
-        """Some of those that are expected behind a batch; none where another was expected."""
-        n_tokens = 0
-        for number, (example_ids, lengths) in enumerate(islice(self._expected, BATCHES_AT_ONCE)):
-            following = list(example_ids), list(lengths)
-            if number == 0 and following != batch:
-                self._expected = iter(())
-                return
-            if number > 0:
-                yield following
-            n_tokens += len(lengths) * max(lengths, default=0)
-            if n_tokens >= TOKENS_AT_ONCE:
-                return
+    def _with_following(self, batch: Batch) -> list[Batch]:
+        """A batch, and some of those expected behind it; it alone where another was expected."""
+        if next(self._expected, None) != batch:
+            self._expected = iter(())
+        batches, n_tokens = [batch], _padded_tokens(batch)
+        while len(batches) < BATCHES_AT_ONCE and n_tokens < TOKENS_AT_ONCE:
+            following = next(self._expected, None)
+            if following is None:
+                break
+            batches.append(following)
+            n_tokens += _padded_tokens(following)
+        return batches
 
-    def _draw(self, batches: Sequence[tuple[list[int], list[int]]]) -> Iterator["BatchPlan"]:
+    def _draw(self, batches: Sequence[Batch]) -> Iterator["BatchPlan"]:
         lengths = [torch.tensor(lengths, dtype=torch.int64) for _, lengths in batches]
         ids = [torch.tensor(example_ids, dtype=torch.int64) for example_ids, _ in batches]
         n_draws = count_draws(self._sampler, len(self._streams), torch.cat(lengths))
@@ -104,6 +104,11 @@ class Plans:
             )
 
 
+def _padded_tokens(batch: Batch) -> int:
+    _, lengths = batch
+    return len(lengths) * max(lengths, default=0)
+
+
 @dataclass(eq=False)
 class BatchPlan:
     """The rows that each layer and kind keeps of one batch.
@@ -112,7 +117,7 @@ class BatchPlan:
     has a draw of its own, but for a sampler that keeps every position: there they share one.
 
     Attributes:
-        batch: Example ids and lengths.
+        batch: What it was drawn for.
         example_ids: (B,) int64.
         lengths: (B,) int64, tokens in each sequence.
         draws: The draw of each layer and kind.
@@ -122,7 +127,7 @@ class BatchPlan:
         stops: (n_draws,) the row after the last of each draw.
     """
 
-    batch: tuple[list[int], list[int]]
+    batch: Batch
     example_ids: Tensor
     lengths: Tensor
     draws: Mapping[Stream, int]
@@ -190,9 +195,9 @@ class Passage:
         """
         key = per_sequence, per_token
         if key not in self._steps_on_host:
-            sequences = self._plan.batch_indices[self._rows] - self.sequences.start
-            tokens = self._plan.positions[self._rows] - self.tokens.start
-            self._steps_on_host[key] = (sequences * per_sequence + tokens * per_token).numpy()
+            sequences, positions = self._sequences_and_positions()
+            rows, tokens = sequences - self.sequences.start, positions - self.tokens.start
+            self._steps_on_host[key] = (rows * per_sequence + tokens * per_token).numpy()
         return self._steps_on_host[key]
 
     def steps(self, device: torch.device, per_sequence: int, per_token: int) -> Sequence[Tensor]:
@@ -202,6 +207,10 @@ class Passage:
             steps = torch.from_numpy(self.steps_on_host(per_sequence, per_token))
             self._steps[key] = torch.split(upload(steps, device), self.sizes)
         return self._steps[key]
+
+    def _sequences_and_positions(self) -> tuple[Tensor, Tensor]:
+        """Those of its rows: (K,) int64 each."""
+        return self._plan.batch_indices[self._rows], self._plan.positions[self._rows]
 
     def forget_steps(self) -> None:
         """Let go of what only a forward needs."""
@@ -214,8 +223,7 @@ class Passage:
         Args:
             lengths: (B,) tokens that each sequence has in the end.
         """
-        plan = self._plan
-        sequences, positions = plan.batch_indices[self._rows], plan.positions[self._rows]
+        sequences, positions = self._sequences_and_positions()
         live = np.concatenate([[0], (positions < lengths[sequences]).numpy().cumsum()])
         sizes: list[int] = np.diff(live[self.stops], prepend=0).tolist()
         return sizes
@@ -228,10 +236,9 @@ class Passage:
         Args:
             lengths: (B,) tokens that each sequence has in the end; rows behind have the position -1.
         """
-        plan = self._plan
-        sequences, positions = plan.batch_indices[self._rows], plan.positions[self._rows]
+        sequences, positions = self._sequences_and_positions()
         live = torch.where(positions < lengths[sequences], positions, -1)
-        columns = plan.example_ids[sequences], live, plan.buckets[self._rows]
+        columns = self._plan.example_ids[sequences], live, self._plan.buckets[self._rows]
         sizes, stops = np.array(self.sizes), np.array(self.stops)
         # Row i of a draw of n rows, the first of them number s, goes to 3 s + column n + (i - s).
         places = np.arange(positions.numel()) + 2 * np.repeat(stops - sizes, sizes)
