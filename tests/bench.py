@@ -445,10 +445,9 @@ def time_host_batches(
     def loop(*callbacks: Callback) -> None:
         predict(data, *callbacks, module=SnifferModule(place))
 
-    def captured(*callbacks: Callback) -> None:
+    def captured(before: Sequence[Callback] = (), after: Sequence[Callback] = ()) -> None:
         with tempfile.TemporaryDirectory() as root:
-            sniffer = SnifferCallback(OutputConfig(root), capture, check=False)
-            loop(*callbacks[:1], sniffer, *callbacks[1:])
+            loop(*before, SnifferCallback(OutputConfig(root), capture, check=False), *after)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -456,9 +455,9 @@ def time_host_batches(
     captured()
     loop(uncaptured.begin, uncaptured.end)
     for run in runs:
-        captured(run.begin, run.end)
+        captured([run.begin], [run.end])
     counts, own = Counts(), Counts()
-    captured(Callback(), counts)
+    captured(after=[counts])
     loop(own)
     torch.set_num_threads(threads)
     bare = [1000 * seconds for run in runs for seconds in run.bare]

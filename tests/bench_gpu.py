@@ -221,7 +221,7 @@ class Closing(SnifferCallback):
 
 def measure(
     module: SnifferModule, case: Case, name: str, device: torch.device, repetitions: int
-) -> str:
+) -> tuple[str, ...]:
     """One capture between bare loops: a line of the table."""
     capture, goal = case.captures[name]
     ratios: list[float] = []
@@ -246,7 +246,7 @@ def measure(
     bare = median(bares)
     if goal is None:
         goal = 1.1 * max(1.0, plain_write(sniffer.n_bytes) / bare)
-    return row(
+    return (
         f"{case.model}, {case.n_texts} x {case.length:,}, batches of {case.batch_size}, {name}",
         f"{median(ratios):.3f}",
         f"at most {goal:.2f}",
@@ -258,7 +258,7 @@ def measure(
     )
 
 
-def hooks_script(module: SnifferModule, case: Case, device: torch.device) -> str:
+def hooks_script(module: SnifferModule, case: Case, device: torch.device) -> tuple[str, ...]:
     """What a dozen lines of forward hooks cost that bring every query and key to the host."""
     kept: list[torch.Tensor] = []
 
@@ -279,19 +279,29 @@ def hooks_script(module: SnifferModule, case: Case, device: torch.device) -> str
     name = f"the same by forward hooks and .cpu(), {len(projections)} of them"
     n_bytes = sum(states.nbytes for states in kept)
     closed = f"{closing:.1f} s, {n_bytes / 1e6:,.0f} MB"
-    return row(name, f"{seconds / bare:.3f}", "", "", "", "", "", "", closed, "")
+    return name, f"{seconds / bare:.3f}", "", "", "", "", "", "", closed, ""
+
+
+class Table:
+    """A table of which each line is printed as soon as it is known."""
+
+    def __init__(self, *head: str) -> None:
+        self.lines: list[str] = []
+        self._width = len(head)
+        self.tell(*head)
+        self.tell(*["---"] * len(head))
+
+    def tell(self, *cells: str) -> None:
+        """Add a line."""
+        assert len(cells) == self._width
+        self.lines.append(f"| {' | '.join(cells)} |")
+        print(self.lines[-1], flush=True)
 
 
 HEAD = (
     "", "loop / bare", "goal", "bare, tokens/s", "draw, ms", "gather, ms", "flush, ms", "syncs",
     "closing", "peak, GiB",
 )  # fmt: skip
-
-
-def row(*cells: str) -> str:
-    """A line of the table."""
-    assert len(cells) == len(HEAD)
-    return f"| {' | '.join(cells)} |"
 
 
 def peak_of(device: torch.device) -> int:
@@ -304,27 +314,20 @@ def peak_of(device: torch.device) -> int:
 
 
 def time_cases(cases: list[Case], device: torch.device, repetitions: int) -> list[str]:
-    """The table, of which each line is printed at once."""
-    lines: list[str] = []
-
-    def tell(line: str) -> None:
-        lines.append(line)
-        print(line, flush=True)
-
-    tell(row(*HEAD))
-    tell(row(*(["---"] * len(HEAD))))
+    """The lines of the table."""
+    table = Table(*HEAD)
     for case in cases:
         module = module_of(case, device)
         run_loop(module, case._replace(n_texts=min(case.n_texts, 2 * case.batch_size)), device)
         peak_of(device)
         for name in case.captures:
-            tell(measure(module, case, name, device, repetitions))
+            table.tell(*measure(module, case, name, device, repetitions))
         if case.has_peer:
-            tell(hooks_script(module, case, device))
+            table.tell(*hooks_script(module, case, device))
         del module
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return lines
+    return table.lines
 
 
 def time_gpu(repetitions: int) -> str:

@@ -11,6 +11,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -18,21 +19,20 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from bench_gpu import CASES, Case, plain_write
+from bench_gpu import CASES, Case, Table, module_of, plain_write
 from families import HOST_BOUND, tiny_model
 from qk_sniffer.capture import (
-    AttentionLayer,
     BatchRows,
     CapturedHeads,
     Portion,
     Sniffer,
     buffers,
     build_sampler,
-    select_heads,
+    heads_to_capture,
 )
 from qk_sniffer.capture.buffers import Buffer, Staging
 from qk_sniffer.config import CaptureConfig
-from qk_sniffer.models import decoder_backbone
+from qk_sniffer.models import attention_geometry, decoder_backbone
 from qk_sniffer.models.attention import watch_attention
 from qk_sniffer.storage import JournalWriter
 
@@ -90,24 +90,6 @@ class HostCost(NamedTuple):
     n_bytes: int
 
 
-def heads_of(case: Case, capture: CaptureConfig) -> dict[int, CapturedHeads]:
-    config = case.config
-    n_heads, n_kv_heads, width = shape_of(config)
-    layers = [
-        AttentionLayer(layer_idx, n_heads, n_kv_heads, width)
-        for layer_idx in range(config.num_hidden_layers)
-    ]
-    count = None if capture.head_sampling is None else capture.head_sampling.count
-    return select_heads(layers, sample_count=count)
-
-
-def shape_of(config: Any) -> tuple[int, int, int]:
-    """Query heads, key heads and head_dim."""
-    n_heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // n_heads
-    return n_heads, config.num_key_value_heads, width
-
-
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Gathers are enqueued and done by nobody, by a call that takes a host as long."""
@@ -121,16 +103,18 @@ def as_on_a_gpu() -> Iterator[None]:
 
 def measure_host(case: Case, capture: CaptureConfig, pairs: int) -> HostCost:
     """Read a batch barely and with a capture, in turn."""
-    heads, settings = heads_of(case, capture), capture.sampler
+    skeleton = module_of(case, torch.device("meta")).backbone
+    layers = attention_geometry(skeleton).layers
+    heads, settings = heads_to_capture(asdict(capture), layers), capture.sampler
     sampler = build_sampler(settings.type, settings.base_rate, capture.min_bucket_size)
     config = copy.deepcopy(HOST_BOUND)
-    config.num_hidden_layers = case.config.num_hidden_layers
+    config.num_hidden_layers = len(layers)
     backbone = decoder_backbone(tiny_model(config).eval())
-    n_heads, n_kv_heads, width = shape_of(case.config)
     # Never touched, and so without memory.
+    shape, width = (case.batch_size, case.length), layers[0].head_dim
     query, key = (
-        torch.empty(case.batch_size, case.length, n, width, dtype=torch.bfloat16).transpose(1, 2)
-        for n in (n_heads, n_kv_heads)
+        torch.empty(*shape, n_heads, width, dtype=torch.bfloat16).transpose(1, 2)
+        for n_heads in (layers[0].num_attention_heads, layers[0].num_key_value_heads)
     )
     tokens, positions = torch.zeros(1, 128, dtype=torch.int64), torch.arange(case.length)
     lengths = [case.length] * case.batch_size
@@ -167,22 +151,9 @@ def measure_host(case: Case, capture: CaptureConfig, pairs: int) -> HostCost:
     return HostCost(mean(more[WARM_UP:]), seconds, sink.n_bytes)
 
 
-def row(*cells: str) -> str:
-    """A line of the table."""
-    assert len(cells) == len(HEAD)
-    return f"| {' | '.join(cells)} |"
-
-
 def time_hosts(cases: list[Case], pairs: int) -> list[str]:
-    """The table, of which each line is printed at once."""
-    lines: list[str] = []
-
-    def tell(line: str) -> None:
-        lines.append(line)
-        print(line, flush=True)
-
-    tell(row(*HEAD))
-    tell(row(*(["---"] * len(HEAD))))
+    """The lines of the table."""
+    table = Table(*HEAD)
     for case in cases:
         for name, (capture, goal) in case.captures.items():
             cost = measure_host(case, capture, pairs if goal else 4)
@@ -193,15 +164,13 @@ def time_hosts(cases: list[Case], pairs: int) -> list[str]:
                 plain = cost.n_bytes / plain_write(cost.n_bytes)
                 written = cost.n_bytes / cost.seconds
                 cells = ["", "", f"{written / 1e9:.2g}", f"{plain / 1e9:.2g}"]
-            tell(
-                row(
-                    f"{case.model}, {case.batch_size} x {case.length:,}, {name}",
-                    f"{1000 * cost.more:.1f}",
-                    f"{1000 * on_gpu:,.0f}",
-                    *cells,
-                )
+            table.tell(
+                f"{case.model}, {case.batch_size} x {case.length:,}, {name}",
+                f"{1000 * cost.more:.1f}",
+                f"{1000 * on_gpu:,.0f}",
+                *cells,
             )
-    return lines
+    return table.lines
 
 
 def time_stand_in(repetitions: int) -> str:

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from families import FAMILIES, tiny_model
 from killing import Processes
 from loopback import LoopbackHub, client_of
+from qk_sniffer.capture import plan
 from qk_sniffer.cli import main
 
 Run = Callable[..., int]
@@ -126,6 +127,20 @@ def predict(write_run: WriteRun) -> Run:
 
 HUB_TOKEN = "hf_MarkedToken0123456789"
 REPO = "someone/attention"
+
+
+@pytest.fixture
+def draws(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The lengths of the sequences of each draw that a sniffer makes."""
+    found: list[torch.Tensor] = []
+    draw = plan.draw_positions
+
+    def watched(*args: Any) -> Any:
+        found.append(args[-1])
+        return draw(*args)
+
+    monkeypatch.setattr(plan, "draw_positions", watched)
+    return found
 
 
 @pytest.fixture

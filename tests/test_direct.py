@@ -22,6 +22,15 @@ def in_a_page(content: bytes) -> Any:
     return memory
 
 
+def require_written_through_the_cache(path: Path) -> None:
+    content = np.random.default_rng(0).bytes(2 * PAGE)
+    file = DirectFile(path)
+    assert not file._direct
+    file.write(in_a_page(content))
+    file.close()
+    assert path.read_bytes() == content
+
+
 def is_cached(path: Path, start: int) -> bool:
     """Whether a page of a file can be read without its disk."""
     with path.open("rb") as file:
@@ -91,12 +100,7 @@ def test_a_disk_that_wants_other_places_gets_its_bytes_through_the_cache(
 
 def test_a_system_without_such_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(direct, "_PAST_THE_CACHE", 0)
-    content = np.random.default_rng(0).bytes(2 * PAGE)
-    file = DirectFile(tmp_path / "file")
-    assert not file._direct
-    file.write(in_a_page(content))
-    file.close()
-    assert (tmp_path / "file").read_bytes() == content
+    require_written_through_the_cache(tmp_path / "file")
 
 
 def test_a_disk_that_refuses_such_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,12 +112,7 @@ def test_a_disk_that_refuses_such_files(tmp_path: Path, monkeypatch: pytest.Monk
         return set_flags(descriptor, command, flags)
 
     monkeypatch.setattr(fcntl, "fcntl", refusing)
-    content = np.random.default_rng(0).bytes(2 * PAGE)
-    file = DirectFile(tmp_path / "file")
-    assert not file._direct
-    file.write(in_a_page(content))
-    file.close()
-    assert (tmp_path / "file").read_bytes() == content
+    require_written_through_the_cache(tmp_path / "file")
 
 
 def test_what_a_disk_refuses_is_raised(tmp_path: Path) -> None:

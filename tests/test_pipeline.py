@@ -125,10 +125,11 @@ def test_batches_to_come_are_drawn_with_the_first(
     streaming: bool,
     predict: Callable[..., int],
     tmp_path: Path,
+    draws: list[torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where they are known; the files are those of single draws."""
-    draw, files = plan.draw_positions, []
+    files = []
     run = {
         "sniffer": {"capture": CAPTURES[name], "check": False},
         "data": {"batch_size": 1, "streaming": streaming},
@@ -137,16 +138,10 @@ def test_batches_to_come_are_drawn_with_the_first(
         ("single", 1, len(LENGTHS)),
         ("together", plan.BATCHES_AT_ONCE, len(LENGTHS) if streaming else 1),
     ):
-        drawn = []
-
-        def counting(*args: Any, drawn: list[int] = drawn) -> Any:
-            drawn.append(len(args))
-            return draw(*args)
-
-        monkeypatch.setattr(plan, "draw_positions", counting)
+        draws.clear()
         monkeypatch.setattr(plan, "BATCHES_AT_ONCE", at_once)
         assert predict(root, **run) == 0
-        assert len(drawn) == n_draws
+        assert len(draws) == n_draws
         found = (tmp_path / root).glob("*/data.parquet")
         files.append({path.parent.name: path.read_bytes() for path in found})
     assert len(files[0]) == 4 * (4 + 2) + 1

@@ -2,13 +2,12 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
 
-from qk_sniffer.capture import Sampler, build_sampler, plan
-from qk_sniffer.capture.plan import BATCHES_AT_ONCE, TOKENS_AT_ONCE, BatchPlan, Plans, Stream
+from qk_sniffer.capture import Sampler, build_sampler
+from qk_sniffer.capture.plan import BATCHES_AT_ONCE, TOKENS_AT_ONCE, Batch, BatchPlan, Plans, Stream
 
 STREAMS: tuple[Stream, ...] = ((0, "q"), (0, "k"), (3, "q"), (3, "k"))
 SAMPLERS = {
@@ -16,7 +15,6 @@ SAMPLERS = {
     "log_uniform": build_sampler("log_uniform", 4.0, 4),
     "all": build_sampler("all", 1.0, 16),
 }
-Batch = tuple[list[int], list[int]]
 
 
 def batches(sizes: Sequence[int] = (3, 1, 5, 2, 1, 4) * 7) -> list[Batch]:
@@ -67,34 +65,19 @@ def test_every_batch_has_the_rows_that_it_has_alone(name: str, come: str) -> Non
     [(128, -(-40 // BATCHES_AT_ONCE)), (TOKENS_AT_ONCE // 4, 10), (TOKENS_AT_ONCE, 40)],
 )
 def test_many_are_drawn_at_once_within_a_bound(
-    tokens: int, n_draws: int, monkeypatch: pytest.MonkeyPatch
+    tokens: int, n_draws: int, draws: list[torch.Tensor]
 ) -> None:
-    drawn = []
-    draw = plan.draw_positions
-
-    def counting(*args: Any) -> Any:
-        drawn.append(int(args[-1].sum()))
-        return draw(*args)
-
-    monkeypatch.setattr(plan, "draw_positions", counting)
     expected = [([number], [tokens]) for number in range(40)]
     plans = Plans(STREAMS, SAMPLERS["log_uniform"], 0, expected)
     for batch in expected:
         plans.next(*batch)
-    assert len(drawn) == n_draws
-    assert max(drawn) <= len(STREAMS) * max(TOKENS_AT_ONCE, tokens)
+    assert len(draws) == n_draws
+    most = max(int(lengths.sum()) for lengths in draws)
+    assert most <= len(STREAMS) * max(TOKENS_AT_ONCE, tokens)
 
 
-def test_nothing_is_drawn_in_vain_once_others_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = []
-    draw = plan.draw_positions
-
-    def counting(*args: Any) -> Any:
-        drawn.append(len(args[-1]) // len(STREAMS))
-        return draw(*args)
-
-    monkeypatch.setattr(plan, "draw_positions", counting)
+def test_nothing_is_drawn_in_vain_once_others_have_come(draws: list[torch.Tensor]) -> None:
     plans = Plans(STREAMS, SAMPLERS["uniform"], 0, [([number], [50]) for number in range(40)])
     for number in range(100, 120):
         plans.next([number], [50])
-    assert drawn == [1] * 20
+    assert [len(lengths) // len(STREAMS) for lengths in draws] == [1] * 20
