@@ -22,7 +22,7 @@ from qk_sniffer.cli import main as command
 from qk_sniffer.config import CaptureConfig
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.module import SnifferModule
-from qk_sniffer.provenance import fingerprint, settings
+from qk_sniffer.recording import fingerprint, settings
 
 DOCS = Path(__file__).parent
 SECTIONS = {"model": SnifferModule, "data": TextDataModule, "sniffer": SnifferCallback}

@@ -57,6 +57,7 @@ from qk_sniffer.module import SnifferModule
 from qk_sniffer.storage import (
     JOURNAL_DIRECTORY,
     PUBLICATION_FILE,
+    file_progress,
     finalize,
     merge_pulled,
     require_manifest,
@@ -65,7 +66,6 @@ from qk_sniffer.storage.finalizing import n_threads
 from qk_sniffer.storage.journal import _Segment
 from qk_sniffer.storage.parquet import open_writer
 from qk_sniffer.storage.schema import DATA_FILE
-from qk_sniffer.summary import file_progress
 from smollm2 import CACHE, checkpoint, gguf_file
 
 DOCUMENTS, TOKENS, BATCH_SIZE = 8, 1024, 2

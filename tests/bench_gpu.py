@@ -31,7 +31,7 @@ from qk_sniffer.capture import Sniffer
 from qk_sniffer.config import CaptureConfig, HeadSamplingConfig, OutputConfig, SamplerConfig
 from qk_sniffer.models import decoder_backbone
 from qk_sniffer.module import SnifferModule
-from qk_sniffer.recorder import Recorder
+from qk_sniffer.recording import Recorder
 from qk_sniffer.storage.schema import DATA_FILE, JOURNAL_DIRECTORY
 
 

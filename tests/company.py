@@ -19,8 +19,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
 from examine import sniff_all
-from qk_sniffer.batches import plan_batches
 from qk_sniffer.capture import active_sniffer
+from qk_sniffer.data.batches import plan_batches
 from qk_sniffer.errors import UserError
 from qk_sniffer.models import check_passages, decoder_backbone
 from qk_sniffer.models.refusals import REFUSED, refuse_unsupported

@@ -31,9 +31,9 @@ import qk_sniffer.predict
 from loopback import client_of
 from qk_sniffer.capture import Sniffer
 from qk_sniffer.cli import main
+from qk_sniffer.data.tokenizing import Encode
 from qk_sniffer.storage import data_root, finalizing, journal, parquet
 from qk_sniffer.storage.commits import encode
-from qk_sniffer.tokenizing import Encode
 
 push_module = importlib.import_module("qk_sniffer.hub.push")
 """The module, which its function hides."""

@@ -10,19 +10,19 @@ import pytest
 from transformers import AutoTokenizer
 
 from conftest import LENGTHS, write_jsonl
-from qk_sniffer.batches import (
+from qk_sniffer.config import TokenizerConfig
+from qk_sniffer.data import TextDataModule
+from qk_sniffer.data.batches import (
     WINDOW_BATCHES,
     padded_tokens,
     plan_batches,
     rest_of,
     share_of,
 )
-from qk_sniffer.config import TokenizerConfig
-from qk_sniffer.data import TextDataModule
+from qk_sniffer.data.streaming import StreamedBatches
+from qk_sniffer.data.texts import TextSource
+from qk_sniffer.data.tokenizing import Encode
 from qk_sniffer.errors import UserError
-from qk_sniffer.streaming import StreamedBatches
-from qk_sniffer.texts import TextSource
-from qk_sniffer.tokenizing import Encode
 
 
 def heavy_tailed(count: int, seed: int = 0) -> np.ndarray:

@@ -335,7 +335,9 @@ def test_a_failure_while_files_are_written_loses_nothing(
     root = tmp_path / "root"
     with monkeypatch.context() as patch:
         # A directory where a file must go: the last head of the first layer can't be renamed there.
-        patch.setattr("qk_sniffer.recorder.JournalWriter", _blocking(root / "l00h03q" / "data.parquet"))
+        patch.setattr(
+            "qk_sniffer.recording.recorder.JournalWriter", _blocking(root / "l00h03q" / "data.parquet")
+        )
         assert predict() == 2
     line = error_line(capsys)
     assert line.startswith(

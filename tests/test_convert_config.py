@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from qk_sniffer.cli import main
-from qk_sniffer.original_config import FIELDS
+from qk_sniffer.convert_config.original import FIELDS
 from test_configs import error_of, leaves, merged, printed
 
 SMALLEST: dict[str, dict[str, Any]] = {

@@ -103,7 +103,7 @@ def test_a_process_that_stops_says_why(stops: int) -> None:
 
 def test_an_address_that_is_not_reached_is_named() -> None:
     from qk_sniffer.errors import UserError
-    from qk_sniffer.lifeline import Lifeline
+    from qk_sniffer.processes.lifeline import Lifeline
 
     with pytest.raises(UserError, match=r"rank 1 \(b\) can't reach rank 0 at 127\.0\.0\.1, port 1 "):
         Lifeline(1, ["a", "b"], b"key").connect("127.0.0.1", 1)
@@ -112,7 +112,7 @@ def test_an_address_that_is_not_reached_is_named() -> None:
 GATHER = """
 import signal, sys, time
 import torch.distributed as dist
-from qk_sniffer.ranks import Ranks
+from qk_sniffer.processes import Ranks
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{store}")
 ranks = Ranks(rank, 2, 2, dist.new_group(backend="gloo"))

@@ -15,7 +15,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from qk_sniffer.batch_fields import batch_fields
 from qk_sniffer.capture import (
     CapturedHeads,
     build_sampler,
@@ -24,8 +23,8 @@ from qk_sniffer.capture import (
     heads_to_capture,
 )
 from qk_sniffer.config import CaptureConfig, OutputConfig
+from qk_sniffer.data import batch_fields
 from qk_sniffer.errors import UserError
-from qk_sniffer.forewarnings import beyond_positions, forewarnings
 from qk_sniffer.hub import Publication, check_access, pull, push
 from qk_sniffer.ids import ExampleFilter
 from qk_sniffer.models import (
@@ -36,12 +35,19 @@ from qk_sniffer.models import (
     require_known_tokens,
 )
 from qk_sniffer.module import SnifferModule
-from qk_sniffer.progress import ProgressReport, progress_bar
-from qk_sniffer.provenance import describe, fingerprint, settings
-from qk_sniffer.ranks import ALONE, Ranks, await_launched, reason_of
-from qk_sniffer.recorder import Recorder
-from qk_sniffer.signals import Stopped, end_in_order
-from qk_sniffer.signals import stop as stop_command
+from qk_sniffer.processes import ALONE, Ranks, Stopped, await_launched, end_in_order, reason_of
+from qk_sniffer.processes import stop as stop_command
+from qk_sniffer.recording import (
+    ProgressReport,
+    Recorder,
+    TextsAhead,
+    beyond_positions,
+    describe,
+    fingerprint,
+    forewarnings,
+    progress_bar,
+    settings,
+)
 from qk_sniffer.storage import (
     CONFIG_FILE,
     JOURNAL_DIRECTORY,
@@ -52,16 +58,17 @@ from qk_sniffer.storage import (
     data_root_path,
     discard_pulled,
     earlier_run,
+    file_progress,
     finalize,
     head_files_bytes,
     journal_bytes,
     prepare_data_root,
+    published_table,
     require_captured,
     require_shared,
+    summary_table,
     write_text,
 )
-from qk_sniffer.summary import file_progress, published_table, summary_table
-from qk_sniffer.texts_ahead import TextsAhead
 
 T = TypeVar("T")
 

@@ -10,10 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from qk_sniffer.errors import UserError
-from qk_sniffer.misspelt import did_you_mean, nearest
-from qk_sniffer.secrets import redact
-from qk_sniffer.signals import Stopped, stopping_on_signals
+from qk_sniffer.errors import UserError, did_you_mean, nearest, redact
+from qk_sniffer.processes import Stopped, stopping_on_signals
 
 if TYPE_CHECKING:
     from qk_sniffer.hub import Publication
@@ -84,8 +82,14 @@ def _finalize(args: list[str]) -> int:
     parser.add_argument("data_root", type=_data_root, help="directory of the run")
     data_root = parser.parse_args(args).data_root
 
-    from qk_sniffer.storage import PULLED_DIRECTORY, finalize, merge_pulled, owned
-    from qk_sniffer.summary import file_progress, summary_table
+    from qk_sniffer.storage import (
+        PULLED_DIRECTORY,
+        file_progress,
+        finalize,
+        merge_pulled,
+        owned,
+        summary_table,
+    )
 
     started = time.monotonic()
     with owned(data_root):
@@ -110,16 +114,21 @@ def _verify(args: list[str]) -> int:
     )
     options = parser.parse_args(args)
 
-    from qk_sniffer.storage import count_rows, note_owner, require_manifest
-    from qk_sniffer.summary import NOTHING_KEPT, warn_of_non_finite
+    from qk_sniffer.storage import (
+        NOTHING_KEPT,
+        count_rows,
+        note_owner,
+        require_manifest,
+        warn_of_non_finite,
+    )
     from qk_sniffer.verify import verify
 
     data_root = options.data_root
     note_owner(data_root)
     faults = verify(data_root, trust_code=options.trust_code)
     if not faults and options.against_model:
-        from qk_sniffer.against_model import verify_against_model
         from qk_sniffer.predict import quiet_lightning
+        from qk_sniffer.verify.against_model import verify_against_model
 
         quiet_lightning()
         faults = verify_against_model(data_root, trust_code=options.trust_code)
@@ -153,8 +162,7 @@ def _report(args: list[str]) -> int:
         )
 
     from qk_sniffer.report import write_report
-    from qk_sniffer.storage import owned
-    from qk_sniffer.summary import file_progress
+    from qk_sniffer.storage import file_progress, owned
 
     def progress(heads: Any, total: int) -> Any:
         return file_progress(heads, total, "Measuring", unit="head")
@@ -187,8 +195,7 @@ def _push(args: list[str]) -> int:
 
 def _push_owned(options: argparse.Namespace) -> int:
     from qk_sniffer.hub import Publication, check_access, push
-    from qk_sniffer.storage import require_manifest
-    from qk_sniffer.summary import published_table
+    from qk_sniffer.storage import published_table, require_manifest
 
     data_root = options.data_root
     manifest, publication = require_manifest(data_root), Publication.read(data_root)

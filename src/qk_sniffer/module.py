@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from qk_sniffer.batch_fields import sequence_lengths
 from qk_sniffer.capture import Sniffer, get_active_sniffer, heads_to_capture
+from qk_sniffer.data import sequence_lengths
 from qk_sniffer.errors import UserError
 from qk_sniffer.models import (
     ModelSource,
@@ -31,7 +31,7 @@ from qk_sniffer.models import (
     require_known_tokens,
     spans_of_like_frequencies,
 )
-from qk_sniffer.ranks import Ranks
+from qk_sniffer.processes import Ranks
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from qk_sniffer.capture.random import WORD, Words, mix
-from qk_sniffer.errors import UserError
-from qk_sniffer.misspelt import did_you_mean
+from qk_sniffer.errors import UserError, did_you_mean
 
 Rows = npt.NDArray[np.int64]
 """Kept rows, each (sequence << 32) + position."""

@@ -13,7 +13,6 @@ from qk_sniffer.data import TextDataModule
 from qk_sniffer.estimate.capture import Capture, parameter_bytes
 from qk_sniffer.estimate.texts import Texts
 from qk_sniffer.estimate.timing import FILE_BYTES_PER_SECOND, Samples
-from qk_sniffer.forewarnings import forewarnings
 from qk_sniffer.models import (
     Footprint,
     Quantization,
@@ -21,6 +20,7 @@ from qk_sniffer.models import (
     decoder_backbone,
     forward_footprint,
 )
+from qk_sniffer.recording import forewarnings
 from qk_sniffer.storage import n_threads
 
 _WIDTH = 96

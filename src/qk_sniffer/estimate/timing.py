@@ -18,13 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qk_sniffer.batch_fields import batch_fields
-from qk_sniffer.data import TokenBatch
+from qk_sniffer.data import TokenBatch, batch_fields
 from qk_sniffer.estimate.capture import Capture
 from qk_sniffer.ids import EVERY_EXAMPLE
 from qk_sniffer.module import SnifferModule
-from qk_sniffer.ranks import Dealer
-from qk_sniffer.recorder import Recorder
+from qk_sniffer.processes import Dealer
+from qk_sniffer.recording import Recorder
 
 SECONDS = 60.0
 """How long batches are read, about: a forward that has begun is not broken off, and where attention is

@@ -21,6 +21,7 @@ from qk_sniffer.storage import (
     FileFacts,
     differing_settings,
     earlier_run,
+    file_progress,
     is_described,
     merge_pulled,
     stored_example_ids,
@@ -28,7 +29,6 @@ from qk_sniffer.storage import (
     sync_file,
     write_text,
 )
-from qk_sniffer.summary import file_progress
 
 _FIELD = "sniffer.output.hf_branch"
 _REMEDY = (

@@ -30,6 +30,7 @@ from qk_sniffer.storage import (
     FileFacts,
     Place,
     describe_run,
+    file_progress,
     is_described,
     merge_pulled,
     own_part,
@@ -40,7 +41,6 @@ from qk_sniffer.storage import (
     shown_names,
     write_text,
 )
-from qk_sniffer.summary import file_progress
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 from huggingface_hub import errors
 from huggingface_hub.utils import parse_ratelimit_headers
 
-from qk_sniffer.errors import UserError, first_line
-from qk_sniffer.secrets import redact
+from qk_sniffer.errors import UserError, first_line, redact
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qk_sniffer.errors import UserError, first_line
-from qk_sniffer.misspelt import did_you_mean
+from qk_sniffer.errors import UserError, did_you_mean, first_line
 
 _ATTENTION = re.compile("attn_implementation|flash ?attention", re.IGNORECASE)
 

@@ -21,9 +21,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from qk_sniffer.errors import UserError, last_line
-from qk_sniffer.local_or_hub import explained_loading
-from qk_sniffer.misspelt import did_you_mean
+from qk_sniffer.config import explained_loading
+from qk_sniffer.errors import UserError, did_you_mean, last_line
 from qk_sniffer.models.attention import decoder_backbone
 from qk_sniffer.models.checkpoint import refuse_broken
 from qk_sniffer.models.explaining import explained_settings, require_files

@@ -66,6 +66,13 @@ from qk_sniffer.storage.schema import (
 )
 from qk_sniffer.storage.sizes import head_files_bytes, journal_bytes
 from qk_sniffer.storage.stored_rows import StoredRows, fault_of_columns, fault_of_values
+from qk_sniffer.storage.summary import (
+    NOTHING_KEPT,
+    file_progress,
+    published_table,
+    summary_table,
+    warn_of_non_finite,
+)
 
 __all__ = [
     "CARD_ASIDE_FILE",
@@ -77,6 +84,7 @@ __all__ = [
     "HEAD_DIRECTORY",
     "JOURNAL_DIRECTORY",
     "MANIFEST_FILE",
+    "NOTHING_KEPT",
     "PUBLICATION_FILE",
     "PULLED_DIRECTORY",
     "PULLING_DIRECTORY",
@@ -109,6 +117,7 @@ __all__ = [
     "explained_writing",
     "fault_of_columns",
     "fault_of_values",
+    "file_progress",
     "finalize",
     "head_files_bytes",
     "head_name",
@@ -125,6 +134,7 @@ __all__ = [
     "parse_json",
     "prepare_data_root",
     "publication_fault",
+    "published_table",
     "read_card",
     "read_examples",
     "read_manifest",
@@ -136,8 +146,10 @@ __all__ = [
     "require_shared",
     "shown_names",
     "stored_example_ids",
+    "summary_table",
     "sync_directory",
     "sync_file",
+    "warn_of_non_finite",
     "write_card",
     "write_text",
 ]

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qk_sniffer.config import is_address
 from qk_sniffer.errors import UserError
-from qk_sniffer.local_or_hub import is_address
-from qk_sniffer.ranks import Ranks
+from qk_sniffer.processes import Ranks
 from qk_sniffer.storage.card_parts import own_part, read_card
 from qk_sniffer.storage.checked import require_own_files
 from qk_sniffer.storage.commits import (

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qk_sniffer.errors import UserError, first_line
-from qk_sniffer.secrets import redact
+from qk_sniffer.errors import UserError, first_line, redact
 from qk_sniffer.storage.schema import temporary_name
 
 

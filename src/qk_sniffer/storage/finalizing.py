@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from qk_sniffer.errors import UserError
-from qk_sniffer.ranks import ALONE, Dealer, Ranks
+from qk_sniffer.processes import ALONE, Dealer, Ranks
 from qk_sniffer.storage.card import write_card
 from qk_sniffer.storage.checked import require_own_files
 from qk_sniffer.storage.commits import (

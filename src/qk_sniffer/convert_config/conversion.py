@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from qk_sniffer.original_config import DTYPES, FIELDS, SECTIONS, Section, read_original
+from qk_sniffer.convert_config.original import DTYPES, FIELDS, SECTIONS, Section, read_original
 
 _NO_EQUAL = {
     "tokenizer": {

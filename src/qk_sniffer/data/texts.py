@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from datasets.exceptions import DatasetsError
 
+from qk_sniffer.config import absent
+from qk_sniffer.data.text_files import builder_arguments, is_pattern
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.ids import collision, hash_ids
-from qk_sniffer.local_or_hub import absent
-from qk_sniffer.text_files import builder_arguments, is_pattern
 
 Row = dict[str, Any]
 

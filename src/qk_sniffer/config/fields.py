@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from qk_sniffer.config.local_or_hub import is_address
 from qk_sniffer.errors import UserError
-from qk_sniffer.local_or_hub import is_address
 
 _BRANCH = re.compile(r"(?!refs/)(?!.*(\.\.|\.lock$))\w([\w.-]*\w)?(/\w([\w.-]*\w)?)*", re.ASCII)
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection
 
-from qk_sniffer.misspelt import nearest
+from qk_sniffer.errors import nearest
 
 HELP = "`qk-sniffer predict --help` lists the fields"
 """The remedy where there is no better one."""

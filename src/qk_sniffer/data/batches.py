@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from qk_sniffer.ranks import Dealer
+from qk_sniffer.processes import Dealer
 
 WINDOW_BATCHES = 16
 """Batches of the largest size that a window has texts for: enough to fill them with texts of like

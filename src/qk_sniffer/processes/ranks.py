@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from qk_sniffer.errors import UserError, first_line
-from qk_sniffer.lifeline import STOP_SECONDS, Lifeline, stand_in_for_the_observer
-from qk_sniffer.signals import Stopped
+from qk_sniffer.processes.lifeline import STOP_SECONDS, Lifeline, stand_in_for_the_observer
+from qk_sniffer.processes.signals import Stopped
 
 T = TypeVar("T")
 

@@ -16,11 +16,10 @@ from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from qk_sniffer.callback import SnifferCallback
-from qk_sniffer.config_files import bases_first
+from qk_sniffer.config import HELP, bases_first, explain
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.module import SnifferModule
-from qk_sniffer.parser_messages import HELP, explain
 
 _PARSER_OPTIONS = {"exit_on_error": False, "allow_abbrev": False}
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from qk_sniffer.batch_fields import BatchFields
 from qk_sniffer.capture import BatchRows, CapturedHeads, Portion, Sampler, Sniffer, active_sniffer
 from qk_sniffer.config import CaptureConfig
+from qk_sniffer.data import BatchFields
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter
 from qk_sniffer.storage import Example, JournalWriter

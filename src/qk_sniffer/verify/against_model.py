@@ -14,12 +14,12 @@ from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor, nn
 
 from qk_sniffer.capture import Chunk, Chunks, Sniffer, active_sniffer, build_sampler
+from qk_sniffer.config import explain
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter
 from qk_sniffer.models import check_capture
 from qk_sniffer.module import SnifferModule
-from qk_sniffer.parser_messages import explain
 from qk_sniffer.storage import (
     DATA_FILE,
     EXAMPLES_DIRECTORY,
@@ -29,7 +29,7 @@ from qk_sniffer.storage import (
     read_examples,
     require_manifest,
 )
-from qk_sniffer.verify import captured_heads, untrusted
+from qk_sniffer.verify.data_root import captured_heads, untrusted
 
 _TEXTS = 4
 

@@ -14,17 +14,15 @@ import xxhash
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qk_sniffer.batches import Batch, longest_first, plan_batches, rest_of, share_of
-from qk_sniffer.config import TokenizerConfig
+from qk_sniffer.config import TokenizerConfig, explained_loading
+from qk_sniffer.data.batches import Batch, longest_first, plan_batches, rest_of, share_of
+from qk_sniffer.data.streaming import StreamedBatches
+from qk_sniffer.data.texts import Row, TextSource, check_columns, example_ids
+from qk_sniffer.data.tokenizing import FEATURES, Encode
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import are_left
-from qk_sniffer.local_or_hub import explained_loading
 from qk_sniffer.models import ModelSource, vocabulary_size
-from qk_sniffer.ranks import Ranks
-from qk_sniffer.signals import tidied_up
-from qk_sniffer.streaming import StreamedBatches
-from qk_sniffer.texts import Row, TextSource, check_columns, example_ids
-from qk_sniffer.tokenizing import FEATURES, Encode
+from qk_sniffer.processes import Ranks, tidied_up
 
 _TEXTS_TOKENIZED_AT_ONCE = 64
 

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from qk_sniffer.errors import UserError
-from qk_sniffer.misspelt import did_you_mean
+from qk_sniffer.errors import UserError, did_you_mean
 
 Section = dict[str, Any]
 

@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import IterableDataset, get_worker_info
 
-from qk_sniffer.batches import Window, padded_tokens, plan_batches, rest_of
+from qk_sniffer.data.batches import Window, padded_tokens, plan_batches, rest_of
+from qk_sniffer.data.texts import Row, StreamedRows, check_columns
+from qk_sniffer.data.tokenizing import Encode
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter, are_left, collision, hash_ids
-from qk_sniffer.ranks import Dealer
-from qk_sniffer.texts import Row, StreamedRows, check_columns
-from qk_sniffer.tokenizing import Encode
+from qk_sniffer.processes import Dealer
 
 _RECENT_IDS = 2**16
 _ROWS_ENCODED_AT_ONCE = 16

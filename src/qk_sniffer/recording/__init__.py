@@ -1,0 +1,20 @@
+"""One prediction's recording: what is captured, how far it is, and what a person should know of it."""
+
+from qk_sniffer.recording.progress import ProgressReport, progress_bar
+from qk_sniffer.recording.provenance import captured_streams, describe, fingerprint, settings
+from qk_sniffer.recording.recorder import Recorder
+from qk_sniffer.recording.texts_ahead import TextsAhead
+from qk_sniffer.recording.warnings import beyond_positions, forewarnings
+
+__all__ = [
+    "ProgressReport",
+    "Recorder",
+    "TextsAhead",
+    "beyond_positions",
+    "captured_streams",
+    "describe",
+    "fingerprint",
+    "forewarnings",
+    "progress_bar",
+    "settings",
+]
