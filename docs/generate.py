@@ -1,5 +1,6 @@
-"""Writes the pages of the documentation that the code itself gives: ``python docs/generate.py``."""
+"""Writes what the code itself says of its fields and commands: ``python docs/generate.py``."""
 
+import argparse
 import contextlib
 import dataclasses
 import inspect
@@ -25,7 +26,19 @@ from qk_sniffer.module import SnifferModule
 from qk_sniffer.recording import fingerprint, settings
 
 DOCS = Path(__file__).parent
+HELP_FILE = DOCS.parent / "src" / "qk_sniffer" / "predict" / "help.txt"
 SECTIONS = {"model": SnifferModule, "data": TextDataModule, "sniffer": SnifferCallback}
+TITLES = {
+    "model": "The model, and how it is loaded",
+    "data": "The texts, and how they are batched",
+    "data.tokenizer": "How text becomes tokens",
+    "sniffer": "The check of the capture",
+    "sniffer.output": "Where the files go",
+    "sniffer.capture": "What is captured",
+    "sniffer.capture.sampler": "Which positions are kept",
+    "sniffer.capture.head_sampling": "A random draw of heads",
+    "trainer": "The devices, and how Lightning runs the model",
+}
 TRAINER = {
     "accelerator": "cpu, gpu, or auto for what there is.",
     "devices": "Devices of each node, one process for each; 1 with `model.device_map`.",
@@ -70,6 +83,21 @@ SIGTERM, and 2 for a mistake, of which one line on standard error names the fiel
 """
 
 
+HELP_TOP = """\
+Run a causal language model over texts, and write a sample of its queries and keys as one
+Parquet file per head.
+
+Every field of a config file is an option too, and an option wins over the file:
+`qk-sniffer predict --config run.yaml --data.max_samples 10`.
+"""
+
+HELP_END = """\
+A config file needs model.name, data.path and sniffer.output.data_root. A list is written [3, 7];
+a pattern of files stands in quotes. The other arguments of Lightning's Trainer are fields of the
+section trainer, and options, in the same way.
+"""
+
+
 @dataclasses.dataclass(frozen=True)
 class Field:
     """One line of the reference."""
@@ -101,9 +129,55 @@ def all_fields() -> dict[str, list[Field]]:
     return {k: v for section, cls in SECTIONS.items() for k, v in fields(cls, section).items()}
 
 
-def pages() -> dict[str, str]:
-    """Text of the generated pages by their names."""
-    return {"config.md": _config_page(), "commands.md": _commands_page()}
+def pages() -> dict[Path, str]:
+    """The generated files."""
+    return {
+        DOCS / "config.md": _config_page(),
+        DOCS / "commands.md": _commands_page(),
+        HELP_FILE: help_text(),
+    }
+
+
+def help_text() -> str:
+    """What ``qk-sniffer predict --help`` prints."""
+    parser = argparse.ArgumentParser(
+        "qk-sniffer predict",
+        usage="%(prog)s --config FILE [--SECTION.FIELD VALUE ...]",
+        description=HELP_TOP,
+        epilog=HELP_END,
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="a config file; of several, a later one wins")
+    parser.add_argument("--print_config", action="store_true", help="print all fields, with comments")
+    for section, members in all_fields().items():
+        group = parser.add_argument_group(TITLES[section])
+        for field in members:
+            _add_option(group, field)
+    group = parser.add_argument_group(TITLES["trainer"])
+    defaults = inspect.signature(pl.Trainer).parameters
+    for name, meaning in TRAINER.items():
+        _add_option(group, Field(f"trainer.{name}", str, defaults[name].default, meaning))
+    return parser.format_help()
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=100)
+
+
+def _add_option(group: Any, field: Field) -> None:
+    required = field.default is inspect.Parameter.empty
+    default = "required" if required else f"default: {_yaml(field.default)}"
+    meaning = field.meaning.replace("``", "").replace("`", "").replace("%", "%%")
+    group.add_argument(f"--{field.name}", metavar=_metavar(field.type), help=f"{meaning} ({default})")
+
+
+def _metavar(annotation: Any) -> str:
+    """What stands for a value on the command line."""
+    kinds = [kind for kind in typing.get_args(annotation) or [annotation] if kind is not type(None)]
+    if typing.get_origin(annotation) is Literal or kinds == [bool]:
+        return "{" + ",".join(kinds if kinds != [bool] else ["true", "false"]) + "}"
+    return {int: "INT", float: "NUMBER", list[int]: "[INT,...]"}.get(kinds[0], "VALUE")
 
 
 def _config_page() -> str:
@@ -176,5 +250,5 @@ def _help(*words: str) -> str:
 
 
 if __name__ == "__main__":
-    for name, text in pages().items():
-        (DOCS / name).write_text(text)
+    for file, text in pages().items():
+        file.write_text(text)

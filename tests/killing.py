@@ -27,7 +27,6 @@ import pytest
 import torch
 
 import qk_sniffer.module
-import qk_sniffer.predict
 from loopback import client_of
 from qk_sniffer.capture import Sniffer
 from qk_sniffer.cli import main
@@ -246,8 +245,6 @@ def _process(
         with_hub.enter_context(client_of(endpoint, token, home))
     datasets.config.HF_DATASETS_CACHE = cache
     torch.set_num_threads(1)
-    # The help of each field, read from the sources, would take as long as all the rest of a run.
-    qk_sniffer.predict.set_parsing_settings = lambda **_: None
     journal.SYNC_SECONDS = sync_seconds
     passages = _Passages(death)
     for point, (owner, name, _) in POINTS.items():

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import importlib.resources
 import importlib.util
 import re
 import sys
@@ -36,6 +37,11 @@ commands:
 
 
 def _predict(args: list[str]) -> int:
+    if not {"-h", "--help"}.isdisjoint(args):
+        # Written by docs/generate.py: the parser itself takes seconds of imports.
+        help_file = importlib.resources.files("qk_sniffer") / "predict" / "help.txt"
+        sys.stdout.write(help_file.read_text())
+        return 0
     from qk_sniffer.predict import predict
 
     predict(args)

@@ -116,7 +116,9 @@ def start(cli: type[CLI], args: list[str]) -> CLI:
     Raises:
         UserError: The config or the command line is wrong.
     """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # Comments of fields come from the sources, which take seconds to read.
+    has_comments = any(arg.startswith("--print_config") for arg in args)
+    set_parsing_settings(docstring_parse_attribute_docstrings=has_comments)
     quiet_lightning()
     # LightningCLI reads sys.argv, and so do the processes that a strategy launches.
     sys.argv[1:] = [
