@@ -144,6 +144,8 @@ def test_a_head_in_every_form(captures: Captures, tmp_path: Path) -> None:
     for column in ("bucket", "example_id", "position"):
         for rows in (arrays, tensors, frame):
             assert list(rows[column]) == stored[column].to_pylist()
+    texts = {row["example_id"]: row["source_id"] for row in captures.examples.to_pylist()}
+    assert list(frame["source_id"]) == [texts[number] for number in frame["example_id"]]
     assert head.arrow(["position"]).column_names == ["position"]
     tensors["vector"].add_(1)
 

@@ -86,6 +86,15 @@ def previous_token_attention(layer: int, head: int) -> float:
 def test_the_readmes_python_runs(demo: Path, number: int) -> None:
     names: dict[str, object] = {}
     exec(BLOCKS[number], names)
+    if "frame" in names:
+        shown = re.search(r"```text\n(.*?)```", README, re.DOTALL)
+        assert shown is not None
+        # Another processor rounds the vectors otherwise.
+        for (_, row), line in zip(
+            names["frame"].head(3).iterrows(), shown[1].splitlines()[1:], strict=True
+        ):  # type: ignore[attr-defined]
+            assert line.split()[1:4] == [row.source_id, str(row.position), row.token_str]
+            assert float(line.split("[")[1].split(",")[0]) == pytest.approx(row.vector[0], abs=1e-4)
     if "vectors" in names:
         vectors = names["vectors"]
         assert isinstance(vectors, torch.Tensor)

@@ -162,7 +162,13 @@ class Captures:
             # No lambda: a process that is spawned gets a pickled copy.
             partial(self._place.file, f"{name}/{DATA_FILE}"),
             self.example_id,
+            self._source_ids,
         )
+
+    def _source_ids(self) -> dict[int, str]:
+        """The dataset's own ids of the texts, by example id."""
+        texts = self.examples
+        return dict(zip(texts["example_id"].to_pylist(), texts["source_id"].to_pylist(), strict=True))
 
     def _not_captured(self, layer: int, head: int, kind: Kind) -> str:
         name = head_name(layer, head, kind)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -52,6 +52,7 @@ class Head:
     _n_rows: int
     _path: Callable[[], Path]
     _example_id: Callable[[str], int]
+    _source_ids: Callable[[], Mapping[int, str]]
     _condition: ds.Expression | None = None
 
     @property
@@ -133,8 +134,14 @@ class Head:
         return tensors(self.arrow(["vector", *NUMBERS]), self.layer.head_dim)
 
     def pandas(self) -> pandas.DataFrame:
-        """The rows as a data frame; each vector is an array of its own."""
+        """The rows as a data frame, with ``source_id``, the dataset's own id of the text.
+
+        Each vector is an array of its own. ``token_str`` is the tokenizer's raw token, such as ``Ġqu``;
+        its ``convert_tokens_to_string`` turns a list of them into text.
+        """
         frame: pandas.DataFrame = self.arrow().to_pandas()
+        source_ids = frame["example_id"].map(self._source_ids())
+        frame.insert(frame.columns.get_loc("example_id") + 1, "source_id", source_ids)
         return frame
 
     def batches(self, batch_size: int, *, shuffle: bool = False) -> HeadBatches:
