@@ -315,7 +315,7 @@ def test_a_disk_without_room_is_told(
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**5))
     text = say("estimate", *run[1:])
-    assert "100.0 KB  free for " in text and "IT WILL NOT FIT: make room" in text
+    assert "100.0 KB  free on the disk of " in text and "IT WILL NOT FIT: make room" in text
 
 
 @pytest.mark.parametrize(

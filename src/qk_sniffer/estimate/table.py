@@ -154,7 +154,7 @@ def _disk(capture: Capture, data_root: Path) -> Iterator[Line]:
     journal, files, free = capture.journal_bytes, capture.files_bytes, _free_bytes(data_root)
     yield "disk", f"{_size(journal)}  journal, in {capture.dtype}, until the files are written"
     yield "", f"{_size(files)}  {capture.n_heads:,} Parquet files, in float32, compressed"
-    yield "", f"{_size(free)}  free for {data_root}, where both are for a moment"
+    yield "", f"{_size(free)}  free on the disk of {data_root}, which needs room for both at the end"
     if free < journal + files:
         remedy = (
             "IT WILL NOT FIT: make room, name another disk in sniffer.output.data_root, or lower "
