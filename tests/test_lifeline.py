@@ -12,7 +12,7 @@ import pytest
 
 PROGRAM = """
 import os, sys, time
-from qk_sniffer import lifeline
+from qk_sniffer.processes import lifeline
 lifeline.STOP_SECONDS, lifeline.SILENCE_SECONDS = 1.0, 1.5
 rank, size, port, ends = int(sys.argv[1]), 3, int(sys.argv[2]), sys.argv[3]
 line = lifeline.Lifeline(rank, [f"host-{i}" for i in range(size)], b"key")
