@@ -1,8 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+QUICK := tests/capture tests/test_batches.py tests/test_data.py tests/test_direct.py tests/test_exactness.py \
+	tests/test_reading.py tests/test_rooms.py tests/test_sampling_runs.py tests/test_storage.py
 
-.PHONY: help install demo pictures test test-architectures test-transformers weights architectures docs lint format bench bench-gpu clean
+.PHONY: help install demo pictures test check test-architectures test-transformers weights architectures docs lint format bench bench-gpu clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-19s %s\n", $$1, $$2}'
@@ -22,8 +24,11 @@ pictures: demo ## Draw the README's pictures anew
 	cp data/demo/report/positional-r2-queries.png docs/assets/demo-positional-r2.png
 	cp data/demo/report/components-2q.png docs/assets/demo-components.png
 
-test: lint ## Run lint and tests
-	$(BIN)/pytest
+test: lint ## Run lint and all tests
+	$(BIN)/pytest -n 2 --dist worksteal
+
+check: lint ## Run lint and the quick tests, at every save
+	$(BIN)/pytest -n 2 --dist worksteal $(QUICK)
 
 test-architectures: $(INSTALLED) ## Examine every causal language model of transformers
 	$(BIN)/pytest -m '' tests/test_architectures.py tests/test_company.py

@@ -163,4 +163,5 @@ def _update(config: dict[str, Any], changes: dict[str, Any]) -> None:
 
 @pytest.fixture(autouse=True)
 def _fixed_threads() -> None:
-    torch.set_num_threads(2)
+    # One for each process that runs tests.
+    torch.set_num_threads(1)

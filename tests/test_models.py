@@ -212,9 +212,10 @@ def test_every_attention_implementation_gives_the_same_rows(
     family: str, predict: Predict, tmp_path: Path
 ) -> None:
     for implementation in ("eager", "sdpa", "flex_attention"):
-        assert (
-            predict(implementation, family=family, model={"attn_implementation": implementation}) == 0
-        )
+        model = {"attn_implementation": implementation}
+        # To compile flex attention takes a minute, and one of the families is enough for that.
+        with torch.compiler.set_stance("default" if family == "llama" else "force_eager"):
+            assert predict(implementation, family=family, model=model) == 0
     assert_equal_rows(tmp_path / "eager", tmp_path / "sdpa", vectors=1e-4)
     assert_equal_rows(tmp_path / "eager", tmp_path / "flex_attention", vectors=1e-4)
 
