@@ -27,8 +27,9 @@ from qk_sniffer.capture import (
     Portion,
     Sniffer,
     buffers,
-    build_sampler,
+    captured_streams,
     heads_to_capture,
+    sampler_of,
 )
 from qk_sniffer.capture.buffers import Buffer, Staging
 from qk_sniffer.config import CaptureConfig
@@ -105,8 +106,7 @@ def measure_host(case: Case, capture: CaptureConfig, pairs: int) -> HostCost:
     """Read a batch barely and with a capture, in turn."""
     skeleton = module_of(case, torch.device("meta")).backbone
     layers = attention_geometry(skeleton).layers
-    heads, settings = heads_to_capture(asdict(capture), layers), capture.sampler
-    sampler = build_sampler(settings.type, settings.base_rate, capture.min_bucket_size)
+    heads, sampler = heads_to_capture(asdict(capture), layers), sampler_of(asdict(capture))
     config = copy.deepcopy(HOST_BOUND)
     config.num_hidden_layers = len(layers)
     backbone = decoder_backbone(tiny_model(config).eval())
@@ -126,7 +126,9 @@ def measure_host(case: Case, capture: CaptureConfig, pairs: int) -> HostCost:
     bare, more = [], []
     with tempfile.TemporaryDirectory() as directory, torch.inference_mode(), as_on_a_gpu():
         sink = ToJournal(Path(directory) / "journal", heads)
-        sniffer = Sniffer(heads, sampler, settings.seed, sink, expected=expected)
+        sniffer = Sniffer(
+            captured_streams(heads), sampler, capture.sampler.seed, sink, expected=expected
+        )
         sniffer._staging = sniffer._gathers._staging = WithoutCopies(sink.take_vectors)
 
         def report(layer_idx: int, *_: Any) -> None:

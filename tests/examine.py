@@ -26,6 +26,7 @@ from qk_sniffer.capture import (
     Sniffer,
     active_sniffer,
     build_sampler,
+    captured_streams,
     select_heads,
 )
 from qk_sniffer.errors import UserError
@@ -127,7 +128,9 @@ def sniff_all(
     """A sniffer that keeps everything of a batch that has begun, and where its chunks go."""
     chunks = Chunks()
     heads = select_heads(probe_attention(backbone, pre_rope=pre_rope).layers)
-    sniffer = Sniffer(heads, build_sampler("all", 1.0, 64), 0, chunks, pre_rope=pre_rope)
+    sniffer = Sniffer(
+        captured_streams(heads), build_sampler("all", 1.0, 64), 0, chunks, pre_rope=pre_rope
+    )
     sniffer.begin_batch(range(len(lengths)), lengths)
     return sniffer, chunks
 

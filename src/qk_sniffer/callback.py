@@ -17,10 +17,10 @@ from tqdm.auto import tqdm
 
 from qk_sniffer.capture import (
     CapturedHeads,
-    build_sampler,
     count_draws,
     expected_rows_by_bucket,
     heads_to_capture,
+    sampler_of,
 )
 from qk_sniffer.config import CaptureConfig, OutputConfig
 from qk_sniffer.data import batch_fields
@@ -104,9 +104,7 @@ class SnifferCallback(pl.Callback):
         self.data_root = data_root_path(output.data_root)
         self.config_yaml: str | None = None
         """The resolved config to save in the data root; the command line sets it."""
-        self._sampler = build_sampler(
-            capture.sampler.type, capture.sampler.base_rate, capture.min_bucket_size
-        )
+        self._sampler = sampler_of(asdict(capture))
         self._ranks = ALONE
         self._has_joined = False
         self._ownership = Ownership(self.data_root)

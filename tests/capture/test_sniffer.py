@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from qk_sniffer.capture import (
     Sniffer,
     active_sniffer,
     build_sampler,
+    captured_streams,
     get_active_sniffer,
 )
+from qk_sniffer.kinds import Kind
 
 LAYERS = {
     0: CapturedHeads(AttentionLayer(0, 4, 2, 3), query=(1, 3), key=(0, 1)),
@@ -30,11 +33,14 @@ def states(batch: int, heads: int, length: int, dtype: torch.dtype = torch.float
 
 
 def sniff(
-    lengths: list[int], example_ids: list[int], base_rate: float = 1.0, **options: bool
+    lengths: list[int],
+    example_ids: list[int],
+    base_rate: float = 1.0,
+    kinds: Iterable[Kind] = ("q", "k"),
 ) -> tuple[Sniffer, Chunks]:
     chunks = Chunks()
     sampler = build_sampler("uniform", base_rate, 4)
-    sniffer = Sniffer(LAYERS, sampler, 0, chunks, **options)
+    sniffer = Sniffer(captured_streams(LAYERS, kinds), sampler, 0, chunks)
     sniffer.begin_batch(example_ids, lengths)
     length = max(lengths)
     for layer in range(3):
@@ -75,15 +81,15 @@ def test_all_positions_when_the_rate_is_that_of_the_bucket() -> None:
     assert chunks[0].positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("off", "left"), [("capture_queries", {"k"}), ("capture_keys", {"q"})])
-def test_queries_or_keys_alone(off: str, left: set[str]) -> None:
-    _, chunks = sniff([40], [0], **{off: False})
-    assert {chunk.kind for chunk in chunks} == left
+@pytest.mark.parametrize("kind", ["q", "k"])
+def test_queries_or_keys_alone(kind: Kind) -> None:
+    _, chunks = sniff([40], [0], kinds=[kind])
+    assert {chunk.kind for chunk in chunks} == {kind}
 
 
 def test_the_dtype_of_the_model_is_kept() -> None:
     chunks = Chunks()
-    sniffer = Sniffer({0: LAYERS[0]}, build_sampler("all", 1.0, 4), 0, chunks)
+    sniffer = Sniffer(captured_streams({0: LAYERS[0]}), build_sampler("all", 1.0, 4), 0, chunks)
     sniffer.begin_batch([0], [5])
     query, key = states(1, 4, 5, torch.bfloat16), states(1, 2, 5, torch.bfloat16)
     sniffer.capture(0, query, key, torch.arange(5))
@@ -93,7 +99,7 @@ def test_the_dtype_of_the_model_is_kept() -> None:
 
 def test_captured_rows_are_copies() -> None:
     chunks = Chunks()
-    sniffer = Sniffer({0: LAYERS[0]}, build_sampler("all", 1.0, 4), 0, chunks)
+    sniffer = Sniffer(captured_streams({0: LAYERS[0]}), build_sampler("all", 1.0, 4), 0, chunks)
     sniffer.begin_batch([0], [5])
     query, key = states(1, 4, 5), states(1, 2, 5)
     sniffer.capture(0, query, key, torch.arange(5))
@@ -107,7 +113,7 @@ def test_captured_rows_are_copies() -> None:
 
 def all_of_layer_0(lengths: list[int]) -> tuple[Sniffer, Chunks]:
     chunks = Chunks()
-    sniffer = Sniffer({0: LAYERS[0]}, build_sampler("all", 1.0, 4), 0, chunks)
+    sniffer = Sniffer(captured_streams({0: LAYERS[0]}), build_sampler("all", 1.0, 4), 0, chunks)
     sniffer.begin_batch(list(range(len(lengths))), lengths)
     return sniffer, chunks
 

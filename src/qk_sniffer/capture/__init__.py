@@ -9,7 +9,14 @@ from qk_sniffer.capture.attention import (
 )
 from qk_sniffer.capture.buffers import BUFFER_BYTES, N_BUFFERS, Portion
 from qk_sniffer.capture.chunks import Chunk, Chunks
-from qk_sniffer.capture.heads import AttentionLayer, CapturedHeads, heads_to_capture, select_heads
+from qk_sniffer.capture.heads import (
+    AttentionLayer,
+    CapturedHeads,
+    CapturedStream,
+    captured_streams,
+    heads_to_capture,
+    select_heads,
+)
 from qk_sniffer.capture.positions import compute_positions, first_new_key
 from qk_sniffer.capture.rows import BatchRows, Block
 from qk_sniffer.capture.sampling import (
@@ -21,6 +28,7 @@ from qk_sniffer.capture.sampling import (
     draw_positions,
     expected_rows_by_bucket,
     keep_probabilities,
+    sampler_of,
 )
 from qk_sniffer.capture.sniffer import (
     CapturesAttention,
@@ -37,6 +45,7 @@ __all__ = [
     "BatchRows",
     "Block",
     "CapturedHeads",
+    "CapturedStream",
     "CapturesAttention",
     "Chunk",
     "Chunks",
@@ -50,6 +59,7 @@ __all__ = [
     "attends",
     "build_sampler",
     "capped",
+    "captured_streams",
     "compute_positions",
     "count_draws",
     "draw_positions",
@@ -58,6 +68,7 @@ __all__ = [
     "get_active_sniffer",
     "heads_to_capture",
     "keep_probabilities",
+    "sampler_of",
     "select_heads",
     "softmax_with_sinks",
 ]

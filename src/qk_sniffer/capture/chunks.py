@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from qk_sniffer.capture.buffers import Portion
-from qk_sniffer.capture.plan import Kind
 from qk_sniffer.capture.rows import BatchRows, Block
+from qk_sniffer.kinds import Kind
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Chunk:
 
     Attributes:
         layer_idx: Layer in the text decoder, from 0.
-        kind: "q" or "k".
+        kind: Queries or keys.
         vectors: (n_heads, K, head_dim) in the dtype of the model.
         example_ids: (K,) int32.
         positions: (K,) int32, absolute.

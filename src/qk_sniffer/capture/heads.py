@@ -1,12 +1,14 @@
 """Which heads of which layers are captured: filters, grouped-query attention and random draws."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import product
 from typing import Any
 
 from qk_sniffer.capture.attention import ScoreFunction
 from qk_sniffer.capture.random import philox4x32
 from qk_sniffer.errors import UserError
+from qk_sniffer.kinds import KINDS, Kind
 
 
 def known_fields(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,6 +54,34 @@ class CapturedHeads:
     layer: AttentionLayer
     query: tuple[int, ...]
     key: tuple[int, ...]
+
+    def of(self, kind: Kind) -> tuple[int, ...]:
+        """Those of a kind."""
+        return self.query if kind == "q" else self.key
+
+
+@dataclass(frozen=True)
+class CapturedStream:
+    """The captured heads of one layer and kind, which keep the same rows."""
+
+    layer: AttentionLayer
+    kind: Kind
+    heads: tuple[int, ...]
+
+
+def captured_streams(
+    heads: Mapping[int, CapturedHeads], kinds: Iterable[Kind] = tuple(KINDS)
+) -> list[CapturedStream]:
+    """What is captured of each layer, in the order in which a model calls them.
+
+    Args:
+        heads: The captured heads, by layer.
+        kinds: The kinds that are captured.
+    """
+    return [
+        CapturedStream(captured.layer, kind, captured.of(kind))
+        for captured, kind in product(heads.values(), tuple(kinds))
+    ]
 
 
 def select_heads(

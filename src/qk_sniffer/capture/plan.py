@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from qk_sniffer.capture.buffers import upload
 from qk_sniffer.capture.sampling import Sampler, count_draws, draw_positions
+from qk_sniffer.kinds import Kind, random_stream
 
-Kind = Literal["q", "k"]
 Stream = tuple[int, Kind]
 """A layer and kind."""
 
@@ -153,7 +152,7 @@ class BatchPlan:
 @lru_cache(maxsize=16)
 def _draws(streams: tuple[Stream, ...], n_draws: int) -> tuple[Mapping[Stream, int], Tensor]:
     """The draw of each layer and kind, and what names the random stream of each draw: (n_draws,)."""
-    ids = [2 * layer_idx + (kind == "k") for layer_idx, kind in streams[:n_draws]]
+    ids = [random_stream(layer_idx, kind) for layer_idx, kind in streams[:n_draws]]
     draws = {stream: min(number, n_draws - 1) for number, stream in enumerate(streams)}
     return draws, torch.tensor(ids, dtype=torch.int64)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from qk_sniffer.capture.buffers import Portion
-from qk_sniffer.capture.plan import Kind
+from qk_sniffer.kinds import Kind
 
 
 class Block(NamedTuple):
@@ -17,7 +17,7 @@ class Block(NamedTuple):
 
     Attributes:
         layer_idx: Layer in the text decoder, from 0.
-        kind: "q" or "k".
+        kind: Queries or keys.
         sliding_window: The window that the layer used; None attends to all earlier tokens.
         dtype: Number format of the vectors, the model's, by its name in torch.
         n_heads: Captured heads.

@@ -9,11 +9,11 @@ A longer sequence keeps the same positions as its prefix.
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -118,6 +118,19 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "uniform": UniformSampler,
     "all": AllSampler,
 }
+
+
+def sampler_of(capture: Mapping[str, Any]) -> Sampler:
+    """The sampler that a config names.
+
+    Args:
+        capture: The section capture, as a mapping.
+
+    Raises:
+        UserError: There is no such sampler.
+    """
+    sampler = capture["sampler"]
+    return build_sampler(sampler["type"], sampler["base_rate"], capture["min_bucket_size"])
 
 
 def build_sampler(sampler_type: str, base_rate: float, min_bucket_size: int) -> Sampler:

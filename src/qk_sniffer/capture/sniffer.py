@@ -6,7 +6,7 @@ buffer. A buffer is handed on when it is full, in the middle of a batch or of a 
 waits for a device.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import groupby
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from qk_sniffer.capture.buffers import Staging
 from qk_sniffer.capture.gathers import Gather, Gathers
-from qk_sniffer.capture.heads import CapturedHeads
-from qk_sniffer.capture.plan import BatchPlan, Kind, Passage, Plans, Stream
+from qk_sniffer.capture.heads import CapturedStream
+from qk_sniffer.capture.plan import BatchPlan, Passage, Plans, Stream
 from qk_sniffer.capture.positions import first_new_key
 from qk_sniffer.capture.rows import BatchRows, Block, Sink
 from qk_sniffer.capture.sampling import Sampler
+from qk_sniffer.kinds import Kind
 
 
 class _PendingChunk(NamedTuple):
@@ -91,12 +92,10 @@ class Sniffer:
     cache, in several: passages of a prompt, or tokens that it generates.
 
     Args:
-        heads: The captured heads by layer.
+        streams: The captured heads of each layer and kind, in the order in which the model calls them.
         sampler: Which positions are kept.
         seed: 64-bit seed of the random stream.
         sink: Takes the rows that are kept.
-        capture_queries: Keep the queries.
-        capture_keys: Keep the keys.
         pre_rope: Ask for the vectors as they are before the rotary embedding.
         expected: Example ids and lengths of batches to come, which are then drawn some at a time;
             others may come instead.
@@ -104,23 +103,18 @@ class Sniffer:
 
     def __init__(
         self,
-        heads: Mapping[int, CapturedHeads],
+        streams: Iterable[CapturedStream],
         sampler: Sampler,
         seed: int,
         sink: Sink,
         *,
-        capture_queries: bool = True,
-        capture_keys: bool = True,
         pre_rope: bool = False,
         expected: Iterable[tuple[Sequence[int], Sequence[int]]] = (),
     ) -> None:
         self.pre_rope = pre_rope
-        self._heads: dict[Stream, tuple[int, ...]] = {}
-        for layer_idx, captured in heads.items():
-            if capture_queries:
-                self._heads[layer_idx, "q"] = captured.query
-            if capture_keys:
-                self._heads[layer_idx, "k"] = captured.key
+        self._heads: dict[Stream, tuple[int, ...]] = {
+            (stream.layer.layer_idx, stream.kind): stream.heads for stream in streams
+        }
         self._plans = Plans(tuple(self._heads), sampler, seed, expected)
         self._sink = sink
         self._staging = Staging(sink.take_vectors)

@@ -23,7 +23,7 @@ from qk_sniffer.capture import (
 from qk_sniffer.config import CaptureConfig
 from qk_sniffer.estimate.texts import Texts
 from qk_sniffer.models import AttentionGeometry
-from qk_sniffer.recording import captured_streams
+from qk_sniffer.recording import described_streams
 from qk_sniffer.storage import head_files_bytes, journal_bytes
 
 _PLANNED_ROW = 64
@@ -58,7 +58,7 @@ class Capture:
     @cached_property
     def streams(self) -> list[dict[str, Any]]:
         """The heads of each layer and kind."""
-        return captured_streams(asdict(self.config), self.heads)
+        return described_streams(asdict(self.config), self.heads)
 
     @property
     def dtype(self) -> str:

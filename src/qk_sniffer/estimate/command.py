@@ -1,6 +1,7 @@
 """``qk-sniffer estimate``: the config of ``predict``, read as predict reads it, and nothing run."""
 
 import time
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 from qk_sniffer.callback import SnifferCallback
-from qk_sniffer.capture import build_sampler
+from qk_sniffer.capture import sampler_of
 from qk_sniffer.errors import UserError
 from qk_sniffer.estimate.capture import Capture
 from qk_sniffer.estimate.table import Timing, table
@@ -93,7 +94,7 @@ def estimate(args: list[str], *, timed: bool) -> str:
         seconds_to_load = _load(module, device)
         geometry = attention_geometry(module.backbone)
     settings = sniffer.capture
-    sampler = build_sampler(settings.sampler.type, settings.sampler.base_rate, settings.min_bucket_size)
+    sampler = sampler_of(asdict(settings))
     capture = Capture(settings, geometry, texts, sampler)
     timing = None
     if timed:

@@ -21,7 +21,6 @@ from qk_sniffer.storage import (
     CONFIG_FILE,
     DATA_FILE,
     EXAMPLES_DIRECTORY,
-    HEAD_DIRECTORY,
     JOURNAL_DIRECTORY,
     MANIFEST_FILE,
     PULLED_DIRECTORY,
@@ -34,6 +33,7 @@ from qk_sniffer.storage import (
     is_described,
     merge_pulled,
     own_part,
+    parse_head_name,
     read_card,
     render_card,
     report_files,
@@ -212,7 +212,7 @@ def _is_of_a_report(path: str) -> bool:
 
 
 def _is_of_a_head(path: str) -> bool:
-    return HEAD_DIRECTORY.fullmatch(path.partition("/")[0]) is not None
+    return parse_head_name(path.partition("/")[0]) is not None
 
 
 def _changed(

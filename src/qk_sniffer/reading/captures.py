@@ -12,15 +12,15 @@ import torch
 
 from qk_sniffer.capture import AttentionLayer
 from qk_sniffer.errors import UserError
+from qk_sniffer.kinds import KINDS, Kind
 from qk_sniffer.reading.attention import Attention, attention_of
 from qk_sniffer.reading.head import Head, Numbers
 from qk_sniffer.reading.places import place_of
 from qk_sniffer.storage import (
     DATA_FILE,
     EXAMPLES_DIRECTORY,
-    HEAD_DIRECTORY,
-    Kind,
     head_name,
+    parse_head_name,
     read_examples,
     shown_names,
 )
@@ -66,10 +66,9 @@ class Captures:
         """Every captured head: for each layer its query heads, then its key heads."""
         found = []
         for name in self.manifest["heads"]:
-            match = HEAD_DIRECTORY.fullmatch(name)
-            assert match is not None
-            kind: Kind = "q" if match[3] == "q" else "k"
-            found.append(self._head(int(match[1]), int(match[2]), kind))
+            parsed = parse_head_name(name)
+            assert parsed is not None
+            found.append(self._head(*parsed))
         return found
 
     @cached_property
@@ -101,8 +100,8 @@ class Captures:
             UserError: It was not captured.
         """
         layer, head = operator.index(layer), operator.index(head)
-        if kind not in ("q", "k"):
-            raise UserError(f"kind: expected q or k, got {kind}")
+        if kind not in KINDS:
+            raise UserError(f"kind: expected {' or '.join(KINDS)}, got {kind}")
         if head_name(layer, head, kind) not in self.manifest["heads"]:
             raise UserError(self._not_captured(layer, head, kind))
         return self._head(layer, head, kind)
@@ -173,7 +172,7 @@ class Captures:
     def _not_captured(self, layer: int, head: int, kind: Kind) -> str:
         name = head_name(layer, head, kind)
         there = [str(h.head) for h in self.heads if h.layer.layer_idx == layer and h.kind == kind]
-        what = "query" if kind == "q" else "key"
+        what = KINDS[kind].name
         if there:
             return f"{name}: not captured; layer {layer} has the {what} heads {', '.join(there)}"
         numbers = sorted({h.layer.layer_idx for h in self.heads if h.kind == kind})

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qk_sniffer.capture import AttentionLayer
 from qk_sniffer.errors import UserError
+from qk_sniffer.kinds import Kind
 from qk_sniffer.reading.rows import (
     NUMBERS,
     HeadBatches,
@@ -25,7 +26,7 @@ from qk_sniffer.reading.rows import (
     readable,
     tensors,
 )
-from qk_sniffer.storage import Kind, head_name, head_schema
+from qk_sniffer.storage import head_name, head_schema
 
 if TYPE_CHECKING:
     import pandas

@@ -1,7 +1,7 @@
 """One prediction's recording: what is captured, how far it is, and what a person should know of it."""
 
 from qk_sniffer.recording.progress import ProgressReport, progress_bar
-from qk_sniffer.recording.provenance import captured_streams, describe, fingerprint, settings
+from qk_sniffer.recording.provenance import describe, described_streams, fingerprint, settings
 from qk_sniffer.recording.recorder import Recorder
 from qk_sniffer.recording.texts_ahead import TextsAhead
 from qk_sniffer.recording.warnings import beyond_positions, forewarnings
@@ -11,8 +11,8 @@ __all__ = [
     "Recorder",
     "TextsAhead",
     "beyond_positions",
-    "captured_streams",
     "describe",
+    "described_streams",
     "fingerprint",
     "forewarnings",
     "progress_bar",

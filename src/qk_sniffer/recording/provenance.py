@@ -11,8 +11,9 @@ import lightning.pytorch as pl
 import xxhash
 from torch import nn
 
-from qk_sniffer.capture import CapturedHeads
+from qk_sniffer.capture import CapturedHeads, captured_streams
 from qk_sniffer.config import CaptureConfig
+from qk_sniffer.kinds import kinds_of
 from qk_sniffer.models import AttentionMap, covered_positions, weights_digest
 from qk_sniffer.storage import SCHEMA_VERSION
 
@@ -62,7 +63,7 @@ def fingerprint(settings: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def captured_streams(
+def described_streams(
     capture: Mapping[str, Any], heads: Mapping[int, CapturedHeads]
 ) -> list[dict[str, Any]]:
     """The captured heads of each layer and kind, with their head_dim, as JSON takes them.
@@ -71,16 +72,14 @@ def captured_streams(
         capture: The section capture.
         heads: What is captured, by layer.
     """
-    kinds = [("q", "query")] * capture["capture_queries"] + [("k", "key")] * capture["capture_keys"]
     return [
         {
-            "layer_idx": layer_idx,
-            "kind": kind,
-            "heads": list(getattr(captured, field)),
-            "head_dim": captured.layer.head_dim,
+            "layer_idx": stream.layer.layer_idx,
+            "kind": stream.kind,
+            "heads": list(stream.heads),
+            "head_dim": stream.layer.head_dim,
         }
-        for layer_idx, captured in heads.items()
-        for kind, field in kinds
+        for stream in captured_streams(heads, kinds_of(capture))
     ]
 
 
@@ -103,7 +102,7 @@ def describe(
         each layer and kind, and the positions that the model covers.
     """
     capture = settings["capture"]
-    streams = captured_streams(capture, heads)
+    streams = described_streams(capture, heads)
     layers = [asdict(layer) for layer in attention.layers]
     shapes = [{name: layer[name] for name in layer if name != "scores"} for layer in layers]
     geometry = json.dumps([streams, shapes], sort_keys=True)

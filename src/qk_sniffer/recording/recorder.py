@@ -2,17 +2,27 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from qk_sniffer.capture import BatchRows, CapturedHeads, Portion, Sampler, Sniffer, active_sniffer
+from qk_sniffer.capture import (
+    BatchRows,
+    CapturedHeads,
+    Portion,
+    Sampler,
+    Sniffer,
+    active_sniffer,
+    captured_streams,
+)
 from qk_sniffer.config import CaptureConfig
 from qk_sniffer.data import BatchFields
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter
+from qk_sniffer.kinds import kinds_of
 from qk_sniffer.storage import Example, JournalWriter
 
 
@@ -50,12 +60,10 @@ class Recorder:
         self._tokenizer = tokenizer if capture.capture_token_strings else None
         self._journal = JournalWriter(journal, header, rank)
         self._sniffer = Sniffer(
-            heads,
+            captured_streams(heads, kinds_of(asdict(capture))),
             sampler,
             capture.sampler.seed,
             self,
-            capture_queries=capture.capture_queries,
-            capture_keys=capture.capture_keys,
             pre_rope=capture.capture_pre_rope,
             expected=((ids.tolist(), self._to_keep(ids, lengths)) for ids, lengths in expected),
         )

@@ -9,12 +9,13 @@ import numpy as np
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.geometry import principal_components
+from qk_sniffer.kinds import KINDS, Kind
 from qk_sniffer.reading import Captures, Head
-from qk_sniffer.report.maps import KINDS, picture
+from qk_sniffer.report.maps import picture
 from qk_sniffer.report.measures import Measures, finite_rows
 from qk_sniffer.report.page import Picture, Section
 from qk_sniffer.report.pictures import AttentionPicture, HeadPoints, draw_attention, draw_points
-from qk_sniffer.storage import HEAD_DIRECTORY, Kind
+from qk_sniffer.storage import parse_head_name
 
 _MOST_POINTS = 4_000
 _MOST_QUERIES, _MOST_KEYS = 40, 60
@@ -35,10 +36,10 @@ def head_of(captures: Captures, name: str) -> Head:
     Raises:
         UserError: It is no name of a head, or the head was not captured.
     """
-    match = HEAD_DIRECTORY.fullmatch(name)
-    if match is None:
+    parsed = parse_head_name(name)
+    if parsed is None:
         raise UserError(f"report: {name} is no name of a head; give one such as l02h05q")
-    return captures.head(int(match[1]), int(match[2]), "q" if match[3] == "q" else "k")
+    return captures.head(*parsed)
 
 
 def telling_heads(captures: Captures, measures: Mapping[Kind, Measures]) -> list[Head]:
@@ -73,7 +74,9 @@ def components_section(chosen: Sequence[Chosen], texts: list[int]) -> Section:
         for kind, head in choice.heads.items():
             points = _points(head, texts)
             if points is not None:
-                caption = f"Principal components of the {KINDS[kind]} of {head.name}, by position"
+                caption = (
+                    f"Principal components of the {KINDS[kind].plural} of {head.name}, by position"
+                )
                 draw = partial(draw_points, points)
                 section.pictures.append(picture(f"components-{number}{kind}", caption, draw))
     return section

@@ -3,12 +3,10 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from qk_sniffer.kinds import KINDS, Kind
 from qk_sniffer.report.measures import HeadMap, Measures
 from qk_sniffer.report.page import Picture, Section
 from qk_sniffer.report.pictures import draw_head_map, draw_rows
-from qk_sniffer.storage import Kind
-
-KINDS: dict[Kind, str] = {"q": "queries", "k": "keys"}
 
 
 def picture(name: str, caption: str, draw: Callable[..., bytes], *, is_wide: bool = False) -> Picture:
@@ -21,7 +19,7 @@ def rows_section(measures: Mapping[Kind, Measures]) -> Section:
     section = Section("Rows", "Rows that a head of each layer keeps in each bucket of positions.")
     for kind, found in measures.items():
         draw = partial(draw_rows, found.norms.layers, found.buckets, found.rows)
-        name = KINDS[kind]
+        name = KINDS[kind].plural
         section.pictures.append(picture(f"rows-{name}", f"Rows of {name} by layer and bucket", draw))
     return section
 
@@ -62,6 +60,8 @@ def _map_section(
 ) -> Section:
     """Add a map of each kind to a section."""
     for kind, head_map in maps.items():
-        caption = f"{section.title} of the {KINDS[kind]} of each head"
-        section.pictures.append(picture(f"{file}-{KINDS[kind]}", caption, partial(draw, head_map)))
+        caption = f"{section.title} of the {KINDS[kind].plural} of each head"
+        section.pictures.append(
+            picture(f"{file}-{KINDS[kind].plural}", caption, partial(draw, head_map))
+        )
     return section

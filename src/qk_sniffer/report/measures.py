@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qk_sniffer.geometry import positional_r2
+from qk_sniffer.kinds import Kind
 from qk_sniffer.reading import Captures, Head
-from qk_sniffer.storage import Kind
 
 ROWS_MEASURED = 16_384
 """Rows of each head that are read, at least where there are as many, of whole texts."""

@@ -51,7 +51,6 @@ from qk_sniffer.storage.schema import (
     DATA_FILE,
     EXAMPLES_DIRECTORY,
     EXAMPLES_SCHEMA,
-    HEAD_DIRECTORY,
     JOURNAL_DIRECTORY,
     MANIFEST_FILE,
     PUBLICATION_FILE,
@@ -60,9 +59,9 @@ from qk_sniffer.storage.schema import (
     REPORT_DIRECTORY,
     REPORT_FILE,
     SCHEMA_VERSION,
-    Kind,
     head_name,
     head_schema,
+    parse_head_name,
 )
 from qk_sniffer.storage.sizes import head_files_bytes, journal_bytes
 from qk_sniffer.storage.stored_rows import StoredRows, fault_of_columns, fault_of_values
@@ -81,7 +80,6 @@ __all__ = [
     "DATA_FILE",
     "EXAMPLES_DIRECTORY",
     "EXAMPLES_SCHEMA",
-    "HEAD_DIRECTORY",
     "JOURNAL_DIRECTORY",
     "MANIFEST_FILE",
     "NOTHING_KEPT",
@@ -95,7 +93,6 @@ __all__ = [
     "Example",
     "FileFacts",
     "JournalWriter",
-    "Kind",
     "Owner",
     "Ownership",
     "Place",
@@ -131,6 +128,7 @@ __all__ = [
     "own_part",
     "owned",
     "owner_of",
+    "parse_head_name",
     "parse_json",
     "prepare_data_root",
     "publication_fault",

@@ -19,11 +19,13 @@ from jsonschema.exceptions import best_match
 from jsonschema.validators import extend
 
 from qk_sniffer.errors import UserError
+from qk_sniffer.kinds import KINDS
 from qk_sniffer.storage.schema import (
     DIRECTORIES,
     FILES,
     HEAD_DIRECTORY,
     SCHEMA_VERSION,
+    parse_head_name,
     temporary_name,
 )
 
@@ -152,7 +154,7 @@ _MANIFEST = _object(
 _STREAM = _object(
     {
         "layer_idx": _LAYER_IDX,
-        "kind": {"enum": ["q", "k"]},
+        "kind": {"enum": list(KINDS)},
         "heads": _array(_integer(0, _MOST_HEADS), 1),
         "head_dim": _integer(1, _LONGEST_VECTOR),
     }
@@ -260,11 +262,11 @@ def _fault_of_heads(manifest: dict[str, Any]) -> str | None:
         return fault
     layers = {layer["layer_idx"]: layer for layer in manifest["layers"]}
     for name in manifest["heads"]:
-        match = HEAD_DIRECTORY.fullmatch(name)
-        assert match is not None
-        layer = layers.get(int(match[1]))
-        n_heads = "num_attention_heads" if match[3] == "q" else "num_key_value_heads"
-        if layer is None or int(match[2]) >= layer[n_heads]:
+        parsed = parse_head_name(name)
+        assert parsed is not None
+        layer_idx, head, kind = parsed
+        layer = layers.get(layer_idx)
+        if layer is None or head >= layer[KINDS[kind].heads]:
             return f"heads: {name} is no head of the layers"
     return None
 
@@ -278,13 +280,12 @@ def _fault_of_streams(header: dict[str, Any]) -> str | None:
     for stream in header["streams"]:
         key = (stream["layer_idx"], stream["kind"])
         layer = layers.get(key[0])
-        n_heads = "num_attention_heads" if key[1] == "q" else "num_key_value_heads"
         heads = stream["heads"]
         if (
             layer is None
             or key in seen
             or heads != sorted(set(heads))
-            or heads[-1] >= layer[n_heads]
+            or heads[-1] >= layer[KINDS[stream["kind"]].heads]
             or stream["head_dim"] != layer["head_dim"]
         ):
             return f"streams: that of layer {key[0]}, {key[1]}, is none of the layers"
@@ -328,7 +329,7 @@ def require_own_files(data_root: Path) -> None:
     """
     places = _places(data_root)
     for entry in os.scandir(data_root):
-        if entry.name in _NAMES or HEAD_DIRECTORY.fullmatch(entry.name) is not None:
+        if entry.name in _NAMES or parse_head_name(entry.name) is not None:
             _require_own(entry.path, places)
             _require_kind(Path(entry.path))
             # Links to directories are not followed here.

@@ -35,7 +35,6 @@ from qk_sniffer.storage.schema import (
     CONFIG_FILE,
     DIRECTORIES,
     FINISHED_JOURNAL_DIRECTORY,
-    HEAD_DIRECTORY,
     JOURNAL_DIRECTORY,
     MANIFEST_FILE,
     OWNER_FILE,
@@ -44,6 +43,7 @@ from qk_sniffer.storage.schema import (
     PULLED_DIRECTORY,
     PULLING_DIRECTORY,
     REPORT_DIRECTORY,
+    parse_head_name,
     temporary_name,
 )
 
@@ -268,7 +268,7 @@ def clear_data_root(data_root: Path) -> None:
     for name in (MANIFEST_FILE, JOURNAL_DIRECTORY, PULLED_DIRECTORY):
         _remove(data_root / name)
     for entry in data_root.iterdir():
-        if entry.name in _CLEARED or HEAD_DIRECTORY.fullmatch(entry.name):
+        if entry.name in _CLEARED or parse_head_name(entry.name):
             _remove(entry)
     remove_report(data_root)
 

@@ -27,6 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
+from qk_sniffer.kinds import Kind
 from qk_sniffer.storage.commits import (
     COMMITS_FILE,
     HEADER_FILE,
@@ -38,7 +39,7 @@ from qk_sniffer.storage.commits import (
 )
 from qk_sniffer.storage.direct import PAGE, DirectFile
 from qk_sniffer.storage.files import explained_writing, sync_directory, write_text
-from qk_sniffer.storage.schema import EXAMPLES_SCHEMA, Kind
+from qk_sniffer.storage.schema import EXAMPLES_SCHEMA
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class Block(Protocol):
 
     @property
     def kind(self) -> Kind:
-        """The kind, "q" or "k"."""
+        """Queries or keys."""
 
     @property
     def sliding_window(self) -> int | None:

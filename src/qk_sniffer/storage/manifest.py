@@ -14,7 +14,7 @@ from qk_sniffer.storage.checked import manifest_fault, require_own_files, requir
 from qk_sniffer.storage.files import damaged, read_json, write_text
 from qk_sniffer.storage.ownership import owner_of
 from qk_sniffer.storage.parquet import FileFacts
-from qk_sniffer.storage.schema import HEAD_DIRECTORY, MANIFEST_FILE, SCHEMA_VERSION
+from qk_sniffer.storage.schema import MANIFEST_FILE, SCHEMA_VERSION, parse_head_name
 
 _OF_THE_HEADER = ("fingerprint", "versions", "settings", "layers", "notes")
 
@@ -85,11 +85,11 @@ def header_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     head_dims = {layer["layer_idx"]: layer["head_dim"] for layer in manifest["layers"]}
     streams: dict[tuple[int, str], dict[str, Any]] = {}
     for name in manifest["heads"]:
-        match = HEAD_DIRECTORY.fullmatch(name)
-        assert match is not None
-        layer_idx, kind = int(match[1]), match[3]
+        parsed = parse_head_name(name)
+        assert parsed is not None
+        layer_idx, head, kind = parsed
         new = {"layer_idx": layer_idx, "kind": kind, "heads": [], "head_dim": head_dims[layer_idx]}
-        streams.setdefault((layer_idx, kind), new)["heads"].append(int(match[2]))
+        streams.setdefault((layer_idx, kind), new)["heads"].append(head)
     return {name: manifest[name] for name in _OF_THE_HEADER} | {
         "streams": list(streams.values()),
         "n_positions": manifest.get("beyond_positions", {}).get("positions"),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qk_sniffer.storage.schema import HEAD_DIRECTORY
+from qk_sniffer.storage.schema import parse_head_name
 
 
 @dataclass
@@ -53,6 +53,6 @@ def non_finite_field(
     rows = {name: facts["non_finite"] for name, facts in heads.items() if "non_finite" in facts}
     if not rows:
         return {}
-    layers = {int(match[1]) for name in rows if (match := HEAD_DIRECTORY.fullmatch(name))}
+    layers = {parsed[0] for name in rows if (parsed := parse_head_name(name))}
     texts = np.unique(np.concatenate(example_ids)).size
     return {"non_finite": {"rows": sum(rows.values()), "texts": texts, "layers": sorted(layers)}}

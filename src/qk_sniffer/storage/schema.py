@@ -1,9 +1,11 @@
 """Names and column types of everything in a data root."""
 
 import re
-from typing import Literal
+from typing import cast
 
 import pyarrow as pa
+
+from qk_sniffer.kinds import KINDS, Kind
 
 SCHEMA_VERSION = 1
 DATA_FILE = "data.parquet"
@@ -20,7 +22,7 @@ REPORT_DIRECTORY = "report"
 CONFIG_FILE = "config.yaml"
 
 _NUMBER = "0[0-9]|[1-9][0-9]{1,6}"
-HEAD_DIRECTORY = re.compile(f"l({_NUMBER})h({_NUMBER})([qk])")
+HEAD_DIRECTORY = re.compile(f"l({_NUMBER})h({_NUMBER})([{''.join(KINDS)}])")
 """Every name that ``head_name`` gives: its layer, head and kind."""
 
 DIRECTORIES = {
@@ -43,11 +45,10 @@ FILES = {
 """What a data root holds beside the heads; files have ``temporary_name`` while they are written."""
 
 REPORT_FILE = re.compile(
-    r"index\.html|((rows|positional-r2|norms)-(queries|keys)|components-\d+[qk]|attention-\d+)\.png"
+    rf"index\.html|((rows|positional-r2|norms)-({'|'.join(kind.plural for kind in KINDS.values())})|"
+    rf"components-\d+[{''.join(KINDS)}]|attention-\d+)\.png"
 )
 """Every name of a file that a report has; others in its directory are a person's own."""
-
-Kind = Literal["q", "k"]
 
 EXAMPLES_SCHEMA = pa.schema(
     [
@@ -67,6 +68,12 @@ def temporary_name(name: str) -> str:
 def head_name(layer_idx: int, head: int, kind: Kind) -> str:
     """Directory and dataset config of one head, such as l00h05q; keys count key-value heads."""
     return f"l{layer_idx:02d}h{head:02d}{kind}"
+
+
+def parse_head_name(name: str) -> tuple[int, int, Kind] | None:
+    """Layer, head and kind of what ``head_name`` gives; None where it would not give that."""
+    match = HEAD_DIRECTORY.fullmatch(name)
+    return None if match is None else (int(match[1]), int(match[2]), cast(Kind, match[3]))
 
 
 def head_schema(head_dim: int) -> pa.Schema:

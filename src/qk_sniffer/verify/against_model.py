@@ -13,11 +13,12 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor, nn
 
-from qk_sniffer.capture import Chunk, Chunks, Sniffer, active_sniffer, build_sampler
+from qk_sniffer.capture import Chunk, Chunks, Sniffer, active_sniffer, captured_streams, sampler_of
 from qk_sniffer.config import explain
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter
+from qk_sniffer.kinds import kinds_of
 from qk_sniffer.models import check_capture
 from qk_sniffer.module import SnifferModule
 from qk_sniffer.storage import (
@@ -129,14 +130,11 @@ class _Comparison(pl.Callback):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make a sniffer like that of the run."""
         self._backbone = cast(nn.Module, pl_module.backbone)
-        sampler = self._capture["sampler"]
         self._sniffer = Sniffer(
-            self._heads,
-            build_sampler(sampler["type"], sampler["base_rate"], self._capture["min_bucket_size"]),
-            sampler["seed"],
+            captured_streams(self._heads, kinds_of(self._capture)),
+            sampler_of(self._capture),
+            self._capture["sampler"]["seed"],
             self._chunks,
-            capture_queries=self._capture["capture_queries"],
-            capture_keys=self._capture["capture_keys"],
             pre_rope=self._capture["capture_pre_rope"],
         )
         self._running.enter_context(active_sniffer(self._sniffer))
@@ -183,8 +181,7 @@ class _Comparison(pl.Callback):
 
     def _compare(self, chunk: Chunk) -> None:
         """Hold a few heads of a layer and kind of one text against their files."""
-        captured = self._heads[chunk.layer_idx]
-        heads = captured.query if chunk.kind == "q" else captured.key
+        heads = self._heads[chunk.layer_idx].of(chunk.kind)
         vectors = chunk.vectors
         for number in sorted({0, len(heads) - 1}):
             name = head_name(chunk.layer_idx, heads[number], chunk.kind)

@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +23,24 @@ from qk_sniffer.capture import (
     SAMPLERS,
     AttentionLayer,
     CapturedHeads,
+    CapturedStream,
     Sampler,
-    build_sampler,
+    captured_streams,
     draw_positions,
     heads_to_capture,
+    sampler_of,
 )
 from qk_sniffer.errors import UserError, first_line
+from qk_sniffer.kinds import kinds_of, random_stream
 from qk_sniffer.storage import (
     CARD_FILE,
     DATA_FILE,
     EXAMPLES_DIRECTORY,
     EXAMPLES_SCHEMA,
-    HEAD_DIRECTORY,
     JOURNAL_DIRECTORY,
     MANIFEST_FILE,
     PULLED_DIRECTORY,
     FileFacts,
-    Kind,
     StoredRows,
     checksum,
     damaged,
@@ -48,30 +48,12 @@ from qk_sniffer.storage import (
     head_name,
     head_schema,
     owner_of,
+    parse_head_name,
     require_manifest,
 )
 
 _TOKENS_AT_ONCE = 2**20
 _UNREADABLE = (OSError, pa.ArrowException)
-
-
-@dataclass(frozen=True)
-class Stream:
-    """The captured heads of one layer and kind, which share their rows."""
-
-    layer: AttentionLayer
-    kind: Kind
-    heads: tuple[int, ...]
-
-    @property
-    def names(self) -> list[str]:
-        """Directories of the heads."""
-        return [head_name(self.layer.layer_idx, head, self.kind) for head in self.heads]
-
-    @property
-    def number(self) -> int:
-        """The stream's number in the draw of positions."""
-        return 2 * self.layer.layer_idx + (self.kind == "k")
 
 
 def verify(data_root: Path, *, trust_code: bool = False) -> list[str]:
@@ -98,11 +80,12 @@ def verify(data_root: Path, *, trust_code: bool = False) -> list[str]:
         if (data_root / name).exists() and not is_at_work
     ]
     try:
-        streams = _streams(manifest)
+        kinds = kinds_of(manifest["settings"]["capture"])
+        streams = captured_streams(captured_heads(manifest), kinds)
     except UserError as error:
         fault = f"its settings and its layers don't agree ({error})"
         raise damaged(data_root / MANIFEST_FILE, fault) from error
-    faults += _check_names(data_root, manifest, [name for stream in streams for name in stream.names])
+    faults += _check_names(data_root, manifest, [name for stream in streams for name in _names(stream)])
     faults += _check_card(data_root, manifest)
     examples, found = _check_examples(data_root, manifest)
     faults += found
@@ -116,10 +99,10 @@ def verify(data_root: Path, *, trust_code: bool = False) -> list[str]:
 
 def _sampler_of(data_root: Path, manifest: Mapping[str, Any], trust_code: bool) -> Sampler:
     capture = manifest["settings"]["capture"]
-    settings = capture["sampler"]
-    if not trust_code and settings["type"] not in SAMPLERS:
-        raise untrusted(data_root, "sniffer.capture.sampler.type", settings["type"])
-    return build_sampler(settings["type"], settings["base_rate"], capture["min_bucket_size"])
+    sampler_type = capture["sampler"]["type"]
+    if not trust_code and sampler_type not in SAMPLERS:
+        raise untrusted(data_root, "sniffer.capture.sampler.type", sampler_type)
+    return sampler_of(capture)
 
 
 def untrusted(data_root: Path, field: str, value: Any) -> UserError:
@@ -142,21 +125,15 @@ def captured_heads(manifest: Mapping[str, Any]) -> dict[int, CapturedHeads]:
     return heads_to_capture(manifest["settings"]["capture"], layers)
 
 
-def _streams(manifest: Mapping[str, Any]) -> list[Stream]:
-    capture = manifest["settings"]["capture"]
-    streams = []
-    for heads in captured_heads(manifest).values():
-        if capture["capture_queries"]:
-            streams.append(Stream(heads.layer, "q", heads.query))
-        if capture["capture_keys"]:
-            streams.append(Stream(heads.layer, "k", heads.key))
-    return streams
+def _names(stream: CapturedStream) -> list[str]:
+    """Directories of its heads."""
+    return [head_name(stream.layer.layer_idx, head, stream.kind) for head in stream.heads]
 
 
 def _check_names(data_root: Path, manifest: Mapping[str, Any], expected: Sequence[str]) -> list[str]:
     """The heads of settings, manifest and directories must be the same."""
     listed = set(manifest["heads"])
-    there = {path.name for path in data_root.iterdir() if HEAD_DIRECTORY.fullmatch(path.name)}
+    there = {path.name for path in data_root.iterdir() if parse_head_name(path.name)}
     faults = [f"manifest.json: the head {name} is missing" for name in expected if name not in listed]
     faults += [
         f"{name}/{DATA_FILE}: in the manifest, but the settings don't capture this head"
@@ -224,7 +201,7 @@ def _check_examples(data_root: Path, manifest: Mapping[str, Any]) -> tuple[pa.Ta
 def _check_stream(
     data_root: Path,
     manifest: Mapping[str, Any],
-    stream: Stream,
+    stream: CapturedStream,
     sampler: Sampler,
     examples: pa.Table | None,
 ) -> list[str]:
@@ -232,7 +209,7 @@ def _check_stream(
     faults: list[str] = []
     heads: list[_Head] = []
     tokens = manifest["settings"]["capture"]["capture_token_strings"]
-    for name in stream.names:
+    for name in _names(stream):
         if name in manifest["heads"]:
             schema = head_schema(stream.layer.head_dim)
             path, found = _check_file(data_root, name, manifest["heads"][name], schema)
@@ -252,7 +229,7 @@ def _check_stream(
 
 
 def _expected_rows(
-    manifest: Mapping[str, Any], stream: Stream, sampler: Sampler, examples: pa.Table
+    manifest: Mapping[str, Any], stream: CapturedStream, sampler: Sampler, examples: pa.Table
 ) -> Iterator[npt.NDArray[np.int64]]:
     """(3, K) example id, position and bucket of the rows that a stream keeps, some texts at a time."""
     seed = manifest["settings"]["capture"]["sampler"]["seed"]
@@ -262,7 +239,7 @@ def _expected_rows(
     groups = [0, *borders.tolist(), len(ids)]
     for start, stop in itertools.pairwise(groups):
         some_ids = ids[start:stop]
-        numbers = torch.full_like(some_ids, stream.number)
+        numbers = torch.full_like(some_ids, random_stream(stream.layer.layer_idx, stream.kind))
         texts, positions = draw_positions(sampler, seed, numbers, some_ids, lengths[start:stop])
         yield torch.stack([some_ids[texts], positions, sampler.buckets(positions)]).numpy()
 
