@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -9,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from conftest import LENGTHS, write_jsonl
+from killing import Processes
 from qk_sniffer.callback import SnifferCallback
 from qk_sniffer.capture import get_active_sniffer
 from qk_sniffer.cli import main
@@ -371,6 +372,7 @@ def test_finalize_needs_an_interrupted_run(
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_whole_batches(
+    processes: Processes,
     model_dir: ModelDir,
     texts: list[dict[str, Any]],
     tmp_path: Path,
@@ -380,30 +382,24 @@ def test_a_signal_leaves_whole_batches(
     root = tmp_path / "root"
     rows = [{"text": texts[2]["text"]} for _ in range(100_000)]
     path = write_jsonl(tmp_path / "many.jsonl", rows)
-    command = [str(Path(sys.executable).with_name("qk-sniffer")), "predict"]
-    command += ["--model.name", str(model_dir("llama")), "--data.path", str(path)]
+    command = ["predict", "--model.name", str(model_dir("llama")), "--data.path", str(path)]
     command += ["--data.streaming", "true", "--sniffer.output.data_root", str(root)]
     command += ["--sniffer.capture.sampler.type", "all", "--trainer.accelerator", "cpu"]
     part = root / ".journal" / "rank-00000"
     commits = part / "commits.jsonl"
-    # Whoever runs the tests in the background of a shell has SIGINT ignored, and so would they.
-    heeded = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeded) as process:
-        try:
-            deadline = time.monotonic() + 120
-            while not (commits.exists() and commits.read_text().count("\n") >= 2):
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-            for _ in range(3 if sent == signal.SIGINT else 1):
-                # Whoever waits for the end presses again.
-                process.send_signal(sent)
-            _, printed = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[sent]
-    assert "Traceback" not in printed
-    assert (f"qk-sniffer finalize {root}" in printed) == (sent != signal.SIGKILL)
+    started = processes.start(command)
+    deadline = time.monotonic() + 120
+    while not (commits.exists() and commits.read_text().count("\n") >= 2):
+        assert started.is_alive(), started.printed
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for _ in range(3 if sent == signal.SIGINT else 1):
+        # Whoever waits for the end presses again.
+        os.kill(started.process.pid, sent)
+    ended = started.wait(60)
+    assert ended.exitcode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[sent]
+    assert "Traceback" not in ended.printed
+    assert (f"qk-sniffer finalize {root}" in ended.printed) == (sent != signal.SIGKILL)
     committed = sum(commit.example_ids.size for commit in read_commits(part).commits)
     with commits.open("a") as torn:
         torn.write('{"examples": 12')
