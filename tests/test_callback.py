@@ -2,12 +2,14 @@
 
 import csv
 import json
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -34,6 +36,7 @@ from qk_sniffer.data import TextDataModule
 from qk_sniffer.errors import UserError
 from qk_sniffer.models import ModelSource, capture_attention, decoder_backbone, load_model
 from qk_sniffer.module import SnifferModule
+from qk_sniffer.recording import leave_out_advertisements
 from qk_sniffer.storage import JournalWriter
 from qk_sniffer.storage.commits import read_commits
 from readers import error_line
@@ -450,3 +453,20 @@ def test_a_run_that_missed_a_text_is_not_finished(
     assert not (root / "manifest.json").exists()
     predict(TextDataModule(str(text_file), batch_size=3))
     assert pq.read_table(root / "examples" / "data.parquet").num_rows == 7
+
+
+def test_lightning_advertises_nothing(tmp_path: Path) -> None:
+    """A default Trainer still tells its devices."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addHandler(handler)
+    callbacks = [SnifferCallback(OutputConfig(str(tmp_path / "root"))) for _ in range(2)]
+    with warnings.catch_warnings(record=True) as warned:
+        leave_out_advertisements()
+        pl.Trainer(accelerator="cpu", callbacks=callbacks[:1])
+    logger.removeHandler(handler)
+    assert any("GPU available" in line for line in said)
+    assert not [line for line in said if "Tip" in line or "pip" in line]
+    assert not warned

@@ -45,6 +45,7 @@ from qk_sniffer.recording import (
     describe,
     fingerprint,
     forewarnings,
+    leave_out_advertisements,
     progress_bar,
     settings,
 )
@@ -98,6 +99,7 @@ class SnifferCallback(pl.Callback):
         capture: CaptureConfig = CaptureConfig(),  # noqa: B008
         check: bool = True,
     ) -> None:
+        leave_out_advertisements()
         self.output = output
         self.capture = capture
         self.check = check

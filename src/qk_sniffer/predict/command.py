@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import sys
 import typing
-import warnings
 from typing import Any, ClassVar, TypeVar
 
 import lightning.pytorch as pl
@@ -20,6 +19,7 @@ from qk_sniffer.config import HELP, bases_first, explain
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.module import SnifferModule
+from qk_sniffer.recording import leave_out_advertisements
 
 _PARSER_OPTIONS = {"exit_on_error": False, "allow_abbrev": False}
 
@@ -169,4 +169,4 @@ def quiet_lightning() -> None:
     """Leave out Lightning's report of its devices and its tips, which bury the run's own lines."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", module="lightning")
+    leave_out_advertisements()

@@ -1,5 +1,6 @@
 """One prediction's recording: what is captured, how far it is, and what a person should know of it."""
 
+from qk_sniffer.recording.advertisements import leave_out_advertisements
 from qk_sniffer.recording.progress import ProgressReport, progress_bar
 from qk_sniffer.recording.provenance import describe, described_streams, fingerprint, settings
 from qk_sniffer.recording.recorder import Recorder
@@ -15,6 +16,7 @@ __all__ = [
     "described_streams",
     "fingerprint",
     "forewarnings",
+    "leave_out_advertisements",
     "progress_bar",
     "settings",
 ]
