@@ -455,7 +455,7 @@ def test_a_run_that_missed_a_text_is_not_finished(
     assert pq.read_table(root / "examples" / "data.parquet").num_rows == 7
 
 
-def test_lightning_advertises_nothing(tmp_path: Path) -> None:
+def test_lightning_advertises_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A default Trainer still tells its devices."""
     said: list[str] = []
     handler = logging.Handler()
@@ -463,7 +463,9 @@ def test_lightning_advertises_nothing(tmp_path: Path) -> None:
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addHandler(handler)
     callbacks = [SnifferCallback(OutputConfig(str(tmp_path / "root"))) for _ in range(2)]
-    with warnings.catch_warnings(record=True) as warned:
+    # The command line, which other tests have used, lets Lightning tell less.
+    level = caplog.at_level(logging.INFO, "lightning.pytorch")
+    with level, warnings.catch_warnings(record=True) as warned:
         leave_out_advertisements()
         pl.Trainer(accelerator="cpu", callbacks=callbacks[:1])
     logger.removeHandler(handler)

@@ -12,13 +12,11 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from qk_sniffer.capture import (
     CapturedHeads,
-    count_draws,
-    expected_rows_by_bucket,
     heads_to_capture,
     sampler_of,
 )
@@ -41,12 +39,12 @@ from qk_sniffer.recording import (
     ProgressReport,
     Recorder,
     TextsAhead,
-    beyond_positions,
+    TextWarnings,
     describe,
     fingerprint,
-    forewarnings,
     leave_out_advertisements,
     progress_bar,
+    require_space,
     settings,
 )
 from qk_sniffer.storage import (
@@ -54,15 +52,12 @@ from qk_sniffer.storage import (
     JOURNAL_DIRECTORY,
     EarlierRun,
     Ownership,
-    check_space,
     clear_data_root,
     data_root_path,
     discard_pulled,
     earlier_run,
     file_progress,
     finalize,
-    head_files_bytes,
-    journal_bytes,
     prepare_data_root,
     published_table,
     require_captured,
@@ -180,7 +175,11 @@ class SnifferCallback(pl.Callback):
             )
         header, self._heads = ranks.run(lambda: self._describe(trainer, pl_module))
         ranks.require_same(header["fingerprint"])
-        ranks.first(lambda: self._check_space(texts.sequence_lengths(), header["streams"]))
+        lengths = texts.sequence_lengths()
+        if lengths is not None:
+            dtype = str(next(self._backbone.parameters()).dtype).removeprefix("torch.")
+            room = self.data_root, self._sampler, lengths, header["streams"], dtype
+            ranks.first(lambda: require_space(*room))
         ranks.first(lambda: self._prepare_journal(header))
         self._recorder = ranks.run(
             lambda: Recorder(
@@ -195,7 +194,10 @@ class SnifferCallback(pl.Callback):
                 texts.own_batches(),
             )
         )
-        self._forewarn(texts.sequence_lengths(), header["n_positions"])
+        # Of several processes one warns.
+        self._text_warnings = (
+            TextWarnings(self._sampler, lengths, header["n_positions"]) if ranks.is_first else None
+        )
         self._checked = not self.check
         self._is_reading = True
         self._unsaved_config = self.config_yaml
@@ -221,7 +223,8 @@ class SnifferCallback(pl.Callback):
         self._fields = fields = batch_fields(batch)
         smallest, largest = fields.input_ids.aminmax()
         require_known_tokens(int(smallest), int(largest), self._backbone)
-        self._warn_of_positions(fields.sequence_lengths)
+        if self._text_warnings is not None:
+            self._text_warnings.see(fields.sequence_lengths)
         if not isinstance(pl_module, SnifferModule):
             # That one takes texts apart by itself.
             begin_batch_of_like_frequencies(
@@ -461,35 +464,6 @@ class SnifferCallback(pl.Callback):
     def _uncaptured(self) -> ExampleFilter:
         captured = np.empty(0, np.int32) if self._earlier is None else self._earlier.example_ids
         return ExampleFilter(captured, listed=False)
-
-    def _forewarn(self, lengths: Tensor | None, n_positions: int | None) -> None:
-        """Say what can be told of the texts beforehand, or else watch for them."""
-        # Of several processes one speaks.
-        self._watched_positions = n_positions if lengths is None and self._ranks.is_first else None
-        if lengths is not None and self._ranks.is_first:
-            for line in forewarnings(self._sampler, lengths, n_positions):
-                log.warning("%s", line)
-
-    def _warn_of_positions(self, sequence_lengths: Tensor) -> None:
-        """Say it of the first text that is longer than the model's positions, where none was known."""
-        if self._watched_positions is None:
-            return
-        longest = int(sequence_lengths.max())
-        if longest > self._watched_positions:
-            log.warning("%s", beyond_positions(longest, self._watched_positions))
-            self._watched_positions = None
-
-    def _check_space(self, lengths: Tensor | None, streams: list[dict[str, Any]]) -> None:
-        """Compare the room on the disk with what the texts that are left will take."""
-        if lengths is not None:
-            rows = sum(expected_rows_by_bucket(self._sampler, lengths).values())
-            n_draws = count_draws(self._sampler, len(streams), lengths)
-            dtype = str(next(self._backbone.parameters()).dtype).removeprefix("torch.")
-            check_space(
-                self.data_root,
-                journal_bytes(streams, dtype, rows, n_draws=n_draws),
-                head_files_bytes(streams, dtype, rows),
-            )
 
 
 def _backbone_of(module: pl.LightningModule) -> nn.Module:

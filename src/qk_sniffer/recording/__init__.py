@@ -4,19 +4,21 @@ from qk_sniffer.recording.advertisements import leave_out_advertisements
 from qk_sniffer.recording.progress import ProgressReport, progress_bar
 from qk_sniffer.recording.provenance import describe, described_streams, fingerprint, settings
 from qk_sniffer.recording.recorder import Recorder
+from qk_sniffer.recording.space import require_space
 from qk_sniffer.recording.texts_ahead import TextsAhead
-from qk_sniffer.recording.warnings import beyond_positions, forewarnings
+from qk_sniffer.recording.warnings import TextWarnings, forewarnings
 
 __all__ = [
     "ProgressReport",
     "Recorder",
+    "TextWarnings",
     "TextsAhead",
-    "beyond_positions",
     "describe",
     "described_streams",
     "fingerprint",
     "forewarnings",
     "leave_out_advertisements",
     "progress_bar",
+    "require_space",
     "settings",
 ]

@@ -1,10 +1,13 @@
-"""What a person should know of a run before it begins, though nothing forbids it."""
+"""What a person should know of the texts of a run, though nothing forbids them."""
 
+import logging
 from collections.abc import Iterator
 
 from torch import Tensor
 
 from qk_sniffer.capture import Sampler, keep_probabilities
+
+log = logging.getLogger(__name__)
 
 _STRETCH = "stretch its positions by YaRN in model.config_overrides"
 
@@ -36,10 +39,36 @@ def forewarnings(sampler: Sampler, lengths: Tensor, n_positions: int | None) -> 
         )
 
 
-def beyond_positions(longest: int, n_positions: int) -> str:
-    """The line for the first such text of a stream, whose lengths are not known beforehand."""
-    return (
-        f"data.tokenizer.max_length: a text of {longest:,} tokens is longer than the {n_positions:,} "
-        f"positions that the model's config covers; the card will count them all; set max_length to "
-        f"{n_positions}, or {_STRETCH}"
-    )
+class TextWarnings:
+    """Warns of all texts when it is made, or of the first that calls for it where they stream.
+
+    Args:
+        sampler: Which positions are kept.
+        lengths: (N,) int64, tokens in each text that is to be read; None where they stream.
+        n_positions: Positions that the model covers; None for any number.
+    """
+
+    def __init__(self, sampler: Sampler, lengths: Tensor | None, n_positions: int | None) -> None:
+        self._watched_positions = n_positions if lengths is None else None
+        if lengths is not None:
+            for line in forewarnings(sampler, lengths, n_positions):
+                log.warning("%s", line)
+
+    def see(self, lengths: Tensor) -> None:
+        """Look at the texts of a batch.
+
+        Args:
+            lengths: (B,) int64, their tokens.
+        """
+        watched = self._watched_positions
+        if watched is None or (longest := int(lengths.max())) <= watched:
+            return
+        self._watched_positions = None
+        log.warning(
+            "data.tokenizer.max_length: a text of %s tokens is longer than the %s positions that the "
+            "model's config covers; the card will count them all; set max_length to %d, or %s",
+            f"{longest:,}",
+            f"{watched:,}",
+            watched,
+            _STRETCH,
+        )

@@ -1,0 +1,38 @@
+"""Whether the disk has room for a run."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qk_sniffer.capture import Sampler, count_draws, expected_rows_by_bucket
+from qk_sniffer.storage import check_space, head_files_bytes, journal_bytes
+
+
+def require_space(
+    data_root: Path,
+    sampler: Sampler,
+    lengths: Tensor,
+    streams: Sequence[Mapping[str, Any]],
+    dtype: str,
+) -> None:
+    """Compare the room on the disk with what texts will take.
+
+    Args:
+        data_root: Where they are captured.
+        sampler: Which positions are kept.
+        lengths: (N,) int64, tokens in each text.
+        streams: The captured heads of each layer and kind, as in a journal's header.
+        dtype: Number format of the vectors, by its name in torch.
+
+    Raises:
+        UserError: They won't fit.
+    """
+    rows = sum(expected_rows_by_bucket(sampler, lengths).values())
+    n_draws = count_draws(sampler, len(streams), lengths)
+    check_space(
+        data_root,
+        journal_bytes(streams, dtype, rows, n_draws=n_draws),
+        head_files_bytes(streams, dtype, rows),
+    )
