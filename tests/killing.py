@@ -221,6 +221,17 @@ class Started:
         return Ended(self.process.exitcode, counts, 0.0, 0.0, self.printed)
 
 
+def until(
+    reached: Callable[[], bool], is_alive: Callable[[], bool], printed: Callable[[], str]
+) -> None:
+    """Wait for a process to be in a phase."""
+    deadline = time.monotonic() + 120
+    while not reached():
+        assert is_alive(), printed()
+        assert time.monotonic() < deadline, printed()
+        time.sleep(0.01)
+
+
 def _process(
     command: list[str],
     sync_seconds: float,

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -27,7 +26,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from conftest import LENGTHS, write_jsonl
-from killing import Processes
+from killing import Processes, until
 from qk_sniffer.callback import SnifferCallback
 from qk_sniffer.capture import get_active_sniffer
 from qk_sniffer.cli import main
@@ -391,11 +390,11 @@ def test_a_signal_leaves_whole_batches(
     part = root / ".journal" / "rank-00000"
     commits = part / "commits.jsonl"
     started = processes.start(command)
-    deadline = time.monotonic() + 120
-    while not (commits.exists() and commits.read_text().count("\n") >= 2):
-        assert started.is_alive(), started.printed
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(
+        lambda: commits.exists() and commits.read_text().count("\n") >= 2,
+        started.is_alive,
+        lambda: started.printed,
+    )
     for _ in range(3 if sent == signal.SIGINT else 1):
         # Whoever waits for the end presses again.
         os.kill(started.process.pid, sent)

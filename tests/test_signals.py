@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import HUB_TOKEN, LENGTHS, REPO, write_jsonl
-from killing import BEFORE, Death, Ended, Processes, Started
+from killing import BEFORE, Death, Ended, Processes, Started, until
 from loopback import LoopbackHub, environment_of
 from qk_sniffer.cli import main
 from qk_sniffer.storage.commits import COMMITS_FILE, read_commits
@@ -25,17 +25,6 @@ WriteRun = Callable[..., list[str]]
 COMMAND = str(Path(sys.executable).with_name("qk-sniffer"))
 END = {signal.SIGINT: "qk-sniffer: interrupted", signal.SIGTERM: "qk-sniffer: stopped by SIGTERM"}
 each_signal = pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-
-
-def until(
-    reached: Callable[[], bool], is_alive: Callable[[], bool], printed: Callable[[], str]
-) -> None:
-    """Wait for a process to be in a phase."""
-    deadline = time.monotonic() + 120
-    while not reached():
-        assert is_alive(), printed()
-        assert time.monotonic() < deadline, printed()
-        time.sleep(0.01)
 
 
 def stopped_at(started: Started, sent: signal.Signals, reached: Callable[[], bool]) -> Ended:
