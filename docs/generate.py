@@ -129,6 +129,14 @@ def all_fields() -> dict[str, list[Field]]:
     return {k: v for section, cls in SECTIONS.items() for k, v in fields(cls, section).items()}
 
 
+def _trainer_fields() -> list[Field]:
+    defaults = inspect.signature(pl.Trainer).parameters
+    return [
+        Field(f"trainer.{name}", str, defaults[name].default, meaning)
+        for name, meaning in TRAINER.items()
+    ]
+
+
 def pages() -> dict[Path, str]:
     """The generated files."""
     return {
@@ -154,9 +162,8 @@ def help_text() -> str:
         for field in members:
             _add_option(group, field)
     group = parser.add_argument_group(TITLES["trainer"])
-    defaults = inspect.signature(pl.Trainer).parameters
-    for name, meaning in TRAINER.items():
-        _add_option(group, Field(f"trainer.{name}", str, defaults[name].default, meaning))
+    for field in _trainer_fields():
+        _add_option(group, field)
     return parser.format_help()
 
 
@@ -185,11 +192,10 @@ def _config_page() -> str:
     lines = [CONFIG_TOP]
     for section, members in all_fields().items():
         lines += [f"## {section}", "", *_table(members, fixed), ""]
-    defaults = inspect.signature(pl.Trainer).parameters
     lines += ["## trainer", "", TRAINER_TOP, "| field | default | meaning |", "|---|---|---|"]
     lines += [
-        f"| `trainer.{name}` | `{_yaml(defaults[name].default)}` | {meaning} |"
-        for name, meaning in TRAINER.items()
+        f"| `{field.name}` | `{_yaml(field.default)}` | {field.meaning} |"
+        for field in _trainer_fields()
     ]
     return "\n".join(lines) + "\n"
 
