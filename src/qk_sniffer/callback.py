@@ -176,10 +176,15 @@ class SnifferCallback(pl.Callback):
         header, self._heads = ranks.run(lambda: self._describe(trainer, pl_module))
         ranks.require_same(header["fingerprint"])
         lengths = texts.sequence_lengths()
-        if lengths is not None:
-            dtype = str(next(self._backbone.parameters()).dtype).removeprefix("torch.")
-            room = self.data_root, self._sampler, lengths, header["streams"], dtype
-            ranks.first(lambda: require_space(*room))
+        ranks.first(
+            lambda: require_space(
+                self.data_root,
+                self._sampler,
+                lengths,
+                header["streams"],
+                next(self._backbone.parameters()).dtype,
+            )
+        )
         ranks.first(lambda: self._prepare_journal(header))
         self._recorder = ranks.run(
             lambda: Recorder(

@@ -80,7 +80,7 @@ def captured_streams(
     """
     return [
         CapturedStream(captured.layer, kind, captured.of(kind))
-        for captured, kind in product(heads.values(), tuple(kinds))
+        for captured, kind in product(heads.values(), kinds)
     ]
 
 

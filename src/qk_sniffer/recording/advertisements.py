@@ -8,8 +8,7 @@ _LOGGER = logging.getLogger("lightning.pytorch.utilities.rank_zero")
 
 def leave_out_advertisements() -> None:
     """Let Lightning report its devices, but not its tips and what is deprecated inside it."""
-    if _is_no_tip not in _LOGGER.filters:
-        _LOGGER.addFilter(_is_no_tip)
+    _LOGGER.addFilter(_is_no_tip)
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", module="lightning")
     warnings.filterwarnings("ignore", message=".*tensorboardX.* has been removed", module="lightning")
 
