@@ -1,13 +1,9 @@
 """SnifferCallback: owns the recording of one prediction, from the data root it finds to its files."""
 
 import logging
-import shlex
-import signal
-import threading
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -15,15 +11,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from tqdm.auto import tqdm
 
-from qk_sniffer.capture import (
-    CapturedHeads,
-    heads_to_capture,
-    sampler_of,
-)
+from qk_sniffer.capture import CapturedHeads, heads_to_capture, sampler_of
 from qk_sniffer.config import CaptureConfig, OutputConfig
 from qk_sniffer.data import batch_fields
 from qk_sniffer.errors import UserError
-from qk_sniffer.hub import Publication, check_access, pull, push
 from qk_sniffer.ids import ExampleFilter
 from qk_sniffer.models import (
     begin_batch_of_like_frequencies,
@@ -33,15 +24,22 @@ from qk_sniffer.models import (
     require_known_tokens,
 )
 from qk_sniffer.module import SnifferModule
-from qk_sniffer.processes import ALONE, Ranks, Stopped, await_launched, end_in_order, reason_of
-from qk_sniffer.processes import stop as stop_command
+from qk_sniffer.processes import (
+    ALONE,
+    DeferredSigterm,
+    Ranks,
+    Stopped,
+    await_launched,
+    end_in_order,
+    reason_of,
+)
 from qk_sniffer.recording import (
+    OwnDataRoot,
     ProgressReport,
     Recorder,
     TextsAhead,
     TextWarnings,
     describe,
-    fingerprint,
     leave_out_advertisements,
     progress_bar,
     require_space,
@@ -51,22 +49,10 @@ from qk_sniffer.storage import (
     CONFIG_FILE,
     JOURNAL_DIRECTORY,
     EarlierRun,
-    Ownership,
-    clear_data_root,
-    data_root_path,
-    discard_pulled,
-    earlier_run,
-    file_progress,
-    finalize,
-    prepare_data_root,
-    published_table,
     require_captured,
     require_shared,
     summary_table,
-    write_text,
 )
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -98,54 +84,15 @@ class SnifferCallback(pl.Callback):
         self.output = output
         self.capture = capture
         self.check = check
-        self.data_root = data_root_path(output.data_root)
-        self.config_yaml: str | None = None
-        """The resolved config to save in the data root; the command line sets it."""
+        self.own_data_root = OwnDataRoot(output)
+        self.data_root = self.own_data_root.path
         self._sampler = sampler_of(asdict(capture))
         self._ranks = ALONE
         self._has_joined = False
-        self._ownership = Ownership(self.data_root)
         self._earlier: EarlierRun | None = None
-        self._publication: Publication | None = None
         self._recorder: Recorder | None = None
-        self._received_sigterm = self._is_reading = False
+        self._sigterm = DeferredSigterm()
         self._started = 0.0
-
-    def check_output(self, *, n_nodes: int = 1) -> None:
-        """Take the data root for this run, and repair what an interrupted one left there.
-
-        The first process does so for all.
-
-        Args:
-            n_nodes: Hosts that the processes of the run are on.
-
-        Raises:
-            UserError: It belongs to another run, is not writable, or holds what can't be continued or
-                replaced.
-        """
-        self._ownership.take(n_nodes)
-        try:
-            prepare_data_root(self.data_root, self.output.overwrite)
-        except UserError:
-            self._ownership.release()
-            raise
-
-    def release_output(self) -> None:
-        """Give the data root free for other runs."""
-        self._ownership.release()
-
-    def earlier_run(
-        self, module: pl.LightningModule, data: pl.LightningDataModule | None
-    ) -> EarlierRun | None:
-        """What the data root holds already of this very run; None where it begins anew.
-
-        Raises:
-            UserError: It holds a run with other settings.
-        """
-        earlier = None if self.output.overwrite else earlier_run(self.data_root)
-        if earlier is not None:
-            earlier.require(self.data_root, fingerprint(settings(module, data, self.capture)))
-        return earlier
 
     def example_filter(self, trainer: pl.Trainer) -> ExampleFilter:
         """The texts that the data module reads: those that no earlier run has captured."""
@@ -161,11 +108,11 @@ class SnifferCallback(pl.Callback):
                 n_texts = self._earlier.example_ids.size
                 tqdm.write(f"{self.data_root}: going on after {n_texts:,} texts")
             if self._earlier.finalizing:
-                finalize(self.data_root, self._file_progress, ranks=self._ranks)
+                self.own_data_root.finalize(self._ranks)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the model's heads, open the journal and make the sniffer active."""
-        self._stop_on_sigterm(trainer)
+        self._sigterm.handle(trainer.strategy.launcher)
         self._backbone = _backbone_of(pl_module)
         ranks, texts = self._ranks, TextsAhead(trainer)
         if self.capture.capture_token_strings and texts.tokenizer is None:
@@ -185,7 +132,7 @@ class SnifferCallback(pl.Callback):
                 next(self._backbone.parameters()).dtype,
             )
         )
-        ranks.first(lambda: self._prepare_journal(header))
+        ranks.first(lambda: self.own_data_root.make_ready(self._earlier, header))
         self._recorder = ranks.run(
             lambda: Recorder(
                 self.capture,
@@ -204,8 +151,7 @@ class SnifferCallback(pl.Callback):
             TextWarnings(self._sampler, lengths, header["n_positions"]) if ranks.is_first else None
         )
         self._checked = not self.check
-        self._is_reading = True
-        self._unsaved_config = self.config_yaml
+        self._sigterm.is_deferred = True
         self._started = time.monotonic()
         if ranks.is_first:
             self._progress = ProgressReport(trainer, header["settings"])
@@ -259,8 +205,10 @@ class SnifferCallback(pl.Callback):
             SystemExit: Another process died.
         """
         assert self._recorder is not None
-        self._recorder.end_batch(self._fields, before_saving=self._ownership.require)
-        self._save_config()
+        self._recorder.end_batch(self._fields, before_saving=self.own_data_root.ownership.require)
+        if self._ranks.is_first:
+            # Not before: the config that is there describes what was captured earlier.
+            self.own_data_root.save_config()
         lifeline = self._ranks.lifeline
         if lifeline is not None:
             lifeline.progress = self._recorder.progress
@@ -269,48 +217,42 @@ class SnifferCallback(pl.Callback):
         if self._ranks.is_first:
             progress = lifeline.total_progress() if lifeline else self._recorder.progress
             self._progress.show(progress, self._all_batches(trainer))
-        if self._received_sigterm:
-            raise Stopped(signal.SIGTERM)
+        self._sigterm.raise_where_it_came()
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show and log what all processes have read, when the last of them has."""
         assert self._recorder is not None
-        self._is_reading = False
-        if self._received_sigterm:
-            raise Stopped(signal.SIGTERM)
+        self._sigterm.is_deferred = False
+        self._sigterm.raise_where_it_came()
         gathered = self._ranks.gather(self._recorder.progress)
         progress = [sum(numbers) for numbers in zip(*gathered, strict=True)]
         if self._ranks.is_first:
             self._progress.show(progress, self._all_batches(trainer))
             self._progress.log(progress)
-        n_batches = progress[0]
-        if n_batches > 0 or not (self.data_root / CONFIG_FILE).exists():
-            self._save_config()
+            n_batches = progress[0]
+            if n_batches > 0 or not (self.data_root / CONFIG_FILE).exists():
+                self.own_data_root.save_config()
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the Parquet files, card and manifest, print what there is, and publish it."""
         assert self._recorder is not None
         ranks = self._ranks
         ranks.run(self._recorder.close)
-        ranks.first(self._ownership.require)
+        ranks.first(self.own_data_root.ownership.require)
         limit = trainer.limit_predict_batches
         complete = isinstance(limit, float) and limit == 1.0
         planned = TextsAhead(trainer).example_ids
         if complete and planned is not None:
             ranks.first(lambda: require_captured(self.data_root, planned))
-        manifest = finalize(self.data_root, self._file_progress, complete=complete, ranks=ranks)
+        manifest = self.own_data_root.finalize(ranks, complete=complete)
         if ranks.is_first:
             seconds = time.monotonic() - self._started
             tqdm.write(summary_table(self.data_root, manifest, seconds=seconds))
         # The others need not wait for uploads.
         self._leave(None)
-        if not ranks.is_first:
-            self._ownership.release()
-        if self._publication is not None:
-            self._ownership.require()
-            push(self.data_root, self._publication)
-            tqdm.write(published_table(self._publication.place, manifest))
-        self._ownership.release()
+        if ranks.is_first:
+            self.own_data_root.publish(manifest)
+        self.own_data_root.ownership.release()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -318,7 +260,7 @@ class SnifferCallback(pl.Callback):
         """Close the journal, tell the other processes, and say where the captured rows are."""
         end_in_order()
         if not self._has_joined:
-            self._ownership.release()
+            self.own_data_root.ownership.release()
             return
         try:
             if self._recorder is not None:
@@ -328,20 +270,14 @@ class SnifferCallback(pl.Callback):
         is_first, watched = self._ranks.is_first, self._ranks.lifeline is not None
         if isinstance(exception, UserError | Stopped) and watched and not is_first:
             exception.is_told = True
-        holds_rows = self._recorder is not None and (self.data_root / JOURNAL_DIRECTORY).exists()
+        holds_rows = self._recorder is not None and self.own_data_root.holds_rows
         self._leave(reason_of(exception))
         await_launched(trainer)
-        self._ownership.release()
+        self.own_data_root.ownership.release()
         if (bar := progress_bar(trainer)) is not None:
             bar.close()
         if holds_rows and is_first:
-            again = " with sniffer.output.overwrite: false" if self.output.overwrite else ""
-            log.warning(
-                "What was captured so far is safe. Go on with the same command%s, or write it as "
-                "Parquet with: qk-sniffer finalize %s",
-                again,
-                shlex.quote(str(self.data_root)),
-            )
+            self.own_data_root.warn_how_to_go_on()
 
     def _join(self, trainer: pl.Trainer) -> None:
         """Meet the other processes, and learn together what the data root holds.
@@ -352,7 +288,7 @@ class SnifferCallback(pl.Callback):
         if self._has_joined:
             return
         self._has_joined = True
-        self._recorder, self._received_sigterm, self._is_reading = None, False, False
+        self._recorder, self._sigterm = None, DeferredSigterm()
         self._started = time.monotonic()
         self._ranks = ranks = Ranks.of(trainer)
         if ranks.size > 1:
@@ -364,34 +300,16 @@ class SnifferCallback(pl.Callback):
                 )
             assert strategy.cluster_environment is not None
             ranks.watch(strategy.cluster_environment.main_address)
-        ranks.first(lambda: self.check_output(n_nodes=trainer.num_nodes))
+        ranks.first(lambda: self.own_data_root.take(n_nodes=trainer.num_nodes))
         require_shared(self.data_root, ranks)
         if not ranks.is_first:
-            self._ownership.join()
-        module, data = trainer.lightning_module, TextsAhead(trainer).data
+            self.own_data_root.ownership.join()
+        module = trainer.lightning_module
         check_heads = getattr(module, "check_heads", None)
         if check_heads is not None:
             ranks.first(lambda: check_heads(asdict(self.capture)))
-        self._earlier = ranks.first(lambda: self._earlier_and_pulled(module, data))
-
-    def _earlier_and_pulled(
-        self, module: pl.LightningModule, data: pl.LightningDataModule | None
-    ) -> EarlierRun | None:
-        """What the data root holds of this run, and what its branch of the Hub adds to that."""
-        output, run_settings = self.output, settings(module, data, self.capture)
-        self._publication = None
-        earlier = self.earlier_run(module, data)
-        if output.hf_repo_id is None:
-            return earlier
-        self._publication = publication = Publication.of_run(
-            self.data_root, run_settings, output.hf_repo_id, output.hf_branch, output.private
-        )
-        check_access(publication, "set it to null and publish later with `qk-sniffer push`")
-        known = fingerprint(run_settings) | dict(earlier.fingerprint if earlier else {})
-        pull(self.data_root, publication, known, overwrite=output.overwrite)
-        if not output.overwrite:
-            publication.write(self.data_root)
-        return self.earlier_run(module, data)
+        run_settings = settings(module, TextsAhead(trainer).data, self.capture)
+        self._earlier = ranks.first(lambda: self.own_data_root.pull_earlier_run(run_settings))
 
     def _leave(self, reason: str | None) -> None:
         self._ranks.leave(reason)
@@ -407,46 +325,6 @@ class SnifferCallback(pl.Callback):
         heads = heads_to_capture(run_settings["capture"], attention.layers)
         return describe(run_settings, self._backbone, attention, heads), heads
 
-    def _prepare_journal(self, header: dict[str, Any]) -> None:
-        """Clear the data root or see that it can be continued, in the first process."""
-        if self._earlier is None:
-            clear_data_root(self.data_root)
-            if self._publication is not None:
-                # Not before: what the branch holds is given up together with what was here.
-                self._publication.write(self.data_root)
-        else:
-            try:
-                self._earlier.require(self.data_root, header["fingerprint"])
-            except UserError:
-                if self._earlier.is_pulled:
-                    discard_pulled(self.data_root)
-                raise
-
-    def _save_config(self) -> None:
-        """Save the config once it has captured something: the one that is there describes what is."""
-        if self._ranks.is_first and self._unsaved_config is not None:
-            write_text(self.data_root / CONFIG_FILE, self._unsaved_config)
-            self._unsaved_config = None
-
-    def _stop_on_sigterm(self, trainer: pl.Trainer) -> None:
-        """While texts are read, note a SIGTERM, and pass it on to the processes that were launched.
-
-        Lightning's own handler would let a run go on to its end, and wait in a handler for all
-        processes to receive the signal, which hangs where one of them does not.
-        """
-
-        def stop(signum: int, frame: Any) -> None:
-            if not self._is_reading:
-                stop_command(signum)
-                return
-            self._received_sigterm = True
-            if trainer.strategy.launcher is not None:
-                trainer.strategy.launcher.kill(signal.SIGTERM)
-
-        # Elsewhere Python takes no handlers; the trainer puts back the earlier one when it ends.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, stop)
-
     def _all_batches(self, trainer: pl.Trainer) -> int | None:
         """The batches of all processes, where the bar counts those of this one alone; else None."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -454,17 +332,6 @@ class SnifferCallback(pl.Callback):
         if bar is None or self._ranks.size == 1 or callbacks.index(bar) > callbacks.index(self):
             return None
         return TextsAhead(trainer).n_batches()
-
-    def _file_progress(self, files: Any, total: int) -> Any:
-        if not self._ranks.is_first:
-            return files
-        share = "" if self._ranks.size == 1 else f" the first of {self._ranks.size} shares"
-        return self._while_owned(file_progress(files, total, f"Writing{share}"))
-
-    def _while_owned(self, files: Iterable[T]) -> Iterator[T]:
-        for file in files:
-            self._ownership.require()
-            yield file
 
     def _uncaptured(self) -> ExampleFilter:
         captured = np.empty(0, np.int32) if self._earlier is None else self._earlier.example_ids

@@ -21,9 +21,7 @@ from qk_sniffer.storage import (
     CONFIG_FILE,
     DATA_FILE,
     EXAMPLES_DIRECTORY,
-    JOURNAL_DIRECTORY,
     MANIFEST_FILE,
-    PULLED_DIRECTORY,
     REPORT_DIRECTORY,
     REPORT_FILE,
     FileFacts,
@@ -39,6 +37,7 @@ from qk_sniffer.storage import (
     report_files,
     require_manifest,
     shown_names,
+    waiting_rows,
     write_text,
 )
 
@@ -82,12 +81,11 @@ def push(data_root: Path, publication: Publication) -> None:
 
 
 def _require_merged(data_root: Path) -> None:
-    for name in (JOURNAL_DIRECTORY, PULLED_DIRECTORY):
-        if (data_root / name).exists():
-            raise UserError(
-                f"{data_root / name}: rows are waiting to be merged; run predict again, or "
-                f"`qk-sniffer finalize {data_root}`, then push"
-            )
+    for directory in waiting_rows(data_root):
+        raise UserError(
+            f"{directory}: rows are waiting to be merged; run predict again, or "
+            f"`qk-sniffer finalize {data_root}`, then push"
+        )
 
 
 def _until_unmoved(task: Callable[[], None], what: str, again: str) -> None:

@@ -19,7 +19,7 @@ from qk_sniffer.config import HELP, bases_first, explain
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.module import SnifferModule
-from qk_sniffer.recording import leave_out_advertisements
+from qk_sniffer.recording import leave_out_advertisements, settings
 
 _PARSER_OPTIONS = {"exit_on_error": False, "allow_abbrev": False}
 
@@ -81,17 +81,17 @@ class PredictCLI(LightningCLI):
         sniffer: SnifferCallback = self._get(self.config_init, "sniffer")
         trainer = self.trainer
         if trainer.global_rank == 0:
-            sniffer.check_output(n_nodes=trainer.num_nodes)
+            sniffer.own_data_root.take(n_nodes=trainer.num_nodes)
         module: SnifferModule = self._get(self.config_init, "model")
         try:
             module.check_model()
             module.check_trainer(trainer)
-            sniffer.earlier_run(module, self.datamodule)
+            sniffer.own_data_root.earlier_run(settings(module, self.datamodule, sniffer.capture))
         except BaseException:
-            sniffer.release_output()
+            sniffer.own_data_root.ownership.release()
             raise
         config = self.config["predict"]
-        sniffer.config_yaml = self._parser("predict").dump(config, skip_none=False)
+        sniffer.own_data_root.config_yaml = self._parser("predict").dump(config, skip_none=False)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # The trainer's default accumulates every prediction in memory.

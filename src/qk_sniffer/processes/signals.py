@@ -94,14 +94,47 @@ def end_in_order() -> None:
     _handler.is_ending = _handler.is_installed
 
 
-def stop(signum: int) -> None:
-    """Stop the command, for a signal handler of another kind.
+class DeferredSigterm:
+    """A SIGTERM that waits until the batch at work is done.
 
-    Raises:
-        Stopped: Unless it is ending already.
+    Lightning's own handler would let a run go on to its end, and wait in a handler for all processes to
+    receive the signal, which hangs where one of them does not.
     """
-    if not _handler.is_ending:
-        raise Stopped(signum)
+
+    def __init__(self) -> None:
+        self.is_deferred = False
+        """Whether one waits for ``raise_where_it_came``; else it stops the command at once."""
+        self._came = False
+
+    def handle(self, launcher: Any) -> None:
+        """Handle the signal from now on.
+
+        Args:
+            launcher: Of the trainer's strategy; it passes the signal on to the processes that it has
+                launched. None where there are none.
+        """
+
+        def note(signum: int, frame: Any) -> None:
+            if not self.is_deferred:
+                if not _handler.is_ending:
+                    raise Stopped(signum)
+                return
+            self._came = True
+            if launcher is not None:
+                launcher.kill(signal.SIGTERM)
+
+        # Elsewhere Python takes no handlers; the trainer puts back the earlier one when it ends.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, note)
+
+    def raise_where_it_came(self) -> None:
+        """Stop the command.
+
+        Raises:
+            Stopped: A SIGTERM has come.
+        """
+        if self._came:
+            raise Stopped(signal.SIGTERM)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """One prediction's recording: what is captured, how far it is, and what a person should know of it."""
 
 from qk_sniffer.recording.advertisements import leave_out_advertisements
+from qk_sniffer.recording.own_data_root import OwnDataRoot
 from qk_sniffer.recording.progress import ProgressReport, progress_bar
 from qk_sniffer.recording.provenance import describe, described_streams, fingerprint, settings
 from qk_sniffer.recording.recorder import Recorder
@@ -9,6 +10,7 @@ from qk_sniffer.recording.texts_ahead import TextsAhead
 from qk_sniffer.recording.warnings import TextWarnings, forewarnings
 
 __all__ = [
+    "OwnDataRoot",
     "ProgressReport",
     "Recorder",
     "TextWarnings",

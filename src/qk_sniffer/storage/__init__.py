@@ -22,6 +22,7 @@ from qk_sniffer.storage.data_root import (
     prepare_data_root,
     require_captured,
     require_shared,
+    waiting_rows,
 )
 from qk_sniffer.storage.examples import read_examples
 from qk_sniffer.storage.files import (
@@ -147,6 +148,7 @@ __all__ = [
     "summary_table",
     "sync_directory",
     "sync_file",
+    "waiting_rows",
     "warn_of_non_finite",
     "write_card",
     "write_text",

@@ -150,6 +150,15 @@ def earlier_run(data_root: Path) -> EarlierRun | None:
     )
 
 
+def waiting_rows(data_root: Path) -> list[Path]:
+    """What a data root holds besides its finished files, and waits to be merged with them.
+
+    That is the journal of a run that is at work or was interrupted, and a run that was pulled.
+    """
+    directories = (data_root / name for name in (JOURNAL_DIRECTORY, PULLED_DIRECTORY))
+    return [directory for directory in directories if directory.exists()]
+
+
 def data_root_path(name: str | Path) -> Path:
     """The path of a data root as a person names it."""
     path = Path(name).expanduser()

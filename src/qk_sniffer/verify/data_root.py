@@ -37,9 +37,7 @@ from qk_sniffer.storage import (
     DATA_FILE,
     EXAMPLES_DIRECTORY,
     EXAMPLES_SCHEMA,
-    JOURNAL_DIRECTORY,
     MANIFEST_FILE,
-    PULLED_DIRECTORY,
     FileFacts,
     StoredRows,
     checksum,
@@ -50,6 +48,7 @@ from qk_sniffer.storage import (
     owner_of,
     parse_head_name,
     require_manifest,
+    waiting_rows,
 )
 
 _TOKENS_AT_ONCE = 2**20
@@ -72,12 +71,11 @@ def verify(data_root: Path, *, trust_code: bool = False) -> list[str]:
     manifest = require_manifest(data_root)
     sampler = _sampler_of(data_root, manifest, trust_code)
     # What a run at work has captured is for that run to merge.
-    is_at_work = owner_of(data_root) is not None
+    waiting = [] if owner_of(data_root) is not None else waiting_rows(data_root)
     faults = [
-        f"{name}: rows are waiting to be merged; run predict again, or "
+        f"{directory.name}: rows are waiting to be merged; run predict again, or "
         f"`qk-sniffer finalize {data_root}`"
-        for name in (JOURNAL_DIRECTORY, PULLED_DIRECTORY)
-        if (data_root / name).exists() and not is_at_work
+        for directory in waiting
     ]
     try:
         kinds = kinds_of(manifest["settings"]["capture"])
