@@ -61,11 +61,11 @@ format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(INSTALLED) ## Measure speed and memory; saves .cache/bench.md
-	TQDM_DISABLE=1 $(BIN)/python tests/bench.py
+bench: $(INSTALLED) ## Measure speed and memory, or a part as in ONLY=host; saves .cache/bench.md
+	TQDM_DISABLE=1 PYTHONPATH=tests $(BIN)/python -m bench $(if $(ONLY),--only $(ONLY))
 
 bench-gpu: $(INSTALLED) ## Measure the capture on a GPU, in six minutes
-	TQDM_DISABLE=1 PYTHONUNBUFFERED=1 $(BIN)/python tests/bench.py --only gpu --repetitions 1
+	TQDM_DISABLE=1 PYTHONUNBUFFERED=1 PYTHONPATH=tests $(BIN)/python -m bench --only gpu --repetitions 1
 
 clean: ## Remove what the other targets made
 	rm -rf .venv .cache data build dist site .pytest_cache .mypy_cache .ruff_cache

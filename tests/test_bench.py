@@ -7,19 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench_gpu
-import bench_stand_in
+from bench import gpu, stand_in
 from families import FAMILIES
 
 
 def test_every_kind_of_case_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     config = FAMILIES["llama"]
     captures = {
-        name: (bench_gpu.capture_config(name, 16, n_heads), goal)
-        for name, n_heads, goal in (("uniform", 5, 1.1), ("all", None, bench_gpu.WITH_DISK))
+        name: (gpu.capture_config(name, 16, n_heads), goal)
+        for name, n_heads, goal in (("uniform", 5, 1.1), ("all", None, gpu.WITH_DISK))
     }
-    case = bench_gpu.Case("tiny", config, 5, 32, 2, captures, has_peer=True)
-    lines = bench_gpu.time_cases([case], torch.device("cpu"), 1)
+    case = gpu.Case("tiny", config, 5, 32, 2, captures, has_peer=True)
+    lines = gpu.time_cases([case], torch.device("cpu"), 1)
     assert capsys.readouterr().out.splitlines() == lines
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert [row[0].rpartition(", ")[2] for row in cells[:2]] == ["uniform", "all"]
@@ -33,11 +32,11 @@ def test_every_kind_of_case_is_measured(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_what_stands_for_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     captures = {
-        name: (bench_gpu.capture_config(name, 16), goal)
-        for name, goal in (("log_uniform", 1.1), ("all", bench_gpu.WITH_DISK))
+        name: (gpu.capture_config(name, 16), goal)
+        for name, goal in (("log_uniform", 1.1), ("all", gpu.WITH_DISK))
     }
-    case = bench_gpu.Case("tiny", FAMILIES["llama"], 4, 64, 2, captures)
-    lines = bench_stand_in.time_hosts([case], 3)
+    case = gpu.Case("tiny", FAMILIES["llama"], 4, 64, 2, captures)
+    lines = stand_in.time_hosts([case], 3)
     assert capsys.readouterr().out.splitlines() == lines
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert [row[0] for row in cells] == ["tiny, 2 x 64, log_uniform", "tiny, 2 x 64, all"]
@@ -48,8 +47,7 @@ def test_what_stands_for_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so() -> None:
-    bench = Path(__file__).with_name("bench.py")
-    command = [sys.executable, str(bench), "--only", "gpu"]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench", "--only", "gpu"]
+    ended = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert ended.returncode == 0
     assert "This machine has no CUDA device." in ended.stdout

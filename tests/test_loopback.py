@@ -31,8 +31,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-import loopback
-from loopback import Fault, LoopbackHub, client_of, environment_of
+from loopback import Fault, LoopbackHub, Request, client_of, environment_of
 
 REPO = "someone/heads"
 BRANCH = "feature/a"
@@ -105,7 +104,7 @@ def push(
     )
 
 
-def asked(hub: LoopbackHub, method: str, part: str) -> list[loopback.Request]:
+def asked(hub: LoopbackHub, method: str, part: str) -> list[Request]:
     return [request for request in hub.requests if request.method == method and part in request.path]
 
 
@@ -433,8 +432,9 @@ def test_in_processes_of_their_own(tmp_path: Path) -> None:
     for path, data in FEW.items():
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(data)
-    server = [sys.executable, loopback.__file__, "--user", "someone", "--token", "hf_write"]
-    with subprocess.Popen(server, stdout=subprocess.PIPE, text=True) as process:
+    server = [sys.executable, "-m", "loopback", "--user", "someone", "--token", "hf_write"]
+    here = Path(__file__).parent
+    with subprocess.Popen(server, cwd=here, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         endpoint = process.stdout.readline().strip()
         environment = os.environ | environment_of(endpoint, "hf_write", tmp_path / "cache")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from bench_gpu import CASES, Case, Table, module_of, plain_write
+from bench.gpu import CASES, Case, Table, module_of, plain_write
 from families import HOST_BOUND, tiny_model
 from qk_sniffer.capture import (
     BatchRows,

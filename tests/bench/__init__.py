@@ -1,0 +1,1 @@
+"""The benchmark, a part in each module; ``python -m bench`` runs it."""
