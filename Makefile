@@ -25,7 +25,7 @@ pictures: demo ## Draw the README's pictures anew
 	cp data/demo/report/components-2q.png docs/assets/demo-components.png
 
 test: lint ## Run lint and all tests
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 3 --dist worksteal
 
 check: lint ## Run lint and the quick tests, at every save
 	$(BIN)/pytest -n 2 --dist worksteal $(QUICK)

@@ -59,16 +59,16 @@ def say(capsys: pytest.CaptureFixture[str]) -> Say:
 @pytest.fixture
 def journal_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of the journal of each run, before files are made of it."""
-    from qk_sniffer import callback
+    from qk_sniffer.recording import own_data_root
 
     sizes: list[int] = []
-    finalize = callback.finalize
+    finalize = own_data_root.finalize
 
     def weigh(data_root: Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         sizes.append(sum(file.stat().st_size for file in data_root.glob(".journal/*/segment-*")))
         return finalize(data_root, *args, **kwargs)
 
-    monkeypatch.setattr(callback, "finalize", weigh)
+    monkeypatch.setattr(own_data_root, "finalize", weigh)
     return sizes
 
 

@@ -283,7 +283,7 @@ def test_local_captures_and_the_branchs_are_joined(
     limit = {"limit_predict_batches": len(ours)} if interrupted else {}
     if interrupted:
         with monkeypatch.context() as patch:
-            patch.setattr("qk_sniffer.callback.finalize", _fail)
+            patch.setattr("qk_sniffer.recording.own_data_root.finalize", _fail)
             with pytest.raises(RuntimeError, match="cut off"):
                 predict("ours", data=subset(texts, path, *ours), trainer=limit)
         assert (tmp_path / "ours" / ".journal").exists()
@@ -299,7 +299,7 @@ def _fail(*_: Any, **__: Any) -> None:
     raise RuntimeError("cut off")
 
 
-@pytest.mark.parametrize("cut_off", ["callback.finalize", "storage.finalizing._end"])
+@pytest.mark.parametrize("cut_off", ["recording.own_data_root.finalize", "storage.finalizing._end"])
 def test_what_waits_to_be_merged_stays_when_the_branch_moves(
     hub: LoopbackHub,
     predict: Run,
@@ -405,7 +405,7 @@ def test_an_overwriting_run_that_was_cut_off_goes_on(
     assert predict("first", sniffer=output()) == 0
     capture = {"capture": {"heads": [1]}}
     with monkeypatch.context() as patch:
-        patch.setattr("qk_sniffer.callback.finalize", _fail)
+        patch.setattr("qk_sniffer.recording.own_data_root.finalize", _fail)
         with pytest.raises(RuntimeError, match="cut off"):
             predict("second", sniffer=output(overwrite=True) | capture)
     assert predict("second", sniffer=output() | capture) == 0
@@ -425,7 +425,7 @@ def test_an_overwriting_run_takes_up_what_came_in_between(
     anew = output(overwrite=True) | capture
     assert predict("first", data=subset(texts, path, 0), sniffer=output()) == 0
     with monkeypatch.context() as patch:
-        patch.setattr("qk_sniffer.callback.finalize", _fail)
+        patch.setattr("qk_sniffer.recording.own_data_root.finalize", _fail)
         with pytest.raises(RuntimeError, match="cut off"):
             predict("second", data=subset(texts, path, 0), sniffer=anew)
     assert predict("third", data=subset(texts, path, 1, 2), sniffer=anew) == 0

@@ -55,7 +55,7 @@ def start(
 
     def interrupt(name: str, *numbers: int) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr("qk_sniffer.callback.finalize", _cut_off)
+            patch.setattr("qk_sniffer.recording.own_data_root.finalize", _cut_off)
             with pytest.raises(RuntimeError, match="cut off"):
                 predict(name, data=data(*numbers))
         shutil.move(tmp_path / name, made / name)
