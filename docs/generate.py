@@ -78,8 +78,9 @@ a prediction needs these:
 COMMANDS_TOP = """\
 # Commands
 
-The exit status is 0 when all went well, 1 where `verify` finds a fault, 130 after Ctrl-C, 143 after
-SIGTERM, and 2 for a mistake, of which one line on standard error names the field or file and [the remedy](troubleshooting.md). `make docs` writes this page.
+The exit status is 0 on success, 1 if `verify` finds a fault, 2 for a mistake, 130 after Ctrl-C and 143 after
+SIGTERM. For a mistake, one line on standard error names the field or file and
+[the remedy](troubleshooting.md). `make docs` writes this page.
 """
 
 

@@ -437,26 +437,27 @@ def render(rows: list[Row]) -> str:
 _PAGE = """\
 # Architectures
 
-Every causal language model of transformers {version}, and multimodal models whose text decoder is one:
-{total} in all, {exact} exact, {noted} exact with a note, {refused} refused.
+The table lists every causal language model of transformers {version}, and multimodal models whose text
+decoder is one: {total} in all, {exact} exact, {noted} exact with a note, {refused} refused.
 
 For each, `make test-architectures` builds a tiny random model from its real config class and captures
-everything. **Exact** means: softmax of the captured q·kᵀ, with the layer's scale and its causal mask
-or stored window, equals the probabilities of the model's own eager attention to 1e-5; capturing
-changes no bit of the output, in eager attention or sdpa; and the rows of a text do not depend on the
-padding beside it. **Exact, with a note** means the same once what the note says is taken into account.
-The dataset card of a capture carries its notes.
+everything. **Exact** means that softmax of the captured q·kᵀ, with the layer's scale and its causal
+mask or stored window, equals the probabilities of the model's own eager attention to 1e-5. It also
+means that capturing changes no bit of the output, in eager attention or sdpa, and that the rows of a
+text do not depend on the padding beside it. **Exact, with a note** means the same once you take the
+note into account. The dataset card of a capture contains its notes.
 
-- **Pre-RoPE** (`capture_pre_rope`): rotating the stored vectors with the model's own function gives
-  those that attention used. In layers without RoPE both are the same.
+- **Pre-RoPE** (`capture_pre_rope`): if you rotate the stored vectors with the model's own function,
+  you get the vectors that the attention used. In layers without RoPE both are the same.
 - **Passages** (`prefill_chunk_size`): a text read in passages of 1, 8 or 20 tokens gives the rows of
-  one forward to 1e-5; "to 1e-3" where recurrent layers round otherwise. Where the model itself does
-  not read passages as it reads the whole, a run stops before it captures anything.
+  one forward to 1e-5, or "to 1e-3" where recurrent layers round differently. If the model itself reads
+  passages differently from the whole text, a run stops before it captures anything.
 
-Each is also read with every kind of RoPE that transformers has and its code takes (default, linear,
-dynamic, yarn, longrope, llama3, proportional), in texts on both sides of its window, chunk and original
-length. A text has the rows that a fresh model gives it alone, in company, after other texts, under a
-token budget, and in passages wherever the column says yes: no verdict differs.
+Each architecture is also tested with every type of RoPE that transformers has and its code accepts
+(default, linear, dynamic, yarn, longrope, llama3, proportional), on texts shorter and longer than its
+window, chunk and original length. A text has the same rows as when a fresh model reads it alone: with
+other texts in its batch, after other texts, under a token budget, and in passages wherever the column
+says yes. With every type of RoPE the verdict is the same.
 [How that is done](exactness.md#a-text-alone)
 
 `make architectures` writes this page.
