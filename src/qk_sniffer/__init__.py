@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qk_sniffer.reading import Captures as Captures
+    from qk_sniffer.sniffing import sniff as sniff
 
-__all__ = ["Captures"]
+__all__ = ["Captures", "sniff"]
 
 
 def __getattr__(name: str) -> Any:
@@ -14,4 +15,8 @@ def __getattr__(name: str) -> Any:
         from qk_sniffer.reading import Captures
 
         return Captures
+    if name == "sniff":
+        from qk_sniffer.sniffing import sniff
+
+        return sniff
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

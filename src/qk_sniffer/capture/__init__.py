@@ -8,6 +8,7 @@ from qk_sniffer.capture.attention import (
     softmax_with_sinks,
 )
 from qk_sniffer.capture.buffers import BUFFER_BYTES, N_BUFFERS, Portion
+from qk_sniffer.capture.calls import CallSniffer, CallTokens
 from qk_sniffer.capture.chunks import Chunk, Chunks
 from qk_sniffer.capture.heads import (
     AttentionLayer,
@@ -44,6 +45,8 @@ __all__ = [
     "AttentionLayer",
     "BatchRows",
     "Block",
+    "CallSniffer",
+    "CallTokens",
     "CapturedHeads",
     "CapturedStream",
     "CapturesAttention",

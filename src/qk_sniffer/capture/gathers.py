@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from qk_sniffer.capture.buffers import ALIGNMENT, Staging, upload
-from qk_sniffer.capture.plan import Passage, Stream
+from qk_sniffer.capture.plan import KeptRows, Stream
+from qk_sniffer.capture.rows import Block
 
 
 class Layout(NamedTuple):
@@ -82,6 +83,30 @@ class Gather(NamedTuple):
         """Vectors of all heads."""
         return self.n_heads * self.n_rows
 
+    def block(self, stream: Stream, sliding_window: int | None, first: int) -> Block:
+        """What they are, for a sink.
+
+        Args:
+            stream: Layer and kind.
+            sliding_window: The layer's.
+            first: Where the numbers of the passage begin.
+        """
+        return Block(
+            *stream,
+            sliding_window,
+            _dtype_name(self.layout.dtype),
+            self.n_heads,
+            self.n_rows,
+            self.layout.width,
+            self.vectors,
+            first + self.rows,
+        )
+
+
+@lru_cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
 
 class _Prepared(NamedTuple):
     """A gather that only waits for its states.
@@ -116,18 +141,18 @@ class Gathers:
         self._layouts: dict[Stream, Layout] = {}
         self._alike: dict[Stream, list[Stream]] = {}
         self._is_grouped = True
-        self._passage: Passage | None = None
+        self._passage: KeptRows | None = None
         self._prepared: dict[Stream, _Prepared] = {}
         self._fits: bool | None = None
         self._widest = 0
         self._head_steps: dict[tuple[torch.device, tuple[int, ...], int], Tensor] = {}
 
-    def gather(self, stream: Stream, states: Tensor, passage: Passage) -> Gather | None:
+    def gather(self, stream: Stream, states: Tensor, passage: KeptRows) -> Gather | None:
         """Lay down the kept vectors of all captured heads, head by head; None where there are none.
 
         Args:
             stream: Layer and kind.
-            states: (B, n_heads, S, head_dim) of the passage's sequences and tokens.
+            states: (B, n_heads, S, head_dim) of the forward's sequences and tokens.
             passage: Its kept rows.
         """
         if passage is not self._passage:
@@ -150,7 +175,7 @@ class Gathers:
         torch.index_select(states.as_strided(shape, strides), 0, places, out=room)
         return gather
 
-    def _begin(self, passage: Passage) -> None:
+    def _begin(self, passage: KeptRows) -> None:
         self._passage, self._prepared, self._fits = passage, {}, None
         if not self._is_grouped:
             self._is_grouped = True
@@ -160,13 +185,13 @@ class Gathers:
                     groups.setdefault(self._layouts[stream], []).append(stream)
             self._alike = {stream: group for group in groups.values() for stream in group}
 
-    def _fits_whole(self, layout: Layout, passage: Passage) -> bool:
+    def _fits_whole(self, layout: Layout, passage: KeptRows) -> bool:
         """Whether the open buffer takes the vectors of all layers and kinds, as wide as they were."""
         self._widest = max(self._widest, layout.row_bytes)
         return self._fits_together(list(self._heads), self._widest, layout.device, passage)
 
     def _fits_together(
-        self, streams: Sequence[Stream], row_bytes: int, device: torch.device, passage: Passage
+        self, streams: Sequence[Stream], row_bytes: int, device: torch.device, passage: KeptRows
     ) -> bool:
         n_vectors = sum(len(self._heads[s]) * passage.sizes[passage.draws[s]] for s in streams)
         return self._staging.fits(n_vectors * row_bytes + len(streams) * ALIGNMENT, device)
@@ -176,7 +201,7 @@ class Gathers:
         alike = self._alike.get(stream, [stream])
         return alike[alike.index(stream) :]
 
-    def _prepare(self, streams: Sequence[Stream], layout: Layout, passage: Passage) -> bool:
+    def _prepare(self, streams: Sequence[Stream], layout: Layout, passage: KeptRows) -> bool:
         """Find places for layers and kinds of one layout, where they fit into the buffer."""
         if not self._staging.is_open(layout.device):
             # What is prepared and not gathered would be handed on without its vectors.
@@ -209,7 +234,7 @@ class Gathers:
         self._layouts.update(dict.fromkeys(streams, layout))
 
     def _places_on_host(
-        self, streams: Sequence[Stream], gathers: Sequence[Gather], layout: Layout, passage: Passage
+        self, streams: Sequence[Stream], gathers: Sequence[Gather], layout: Layout, passage: KeptRows
     ) -> Tensor:
         """Where the kept vectors of some layers and kinds lie in the matrices of their states."""
         per_sequence, per_head, per_token = layout.steps()
@@ -223,7 +248,7 @@ class Gathers:
             np.add(per_head * self._head_numbers[stream], own, out=room)
         return torch.from_numpy(places)
 
-    def _described(self, stream: Stream, layout: Layout, passage: Passage, start: int) -> Gather:
+    def _described(self, stream: Stream, layout: Layout, passage: KeptRows, start: int) -> Gather:
         """The gather whose vectors begin at a byte of the staging."""
         draw = passage.draws[stream]
         n_rows = passage.sizes[draw]
@@ -231,7 +256,7 @@ class Gathers:
         return Gather(layout, len(self._heads[stream]), n_rows, start, rows)
 
     def _gather_in_parts(
-        self, stream: Stream, states: Tensor, layout: Layout, passage: Passage
+        self, stream: Stream, states: Tensor, layout: Layout, passage: KeptRows
     ) -> Gather:
         """Gather more than the open buffer takes."""
         self._prepared = {}
@@ -248,7 +273,7 @@ class Gathers:
         return gather
 
     def _places(
-        self, stream: Stream, layout: Layout, passage: Passage, start: int, stop: int
+        self, stream: Stream, layout: Layout, passage: KeptRows, start: int, stop: int
     ) -> Tensor:
         """Where some of the kept vectors lie in the matrix of the states, by their numbers."""
         per_sequence, per_head, per_token = layout.steps()

@@ -1,5 +1,6 @@
 """The rows that are kept of a batch, drawn on the host before the forward."""
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class Plans:
         lengths = [torch.tensor(lengths, dtype=torch.int64) for _, lengths in batches]
         ids = [torch.tensor(example_ids, dtype=torch.int64) for example_ids, _ in batches]
         n_draws = count_draws(self._sampler, len(self._streams), torch.cat(lengths))
-        draws, stream_ids = _draws(self._streams, n_draws)
+        draws, stream_ids = draws_of(self._streams, n_draws)
         sizes = [len(batch_ids) for batch_ids in ids]
         sequences, positions = draw_positions(
             self._sampler,
@@ -150,43 +151,34 @@ class BatchPlan:
 
 
 @lru_cache(maxsize=16)
-def _draws(streams: tuple[Stream, ...], n_draws: int) -> tuple[Mapping[Stream, int], Tensor]:
+def draws_of(streams: tuple[Stream, ...], n_draws: int) -> tuple[Mapping[Stream, int], Tensor]:
     """The draw of each layer and kind, and what names the random stream of each draw: (n_draws,)."""
     ids = [random_stream(layer_idx, kind) for layer_idx, kind in streams[:n_draws]]
     draws = {stream: min(number, n_draws - 1) for number, stream in enumerate(streams)}
     return draws, torch.tensor(ids, dtype=torch.int64)
 
 
-class Passage:
-    """The rows of a batch in some of its sequences and positions.
+class KeptRows(ABC):
+    """The rows that each layer and kind keeps of one forward, sorted by draw.
 
-    Args:
-        plan: The batch's.
-        sequences: Some of its sequences.
-        tokens: Some positions.
+    Attributes:
+        draws: The draw of each layer and kind.
+        stops: The row after the last of each draw.
+        sizes: Rows of each draw.
     """
 
-    def __init__(self, plan: BatchPlan, sequences: range, tokens: range) -> None:
-        self.sequences, self.tokens = sequences, tokens
-        self.draws = plan.draws
-        self._plan = plan
-        self._rows: Tensor | slice = slice(None)
-        stops = plan.stops
-        if (sequences, tokens.start) != (range(len(plan.lengths)), 0) or tokens.stop < plan.longest:
-            inside = (plan.positions >= tokens.start) & (plan.positions < tokens.stop)
-            inside &= plan.batch_indices >= sequences.start
-            inside &= plan.batch_indices < sequences.stop
-            self._rows = inside.nonzero().squeeze(1)
-            stops = torch.searchsorted(self._rows, stops)
-        self.stops: list[int] = stops.tolist()
-        """The row after the last of each draw."""
-        self.sizes: list[int] = np.diff(self.stops, prepend=0).tolist()
-        """Rows of each draw."""
+    def __init__(self, draws: Mapping[Stream, int], stops: list[int]) -> None:
+        self.draws, self.stops = draws, stops
+        self.sizes: list[int] = np.diff(stops, prepend=0).tolist()
         self._steps: dict[tuple[torch.device, int, int], Sequence[Tensor]] = {}
         self._steps_on_host: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
 
+    @abstractmethod
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """Where the rows of all draws lie in the states: (K,) int64 sequence and token each."""
+
     def steps_on_host(self, per_sequence: int, per_token: int) -> npt.NDArray[np.int64]:
-        """Where the rows of all draws lie in states of this passage: (K,) int64.
+        """Where the rows of all draws lie in states of the forward: (K,) int64.
 
         Args:
             per_sequence: Steps from one sequence to the next.
@@ -194,8 +186,7 @@ class Passage:
         """
         key = per_sequence, per_token
         if key not in self._steps_on_host:
-            sequences, positions = self._sequences_and_positions()
-            rows, tokens = sequences - self.sequences.start, positions - self.tokens.start
+            rows, tokens = self._places()
             self._steps_on_host[key] = (rows * per_sequence + tokens * per_token).numpy()
         return self._steps_on_host[key]
 
@@ -207,14 +198,53 @@ class Passage:
             self._steps[key] = torch.split(upload(steps, device), self.sizes)
         return self._steps[key]
 
-    def _sequences_and_positions(self) -> tuple[Tensor, Tensor]:
-        """Those of its rows: (K,) int64 each."""
-        return self._plan.batch_indices[self._rows], self._plan.positions[self._rows]
-
     def forget_steps(self) -> None:
         """Let go of what only a forward needs."""
         self._steps.clear()
         self._steps_on_host.clear()
+
+    def _by_draw(self, columns: Sequence[Tensor]) -> Tensor:
+        """Three columns of the rows, int32: those of a draw begin at three times its first row."""
+        sizes, stops = np.array(self.sizes), np.array(self.stops)
+        n_rows = columns[0].numel()
+        # Row i of a draw of n rows, the first of them number s, goes to 3 s + column n + (i - s).
+        places = np.arange(n_rows) + 2 * np.repeat(stops - sizes, sizes)
+        strides = np.repeat(sizes, sizes)
+        numbers = np.empty(3 * n_rows, np.int32)
+        for number, column in enumerate(columns):
+            numbers[places + number * strides] = column.numpy()
+        return torch.from_numpy(numbers)
+
+
+class Passage(KeptRows):
+    """The rows of a batch in some of its sequences and positions.
+
+    Args:
+        plan: The batch's.
+        sequences: Some of its sequences.
+        tokens: Some positions.
+    """
+
+    def __init__(self, plan: BatchPlan, sequences: range, tokens: range) -> None:
+        self.sequences, self.tokens = sequences, tokens
+        self._plan = plan
+        self._rows: Tensor | slice = slice(None)
+        stops = plan.stops
+        if (sequences, tokens.start) != (range(len(plan.lengths)), 0) or tokens.stop < plan.longest:
+            inside = (plan.positions >= tokens.start) & (plan.positions < tokens.stop)
+            inside &= plan.batch_indices >= sequences.start
+            inside &= plan.batch_indices < sequences.stop
+            self._rows = inside.nonzero().squeeze(1)
+            stops = torch.searchsorted(self._rows, stops)
+        super().__init__(plan.draws, stops.tolist())
+
+    def _sequences_and_positions(self) -> tuple[Tensor, Tensor]:
+        """Those of its rows: (K,) int64 each."""
+        return self._plan.batch_indices[self._rows], self._plan.positions[self._rows]
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        sequences, positions = self._sequences_and_positions()
+        return sequences - self.sequences.start, positions - self.tokens.start
 
     def sizes_within(self, lengths: Tensor) -> list[int]:
         """Rows of each draw that come before the end of their sequence.
@@ -237,12 +267,4 @@ class Passage:
         """
         sequences, positions = self._sequences_and_positions()
         live = torch.where(positions < lengths[sequences], positions, -1)
-        columns = self._plan.example_ids[sequences], live, self._plan.buckets[self._rows]
-        sizes, stops = np.array(self.sizes), np.array(self.stops)
-        # Row i of a draw of n rows, the first of them number s, goes to 3 s + column n + (i - s).
-        places = np.arange(positions.numel()) + 2 * np.repeat(stops - sizes, sizes)
-        strides = np.repeat(sizes, sizes)
-        numbers = np.empty(3 * positions.numel(), np.int32)
-        for number, column in enumerate(columns):
-            numbers[places + number * strides] = column.numpy()
-        return torch.from_numpy(numbers)
+        return self._by_draw([self._plan.example_ids[sequences], live, self._plan.buckets[self._rows]])

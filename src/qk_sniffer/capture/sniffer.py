@@ -8,7 +8,6 @@ waits for a device.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from itertools import groupby
 from operator import attrgetter
 from typing import NamedTuple, Protocol
@@ -40,17 +39,7 @@ class _PendingChunk(NamedTuple):
         Args:
             first: Where the numbers of the passage begin.
         """
-        gather = self.gather
-        return Block(
-            *self.stream,
-            self.sliding_window,
-            _dtype_name(gather.layout.dtype),
-            gather.n_heads,
-            gather.n_rows,
-            gather.layout.width,
-            gather.vectors,
-            first + gather.rows,
-        )
+        return self.gather.block(self.stream, self.sliding_window, first)
 
 
 class _EndedBatch(NamedTuple):
@@ -297,11 +286,6 @@ class Sniffer:
         self._end_batch()
         if not self._ended:
             self._staging.clear()
-
-
-@lru_cache
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 _active_sniffer: CapturesAttention | None = None

@@ -1,6 +1,8 @@
 """How a model is loaded and its attention reached; the one room that knows transformers' insides."""
 
-from qk_sniffer.models.attention import decoder_backbone
+from qk_sniffer.models.attention import cache_of, decoder_backbone, text_decoder, watch_attention
+from qk_sniffer.models.caches import watch_caches
+from qk_sniffer.models.calls import AttentionCall
 from qk_sniffer.models.capturing import capture_attention
 from qk_sniffer.models.check import check_capture
 from qk_sniffer.models.checkpoint import Quantization, stored_quantization
@@ -20,17 +22,29 @@ from qk_sniffer.models.limits import (
 from qk_sniffer.models.loading import ModelSource, load_config, load_model, weights_digest
 from qk_sniffer.models.overlay import model_overlays
 from qk_sniffer.models.passages import check_passages, read_in_passages
-from qk_sniffer.models.probe import AttentionGeometry, AttentionMap, probe_attention
+from qk_sniffer.models.probe import (
+    AttentionGeometry,
+    AttentionMap,
+    probe_attention,
+    probe_quietly,
+)
+from qk_sniffer.models.refusals import refuse_unsupported
+from qk_sniffer.models.rotary import RotaryTrace
+from qk_sniffer.models.sequences import CallSequences, sequences_of
 from qk_sniffer.models.skeleton import attention_geometry, load_skeleton
 
 __all__ = [
+    "AttentionCall",
     "AttentionGeometry",
     "AttentionMap",
+    "CallSequences",
     "Footprint",
     "ModelSource",
     "Quantization",
+    "RotaryTrace",
     "attention_geometry",
     "begin_batch_of_like_frequencies",
+    "cache_of",
     "capture_attention",
     "check_capture",
     "check_passages",
@@ -45,10 +59,16 @@ __all__ = [
     "load_skeleton",
     "model_overlays",
     "probe_attention",
+    "probe_quietly",
     "read_in_passages",
+    "refuse_unsupported",
     "require_known_tokens",
+    "sequences_of",
     "spans_of_like_frequencies",
     "stored_quantization",
+    "text_decoder",
     "vocabulary_size",
+    "watch_attention",
+    "watch_caches",
     "weights_digest",
 ]

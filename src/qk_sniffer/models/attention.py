@@ -1,7 +1,10 @@
 """The attention calls of one decoder, each with the layer that it belongs to."""
 
-from collections.abc import Callable, Iterator
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import Any, cast
 from weakref import ref
 
@@ -31,25 +34,56 @@ def decoder_backbone(model: PreTrainedModel) -> nn.Module:
 OnLayer = Callable[[int, AttentionCall, int, RotaryTrace | None], OnResult | None]
 """Takes layer, call, number of tokens that a cache holds already, and rotations of the layer."""
 
+OnBegin = Callable[[Mapping[str, Any]], None]
+"""Takes the arguments of a forward, by their names."""
+
+
+def refuse_left_padding(arguments: Mapping[str, Any]) -> None:
+    """See that a forward has no sequence that is padded on the left.
+
+    Args:
+        arguments: The forward's, by their names.
+
+    Raises:
+        UserError: It has.
+    """
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not mask[:, 0].all():
+        raise UserError(
+            "attention_mask: a sequence is padded on the left, so positions can't be counted; pad "
+            "on the right, or generate for one sequence at a time"
+        )
+
 
 @contextmanager
 def watch_attention(
-    backbone: nn.Module, on_layer: OnLayer, *, numbered_by_call: bool = False, rotary: bool = False
+    backbone: nn.Module,
+    on_layer: OnLayer,
+    *,
+    numbered_by_call: bool = False,
+    rotary: bool = False,
+    on_begin: OnBegin = refuse_left_padding,
+    on_end: Callable[[Any], None] | None = None,
 ) -> Iterator[None]:
     """Call ``on_layer`` before every self-attention of the text decoder, within a block.
+
+    What a backward computes again is not reported. Threads may run the backbone at the same time.
 
     Args:
         backbone: As ``decoder_backbone`` gives it.
         on_layer: What it returns is called with the attention's result.
         numbered_by_call: Number the calls of a forward instead of the decoder's layers.
         rotary: Trace rotations.
+        on_begin: Called before each forward.
+        on_end: Called behind it with the backbone's output; with None where it has failed.
     """
     decoder = text_decoder(backbone)
-    forward = _Forward(decoder, on_layer, numbered_by_call)
     with ExitStack() as stack:
-        if rotary:
-            forward.trace = stack.enter_context(trace_rotary(decoder))
+        trace = stack.enter_context(trace_rotary(decoder)) if rotary else None
+        forward = _Forward(decoder, on_layer, numbered_by_call, trace, on_begin, on_end)
         hook = backbone.register_forward_pre_hook(forward.begin, with_kwargs=True)
+        stack.callback(hook.remove)
+        hook = backbone.register_forward_hook(forward.end, always_call=True)
         stack.callback(hook.remove)
         # Hooks take time, and a first forward shows where each module attends.
         for layer_idx, layer in [] if forward.layer_of else forward.modules.layers:
@@ -59,16 +93,25 @@ def watch_attention(
         yield
 
 
-class _Forward:
+class _Forward(threading.local):
     """Where a forward is: its decoder layer, its attention calls and the tokens before it."""
 
-    trace: RotaryTrace | None = None
-
-    def __init__(self, decoder: nn.Module, on_layer: OnLayer, numbered_by_call: bool) -> None:
+    def __init__(
+        self,
+        decoder: nn.Module,
+        on_layer: OnLayer,
+        numbered_by_call: bool,
+        trace: RotaryTrace | None,
+        on_begin: OnBegin,
+        on_end: Callable[[Any], None] | None,
+    ) -> None:
         self.modules = decoder_modules(decoder)
         self.layer_of = dict(self.modules.layer_of)
         self._on_layer = on_layer
         self._numbered_by_call = numbered_by_call
+        self._trace = trace
+        self._on_begin, self._on_end = on_begin, on_end
+        self._runs = False
         self._restart()
 
     def _restart(self) -> None:
@@ -80,19 +123,19 @@ class _Forward:
 
     def begin(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._restart()
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2 and not mask[:, 0].all():
-            raise UserError(
-                "attention_mask: a sequence is padded on the left, so positions can't be counted; pad "
-                "on the right, or generate for one sequence at a time"
-            )
-        # The argument's name depends on the release of transformers.
-        for cache in kwargs.values():
-            if hasattr(cache, "get_seq_length"):
-                self._past_length = int(cache.get_seq_length())
-                self._has_cache = True
-        if self.trace is not None:
-            self.trace.begin_forward()
+        arguments = {**dict(zip(_parameters(cast(Any, type(backbone))), args, strict=False)), **kwargs}
+        self._on_begin(arguments)
+        if (cache := cache_of(arguments)) is not None:
+            self._past_length = int(cache.get_seq_length())
+            self._has_cache = True
+        if self._trace is not None:
+            self._trace.begin_forward()
+        self._runs = True
+
+    def end(self, backbone: nn.Module, args: Any, output: Any) -> None:
+        self._runs = False
+        if self._on_end is not None:
+            self._on_end(output)
 
     def entering(self, layer_idx: int) -> Callable[..., None]:
         def enter(*_: Any) -> None:
@@ -102,7 +145,7 @@ class _Forward:
 
     def on_call(self, call: AttentionCall) -> OnResult | None:
         layer_idx = self.layer_of.get(call.module, self._layer_idx)
-        if layer_idx is None or call.module in self.modules.cross_attention:
+        if not self._runs or layer_idx is None or call.module in self.modules.cross_attention:
             return None
         if not self.layer_of:
             self.modules.attends(call.module, layer_idx)
@@ -118,7 +161,21 @@ class _Forward:
                 f"keys for {n_tokens} tokens, so its keys have no token position; choose another model"
             )
         self._n_calls += 1
-        return self._on_layer(layer_idx, call, self._past_length, self.trace)
+        return self._on_layer(layer_idx, call, self._past_length, self._trace)
+
+
+@lru_cache
+def _parameters(kind: Any) -> list[str]:
+    """Names of what a forward takes."""
+    return list(inspect.signature(kind.forward).parameters)[1:]
+
+
+def cache_of(values: Mapping[str, Any]) -> Any:
+    """The cache among the arguments or the outputs of a forward; None where there is none.
+
+    Its name depends on the architecture and on the release of transformers.
+    """
+    return next((value for value in values.values() if hasattr(value, "get_seq_length")), None)
 
 
 def text_decoder(backbone: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from qk_sniffer.models.adapters import ADAPTERS, Adapter, OnResult, ScoreTrace, adapter_name
 from qk_sniffer.models.decoder import DecoderModules
+from qk_sniffer.models.wrapping import wrapped
 
 
 class AttentionCall(NamedTuple):
@@ -109,20 +110,23 @@ def intercept_attention(modules: DecoderModules, on_call: OnCall) -> Iterator[No
         on_call: Called before each attention; what it returns is called with the result.
     """
     with ExitStack() as stack:
-        stack.enter_context(_intercept_interface(modules.all, on_call))
+        reporting = partial(_reporting_interface, modules.all, on_call)
+        stack.enter_context(wrapped(AttentionInterface, "get_interface", reporting))
         for kind in modules.kinds:
             if adapter := ADAPTERS.get(adapter_name(kind)):
-                stack.enter_context(_intercept_forward(kind, adapter, modules.all, on_call))
+                reporting = partial(_reporting_forward, adapter, modules.all, on_call)
+                stack.enter_context(wrapped(kind, "forward", reporting))
         yield
 
 
-@contextmanager
-def _intercept_interface(modules: Set[nn.Module], on_call: OnCall) -> Iterator[None]:
-    original = AttentionInterface.get_interface
+def _reporting_interface(
+    modules: Set[nn.Module], on_call: OnCall, original: Callable[..., Callable[..., Any]]
+) -> Callable[..., Callable[..., Any]]:
+    """``get_interface``, whose functions report their calls."""
 
     # Every layer asks, mostly for the same.
     @lru_cache(maxsize=8)
-    def wrapped(attention: Callable[..., Any]) -> Callable[..., Any]:
+    def reporting_attention(attention: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(attention)
         def reporting(
             module: nn.Module,
@@ -145,20 +149,15 @@ def _intercept_interface(modules: Set[nn.Module], on_call: OnCall) -> Iterator[N
 
     @wraps(original)
     def get_interface(self: AttentionInterface, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        return wrapped(original(self, *args, **kwargs))
+        return reporting_attention(original(self, *args, **kwargs))
 
-    AttentionInterface.get_interface = get_interface
-    try:
-        yield
-    finally:
-        AttentionInterface.get_interface = original
+    return get_interface
 
 
-@contextmanager
-def _intercept_forward(
-    kind: type[nn.Module], adapter: Adapter, modules: Set[nn.Module], on_call: OnCall
-) -> Iterator[None]:
-    original = kind.forward
+def _reporting_forward(
+    adapter: Adapter, modules: Set[nn.Module], on_call: OnCall, original: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The forward of a class of attention modules, which reports its calls."""
     signature = inspect.signature(original)
 
     @wraps(original)
@@ -174,8 +173,4 @@ def _intercept_forward(
         with ScoreTrace(batch_size, on_scores):
             return original(module, *args, **kwargs)
 
-    kind.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        kind.forward = original  # type: ignore[method-assign]
+    return forward

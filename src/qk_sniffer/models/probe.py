@@ -78,6 +78,30 @@ def probe_attention(backbone: nn.Module, *, pre_rope: bool = False) -> Attention
     return attention
 
 
+def probe_quietly(backbone: nn.Module, *, pre_rope: bool = False) -> AttentionMap:
+    """Do as ``probe_attention`` does with a model that somebody is using.
+
+    Its modes, the state of RoPE, and the random numbers that follow stay as they were.
+    """
+    modules = list(backbone.modules())
+    training = [module for module in modules if module.training]
+    rotary = [module for module in modules if "Rotary" in type(module).__name__]
+    states = [(dict(vars(module)), dict(module._buffers)) for module in rotary]
+    devices = {weight.device for weight in backbone.parameters() if weight.device.type == "cuda"}
+    with torch.random.fork_rng(devices):
+        try:
+            for module in training:
+                module.training = False
+            return probe_attention(backbone, pre_rope=pre_rope)
+        finally:
+            for module in training:
+                module.training = True
+            for module, (attributes, buffers) in zip(rotary, states, strict=True):
+                vars(module).update(attributes)
+                module._buffers.clear()
+                module._buffers.update(buffers)
+
+
 def see_geometry(backbone: nn.Module) -> AttentionGeometry:
     """The geometry of a backbone's attention, in a forward of a few tokens that compares no values.
 

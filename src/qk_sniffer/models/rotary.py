@@ -7,10 +7,11 @@ way, so that no value has to be compared, or waited for, while a model runs.
 """
 
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from qk_sniffer.models.calls import modeling_globals
 from qk_sniffer.models.notes import in_layers
+from qk_sniffer.models.wrapping import wrapped
 
 _ROTARY_NAME = re.compile(r"apply_(?!.*vision)\w*rotary\w*emb\w*")
 _FIRST_STATES = {"apply_rotary_position_embeddings": 1}
@@ -103,8 +105,8 @@ class RotaryMap:
         return [in_layers(note, changed)]
 
 
-class RotaryTrace:
-    """The rotations since the last attention call of a forward."""
+class RotaryTrace(threading.local):
+    """The rotations since the last attention call of a forward; each thread has its own."""
 
     def __init__(self) -> None:
         self._before: list[Tensor] = []
@@ -215,13 +217,11 @@ def trace_rotary(decoder: nn.Module) -> Iterator[RotaryTrace]:
         kinds = {type(module) for module in decoder.modules()}
         files = {id(names): names for names in map(modeling_globals, kinds)}
         for names in files.values():
-            for name, function in list(names.items()):
+            for name in list(names):
                 if _ROTARY_NAME.fullmatch(name):
-                    names[name] = trace.wrap(name, function)
-                    stack.callback(names.__setitem__, name, function)
+                    stack.enter_context(wrapped(names, name, partial(trace.wrap, name)))
         for kind in kinds:
             for name, method in list(vars(kind).items()):
                 if _ROTARY_NAME.fullmatch(name) and isinstance(method, staticmethod):
-                    setattr(kind, name, staticmethod(trace.wrap(name, method.__func__)))
-                    stack.callback(setattr, kind, name, method)
+                    stack.enter_context(wrapped(kind, name, partial(trace.wrap, name)))
         yield trace

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,8 @@ from qk_sniffer.reading.attention import Attention, attention_of
 from qk_sniffer.reading.head import Head, Numbers
 from qk_sniffer.reading.places import place_of
 from qk_sniffer.storage import (
-    DATA_FILE,
-    EXAMPLES_DIRECTORY,
     head_name,
     parse_head_name,
-    read_examples,
     shown_names,
 )
 
@@ -39,8 +36,11 @@ class Captures:
 
     def __init__(self, path_or_repo: str | Path, revision: str | None = None) -> None:
         self._place = place_of(path_or_repo, revision)
-        self.manifest = self._place.manifest
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
         """Settings, versions, layers, notes, rows and checksums."""
+        return self._place.manifest
 
     def __repr__(self) -> str:
         model, text = shown_names(self.settings)
@@ -55,13 +55,13 @@ class Captures:
         settings: Mapping[str, Any] = self.manifest["settings"]
         return settings
 
-    @cached_property
+    @property
     def layers(self) -> dict[int, AttentionLayer]:
         """The layers of which a head was captured, by their number."""
         captured = {head.layer.layer_idx for head in self.heads}
         return {idx: layer for idx, layer in self._model_layers.items() if idx in captured}
 
-    @cached_property
+    @property
     def heads(self) -> list[Head]:
         """Every captured head: for each layer its query heads, then its key heads."""
         found = []
@@ -74,8 +74,7 @@ class Captures:
     @cached_property
     def examples(self) -> pa.Table:
         """The texts: example_id, source_id, n_tokens and truncated."""
-        path = self._place.file(f"{EXAMPLES_DIRECTORY}/{DATA_FILE}")
-        return read_examples(path)
+        return self._place.examples()
 
     def example_id(self, source_id: str) -> int:
         """The id of the text that the dataset knows by another.
@@ -158,8 +157,7 @@ class Captures:
             head,
             kind,
             self.manifest["heads"][name]["rows"],
-            # No lambda: a process that is spawned gets a pickled copy.
-            partial(self._place.file, f"{name}/{DATA_FILE}"),
+            self._place.rows(name, self._model_layers[layer].head_dim),
             self.example_id,
             self._source_ids,
         )

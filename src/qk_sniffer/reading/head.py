@@ -6,7 +6,6 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
@@ -17,15 +16,7 @@ from torch import Tensor
 from qk_sniffer.capture import AttentionLayer
 from qk_sniffer.errors import UserError
 from qk_sniffer.kinds import Kind
-from qk_sniffer.reading.rows import (
-    NUMBERS,
-    HeadBatches,
-    arrays,
-    open_head,
-    read_rows,
-    readable,
-    tensors,
-)
+from qk_sniffer.reading.rows import NUMBERS, HeadBatches, HeadRows, arrays, tensors
 from qk_sniffer.storage import head_name, head_schema
 
 if TYPE_CHECKING:
@@ -51,7 +42,7 @@ class Head:
     head: int
     kind: Kind
     _n_rows: int
-    _path: Callable[[], Path]
+    _rows: HeadRows
     _example_id: Callable[[str], int]
     _source_ids: Callable[[], Mapping[int, str]]
     _condition: ds.Expression | None = None
@@ -68,10 +59,7 @@ class Head:
     def __len__(self) -> int:
         if self._condition is None:
             return self._n_rows
-        path = self._path()
-        dataset = open_head(path, self.layer.head_dim)
-        with readable(path):
-            return int(dataset.count_rows(filter=self._condition))
+        return self._rows.count(self._condition)
 
     def where(
         self,
@@ -114,8 +102,7 @@ class Head:
         for column in columns or ():
             if column not in known:
                 raise UserError(f"columns: there is no {column}; choose from {', '.join(known)}")
-        path = self._path()
-        return read_rows(path, open_head(path, self.layer.head_dim), columns, self._condition)
+        return self._rows.read(columns, self._condition)
 
     def numpy(self) -> dict[str, npt.NDArray[Any]]:
         """Arrays of N rows by column.
@@ -162,7 +149,7 @@ class Head:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UserError(f"batch_size: must be an integer of at least 1, got {batch_size}")
         return HeadBatches(
-            self._path(), self._condition, self.layer.head_dim, batch_size, shuffle=shuffle
+            self._rows, self._condition, self.layer.head_dim, batch_size, shuffle=shuffle
         )
 
     def _integers(self, column: str, numbers: Any) -> range | list[int]:

@@ -1,34 +1,73 @@
 """Where a capture is: a directory, or a branch of a Hub dataset whose files come as they are read."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import pyarrow as pa
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.hub.branch import MAIN, Branch
 from qk_sniffer.hub.requests import explained, retried
+from qk_sniffer.reading.rows import FileRows, HeadRows
 from qk_sniffer.storage import (
+    DATA_FILE,
+    EXAMPLES_DIRECTORY,
     MANIFEST_FILE,
     existing_data_root,
     note_owner,
+    read_examples,
     read_manifest,
     require_manifest,
 )
 
 
-class CapturePlace(Protocol):
-    """Gives the files of one capture."""
+class CapturePlace(ABC):
+    """Gives what one capture holds."""
 
-    manifest: dict[str, Any]
+    @property
+    @abstractmethod
+    def manifest(self) -> Mapping[str, Any]:
+        """Settings, versions, layers, notes, rows and checksums."""
 
+    @abstractmethod
+    def examples(self) -> pa.Table:
+        """The texts."""
+
+    @abstractmethod
+    def rows(self, name: str, head_dim: int) -> HeadRows:
+        """The rows of a head, by its name."""
+
+
+class _Files(CapturePlace):
+    """A capture in files."""
+
+    _manifest: Mapping[str, Any]
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """What the file of this name says."""
+        return self._manifest
+
+    def examples(self) -> pa.Table:
+        """The table of texts."""
+        return read_examples(self.file(f"{EXAMPLES_DIRECTORY}/{DATA_FILE}"))
+
+    def rows(self, name: str, head_dim: int) -> HeadRows:
+        """Those of a head's file, which is opened when they are read."""
+        # No lambda: a process that is spawned gets a pickled copy.
+        return FileRows(partial(self.file, f"{name}/{DATA_FILE}"), head_dim)
+
+    @abstractmethod
     def file(self, path: str) -> Path:
         """Where a file is on this machine; it may have to come here first."""
-        ...
 
 
-class LocalPlace:
+class LocalPlace(_Files):
     """A data root on this machine.
 
     Raises:
@@ -37,7 +76,7 @@ class LocalPlace:
 
     def __init__(self, data_root: Path) -> None:
         self._data_root = data_root
-        self.manifest = require_manifest(data_root)
+        self._manifest = require_manifest(data_root)
         note_owner(data_root)
 
     def __str__(self) -> str:
@@ -58,7 +97,7 @@ class LocalPlace:
         return file
 
 
-class HubPlace:
+class HubPlace(_Files):
     """One commit of a branch of a Hub dataset; files stay in the client's cache.
 
     Args:
@@ -80,7 +119,7 @@ class HubPlace:
         self._commit = path.parent.name
         manifest = read_manifest(path.parent)
         assert manifest is not None
-        self.manifest = manifest
+        self._manifest = manifest
 
     def __str__(self) -> str:
         return self._name

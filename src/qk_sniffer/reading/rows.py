@@ -1,6 +1,7 @@
 """Rows of a head's file as NumPy arrays and torch tensors, at once or a row group at a time."""
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,127 @@ NUMBERS = ("bucket", "example_id", "position")
 """The columns of numbers that every row has."""
 
 
+class HeadRows(ABC):
+    """Where the rows of a head are read from."""
+
+    @abstractmethod
+    def read(
+        self, columns: list[str] | None = None, condition: ds.Expression | None = None
+    ) -> pa.Table:
+        """Some rows, sorted by example_id and position.
+
+        Args:
+            columns: Those that are read; None reads all.
+            condition: Which rows are read; None reads all.
+
+        Raises:
+            UserError: The file is damaged, or a value is missing.
+        """
+
+    @abstractmethod
+    def count(self, condition: ds.Expression) -> int:
+        """How many rows fulfil a condition."""
+
+    @abstractmethod
+    def groups(self, condition: ds.Expression | None) -> "Sequence[HeadRows]":
+        """The same in parts that are read at once; those without such rows may be left out."""
+
+
+class TableRows(HeadRows):
+    """Rows in memory.
+
+    Args:
+        table: Gives them.
+    """
+
+    def __init__(self, table: Callable[[], pa.Table]) -> None:
+        self._table = table
+
+    def read(
+        self, columns: list[str] | None = None, condition: ds.Expression | None = None
+    ) -> pa.Table:
+        """Some of them."""
+        return ds.dataset(self._table()).to_table(columns=columns, filter=condition)
+
+    def count(self, condition: ds.Expression) -> int:
+        """How many rows fulfil a condition."""
+        return int(ds.dataset(self._table()).count_rows(filter=condition))
+
+    def groups(self, condition: ds.Expression | None) -> Sequence[HeadRows]:
+        """All of them at once."""
+        return [self]
+
+
+class FileRows(HeadRows):
+    """Rows of a head's Parquet file, which is opened when they are asked for.
+
+    Args:
+        path: Gives the file, which may have to come here first.
+        head_dim: Length of a vector.
+    """
+
+    def __init__(self, path: Callable[[], Path], head_dim: int) -> None:
+        self._path = path
+        self._head_dim = head_dim
+
+    def read(
+        self, columns: list[str] | None = None, condition: ds.Expression | None = None
+    ) -> pa.Table:
+        """Some of them."""
+        path = self._path()
+        return _read(path, self._open(path), columns, condition)
+
+    def count(self, condition: ds.Expression) -> int:
+        """How many rows fulfil a condition.
+
+        Raises:
+            UserError: The file is damaged, or has other columns than a head.
+        """
+        path = self._path()
+        dataset = self._open(path)
+        with _readable(path):
+            return int(dataset.count_rows(filter=condition))
+
+    def groups(self, condition: ds.Expression | None) -> Sequence[HeadRows]:
+        """Its row groups.
+
+        Raises:
+            UserError: The file is damaged, or has other columns than a head.
+        """
+        path = self._path()
+        dataset = self._open(path)
+        with _readable(path):
+            file = next(dataset.get_fragments())
+            return [_GroupRows(path, group) for group in file.split_by_row_group(condition)]
+
+    def _open(self, path: Path) -> ds.Dataset:
+        with _readable(path):
+            if fault := fault_of_columns(path, head_schema(self._head_dim)):
+                raise _unreadable(path, fault)
+            return ds.dataset(path, format="parquet")
+
+
+class _GroupRows(HeadRows):
+    """One row group of a head's file."""
+
+    def __init__(self, path: Path, group: ds.Fragment) -> None:
+        self._path = path
+        self._group = group
+
+    def read(
+        self, columns: list[str] | None = None, condition: ds.Expression | None = None
+    ) -> pa.Table:
+        return _read(self._path, self._group, columns, condition)
+
+    def count(self, condition: ds.Expression) -> int:
+        return int(self._group.count_rows(filter=condition))
+
+    def groups(self, condition: ds.Expression | None) -> Sequence[HeadRows]:
+        return [self]
+
+
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
+def _readable(path: Path) -> Iterator[None]:
     """Turn what pyarrow raises for a damaged file into a ``UserError``."""
     try:
         yield
@@ -29,40 +149,13 @@ def readable(path: Path) -> Iterator[None]:
         raise _unreadable(path, first_line(error)) from error
 
 
-def open_head(path: Path, head_dim: int) -> ds.Dataset:
-    """A head's file, as a dataset of Arrow's.
-
-    Args:
-        path: The file.
-        head_dim: Length of a vector.
-
-    Raises:
-        UserError: It is damaged, or has other columns than a head.
-    """
-    with readable(path):
-        if fault := fault_of_columns(path, head_schema(head_dim)):
-            raise _unreadable(path, fault)
-        return ds.dataset(path, format="parquet")
-
-
-def read_rows(
+def _read(
     path: Path,
     rows: ds.Dataset | ds.Fragment,
     columns: list[str] | None,
     condition: ds.Expression | None,
 ) -> pa.Table:
-    """Some rows of a head's file.
-
-    Args:
-        path: The file.
-        rows: All of it, or one of its row groups.
-        columns: Those that are read; None reads all.
-        condition: Which rows are read; None reads all.
-
-    Raises:
-        UserError: The file is damaged, or a value is missing.
-    """
-    with readable(path):
+    with _readable(path):
         table = rows.to_table(columns=columns, filter=condition)
     if fault := fault_of_values(table):
         raise _unreadable(path, fault)
@@ -95,7 +188,7 @@ class HeadBatches(IterableDataset[dict[str, Tensor]]):
     """Batches of a head's rows; see ``Head.batches``.
 
     Args:
-        path: The head's file.
+        rows: Where they are read from.
         condition: Which rows are read; None reads all.
         head_dim: Length of a vector.
         batch_size: Rows in a batch.
@@ -104,13 +197,13 @@ class HeadBatches(IterableDataset[dict[str, Tensor]]):
 
     def __init__(
         self,
-        path: Path,
+        rows: HeadRows,
         condition: ds.Expression | None,
         head_dim: int,
         batch_size: int,
         shuffle: bool,
     ) -> None:
-        self._path = path
+        self._rows = rows
         self._condition = condition
         self._head_dim = head_dim
         self._batch_size = batch_size
@@ -119,18 +212,13 @@ class HeadBatches(IterableDataset[dict[str, Tensor]]):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         worker = get_worker_info()
         number, n_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        dataset = open_head(self._path, self._head_dim)
-        with readable(self._path):
-            file = next(dataset.get_fragments())
-            groups = file.split_by_row_group(self._condition)[number::n_workers]
+        groups = self._rows.groups(self._condition)[number::n_workers]
         for index in self._order(len(groups)):
             # A function of its own, so that a row group is let go of before the next is read.
             yield from self._of_group(groups[index])
 
-    def _of_group(self, group: ds.Fragment) -> Iterator[dict[str, Tensor]]:
-        rows = tensors(
-            read_rows(self._path, group, ["vector", *NUMBERS], self._condition), self._head_dim
-        )
+    def _of_group(self, group: HeadRows) -> Iterator[dict[str, Tensor]]:
+        rows = tensors(group.read(["vector", *NUMBERS], self._condition), self._head_dim)
         for batch in torch.split(self._order(len(rows["vector"])), self._batch_size):
             yield {name: values[batch] for name, values in rows.items()}
 

@@ -1,0 +1,178 @@
+"""Capturing single calls of a model, whose texts may be padded on either side, packed, or continued.
+
+``Sniffer`` is told of whole texts before they are read, and they begin at the first token of each
+sequence. Here a call says for each of its tokens which text it belongs to and which position it has
+there, so nothing has to be known of later calls.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qk_sniffer.capture.buffers import Staging
+from qk_sniffer.capture.gathers import Gather, Gathers
+from qk_sniffer.capture.heads import CapturedStream
+from qk_sniffer.capture.plan import KeptRows, Stream, draws_of
+from qk_sniffer.capture.positions import first_new_key
+from qk_sniffer.capture.rows import BatchRows, Sink
+from qk_sniffer.capture.sampling import Sampler, count_draws, draw_positions
+from qk_sniffer.kinds import Kind
+
+
+@dataclass(frozen=True, eq=False)
+class CallTokens:
+    """The tokens that one call of a model reads, without padding; int64 tensors on the host.
+
+    Attributes:
+        sequences: (N,) the sequence of the batch that each is in.
+        columns: (N,) its place among the tokens of the call.
+        example_ids: (N,) its text; the int32 ids.
+        positions: (N,) its position there; those of a text ascend.
+    """
+
+    sequences: Tensor
+    columns: Tensor
+    example_ids: Tensor
+    positions: Tensor
+
+
+class _CallRows(KeptRows):
+    """The kept rows of one call."""
+
+    def __init__(
+        self,
+        draws: dict[Stream, int],
+        stops: list[int],
+        tokens: CallTokens,
+        kept: Tensor,
+        buckets: Tensor,
+    ) -> None:
+        super().__init__(draws, stops)
+        self._tokens = tokens
+        self._kept = kept
+        self._buckets = buckets
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        return self._tokens.sequences[self._kept], self._tokens.columns[self._kept]
+
+    def numbers(self) -> Tensor:
+        """Example id, position and bucket of each row: (3 K,) int32, as ``Passage.numbers``."""
+        tokens, kept = self._tokens, self._kept
+        return self._by_draw([tokens.example_ids[kept], tokens.positions[kept], self._buckets[kept]])
+
+
+class _Gathered(NamedTuple):
+    stream: Stream
+    sliding_window: int | None
+    gather: Gather
+
+
+class CallSniffer:
+    """Keeps the rows of a model's calls that a run would keep of the same texts.
+
+    For each call use ``begin_call``, let every attention layer ``capture``, and then ``end_call``.
+
+    Args:
+        streams: The captured heads of each layer and kind, in the order in which the model calls them.
+        sampler: Which positions are kept.
+        seed: 64-bit seed of the random stream.
+        sink: Takes the rows that are kept.
+    """
+
+    def __init__(
+        self, streams: Iterable[CapturedStream], sampler: Sampler, seed: int, sink: Sink
+    ) -> None:
+        self._heads: dict[Stream, tuple[int, ...]] = {
+            (stream.layer.layer_idx, stream.kind): stream.heads for stream in streams
+        }
+        self._sampler, self._seed, self._sink = sampler, seed, sink
+        self._staging = Staging(sink.take_vectors)
+        self._gathers = Gathers(self._heads, self._staging)
+        self._rows: _CallRows | None = None
+        self._gathered: list[_Gathered] = []
+
+    def begin_call(self, tokens: CallTokens) -> None:
+        """Draw the rows of a call.
+
+        Args:
+            tokens: What it reads.
+        """
+        self.drop_call()
+        self._rows = self._draw(tokens)
+
+    def _draw(self, tokens: CallTokens) -> _CallRows:
+        example_ids, places = torch.unique(tokens.example_ids, return_inverse=True)
+        lengths = torch.zeros_like(example_ids)
+        lengths.scatter_reduce_(0, places, tokens.positions + 1, "amax")
+        n_draws = count_draws(self._sampler, len(self._heads), lengths)
+        draws, stream_ids = draws_of(tuple(self._heads), n_draws)
+        sequences, positions = draw_positions(
+            self._sampler,
+            self._seed,
+            stream_ids.repeat_interleave(len(example_ids)),
+            example_ids.repeat(n_draws),
+            lengths.repeat(n_draws),
+        )
+        # Texts and positions as one number each; what was drawn before this call is not in it.
+        numbers = (places << 32) + tokens.positions
+        in_order = numbers.argsort()
+        drawn = ((sequences % max(1, len(example_ids))) << 32) + positions
+        found = torch.searchsorted(numbers[in_order], drawn).clamp(max=max(0, numbers.numel() - 1))
+        is_read = numbers[in_order][found] == drawn
+        stops = torch.searchsorted(
+            (sequences // max(1, len(example_ids)))[is_read], torch.arange(1, n_draws + 1)
+        )
+        return _CallRows(
+            dict(draws),
+            stops.tolist(),
+            tokens,
+            in_order[found[is_read]],
+            self._sampler.buckets(tokens.positions),
+        )
+
+    def capture(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        past_length: int,
+        sliding_window: int | None = None,
+    ) -> None:
+        """Gather the kept rows of one attention call.
+
+        Args:
+            layer_idx: Layer in the text decoder.
+            query: (B, num_attention_heads, Q, head_dim).
+            key: (B, num_key_value_heads, K, head_dim), K > Q where a cache holds other tokens.
+            past_length: Tokens in the cache before the call, padding included.
+            sliding_window: The layer's window; None for full attention.
+        """
+        assert self._rows is not None
+        length = query.shape[2]
+        if key.shape[2] != length:
+            new_keys = first_new_key(past_length, length, key.shape[2])
+            key = key[:, :, new_keys : new_keys + length]
+        states: tuple[tuple[Kind, Tensor], ...] = (("q", query), ("k", key))
+        for kind, vectors in states:
+            stream = layer_idx, kind
+            if stream in self._heads:
+                gather = self._gathers.gather(stream, vectors.detach(), self._rows)
+                if gather is not None:
+                    self._gathered.append(_Gathered(stream, sliding_window, gather))
+
+    def end_call(self) -> None:
+        """Hand the rows of the call to the sink."""
+        assert self._rows is not None
+        numbers = self._rows.numbers()
+        blocks = [gather.block(stream, window, 0) for stream, window, gather in self._gathered]
+        self._staging.end()
+        self._sink.take_rows(BatchRows(numbers[:0].long(), blocks, numbers))
+        self._rows, self._gathered = None, []
+
+    def drop_call(self) -> None:
+        """Forget a call that has failed."""
+        self._rows, self._gathered = None, []
+        self._staging.clear()

@@ -1,0 +1,124 @@
+"""Captured rows in memory."""
+
+import math
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qk_sniffer.capture import BatchRows, CapturedStream, Portion
+from qk_sniffer.errors import UserError
+from qk_sniffer.kinds import Kind
+
+Stream = tuple[int, Kind]
+"""A layer and kind."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of one layer and kind.
+
+    Attributes:
+        vectors: (n_heads, K, head_dim) in the model's dtype.
+        numbers: (3, K) int32: example id, position and bucket.
+    """
+
+    vectors: Tensor
+    numbers: Tensor
+
+
+class RowStore:
+    """Keeps the rows of all calls, of several threads.
+
+    Args:
+        streams: The captured heads of each layer and kind.
+        limit_bytes: The most that vectors may take.
+    """
+
+    def __init__(self, streams: Iterable[CapturedStream], limit_bytes: int) -> None:
+        self._parts: dict[Stream, list[Rows]] = {
+            (stream.layer.layer_idx, stream.kind): [
+                Rows(
+                    torch.empty(len(stream.heads), 0, stream.layer.head_dim),
+                    torch.empty(3, 0, dtype=torch.int32),
+                )
+            ]
+            for stream in streams
+        }
+        self._limit_bytes = limit_bytes
+        self._lock = threading.Lock()
+        self.n_bytes = 0
+        """Bytes of the vectors."""
+
+    def require_room(self, n_bytes: int) -> None:
+        """See that so many bytes more are within the limit.
+
+        Raises:
+            UserError: They are not.
+        """
+        if self.n_bytes + n_bytes > self._limit_bytes:
+            raise UserError(
+                f"limit_bytes: the rows take more than {self._limit_bytes:,} bytes; keep fewer with "
+                "layers, heads, kinds or sampler, or give more"
+            )
+
+    def add(self, rows: dict[Stream, Rows]) -> None:
+        """Keep the rows of a call."""
+        with self._lock:
+            for stream, part in rows.items():
+                self._parts[stream].append(part)
+                self.n_bytes += part.vectors.nbytes
+
+    def n_rows(self, stream: Stream) -> int:
+        """Rows of each head of a layer and kind."""
+        return sum(part.numbers.shape[1] for part in self._parts[stream])
+
+    def rows(self, stream: Stream) -> Rows:
+        """The rows of a layer and kind, sorted by example id and position."""
+        with self._lock:
+            parts = self._parts[stream]
+            if len(parts) > 1:
+                full = [part for part in parts if part.numbers.numel()] or parts[:1]
+                vectors = torch.cat([part.vectors for part in full], dim=1)
+                numbers = torch.cat([part.numbers for part in full], dim=1)
+                order = ((numbers[0].long() << 32) + numbers[1]).argsort(stable=True)
+                if not torch.equal(order, torch.arange(len(order))):
+                    vectors, numbers = vectors[:, order], numbers[:, order]
+                self._parts[stream] = [Rows(vectors, numbers)]
+            return self._parts[stream][0]
+
+
+class Intake:
+    """A sink that brings the rows of one thread's calls to the store."""
+
+    def __init__(self, store: RowStore) -> None:
+        self._store = store
+        self._portions: list[Tensor] = []
+
+    def take_vectors(self, portion: Portion) -> None:
+        """Copy some bytes.
+
+        Raises:
+            UserError: They are more than the store may take.
+        """
+        if portion.start == 0:
+            self._portions = []
+        try:
+            self._store.require_room(portion.start + portion.n_bytes)
+            self._portions.append(torch.from_numpy(portion.wait()).clone())
+        finally:
+            portion.release()
+
+    def take_rows(self, rows: BatchRows) -> None:
+        """Keep the rows that the bytes are."""
+        content = torch.cat([torch.empty(0, dtype=torch.uint8), *self._portions])
+        self._portions = []
+        found = {}
+        for block in rows.blocks:
+            shape, dtype = (block.n_heads, block.n_rows, block.head_dim), getattr(torch, block.dtype)
+            n_bytes = math.prod(shape) * dtype.itemsize
+            vectors = content[block.vectors : block.vectors + n_bytes].view(dtype).view(shape)
+            found[block.layer_idx, block.kind] = Rows(vectors, block.part_of(rows.numbers))
+        self._store.add(found)

@@ -1,0 +1,116 @@
+"""What was captured in memory, as ``Captures`` reads it."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from qk_sniffer.capture import CapturedStream
+from qk_sniffer.errors import UserError
+from qk_sniffer.reading.places import CapturePlace
+from qk_sniffer.reading.rows import HeadRows, TableRows
+from qk_sniffer.sniffing.memory import RowStore
+from qk_sniffer.sniffing.texts import Texts
+from qk_sniffer.storage import EXAMPLES_SCHEMA, head_name, head_schema
+
+
+class MemoryPlace(CapturePlace):
+    """Rows and texts of the calls so far.
+
+    Args:
+        about: Settings, layers and notes, as a manifest has them.
+        streams: The captured heads of each layer and kind.
+        store: Their rows.
+        texts: The texts that were read.
+        tokenizer: Gives the token strings; None leaves them out.
+    """
+
+    def __init__(
+        self,
+        about: Mapping[str, Any],
+        streams: list[CapturedStream],
+        store: RowStore,
+        texts: Texts,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        self._about = about
+        self._heads = {
+            head_name(stream.layer.layer_idx, head, stream.kind): (stream, number)
+            for stream in streams
+            for number, head in enumerate(stream.heads)
+        }
+        self._store = store
+        self._texts = texts
+        self._tokenizer = tokenizer
+
+    def __str__(self) -> str:
+        return "memory"
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """That of a data root, but for what only files have.
+
+        Raises:
+            UserError: No call has ended yet.
+        """
+        if not self._texts.read:
+            raise UserError(
+                "captured: nothing was read yet; call the model in the block, and read what it has read "
+                "when the call has ended"
+            )
+        heads = {
+            name: {"rows": self._store.n_rows((stream.layer.layer_idx, stream.kind))}
+            for name, (stream, _) in self._heads.items()
+        }
+        return {**self._about, "examples": {"rows": len(self._texts.read)}, "heads": heads}
+
+    def examples(self) -> pa.Table:
+        """The texts so far."""
+        texts = self._texts.read
+        columns = {
+            "example_id": [text.example_id for text in texts],
+            "source_id": [text.source_id for text in texts],
+            "n_tokens": [len(text.positions) for text in texts],
+            "truncated": [False] * len(texts),
+        }
+        return pa.table(columns, schema=EXAMPLES_SCHEMA)
+
+    def rows(self, name: str, head_dim: int) -> HeadRows:
+        """Those of a head so far, at each reading."""
+        return TableRows(partial(self._table, name))
+
+    def _table(self, name: str) -> pa.Table:
+        stream, number = self._heads[name]
+        layer = stream.layer
+        rows = self._store.rows((layer.layer_idx, stream.kind))
+        example_ids, positions, buckets = (column.numpy() for column in rows.numbers)
+        vectors = rows.vectors[number].float().contiguous().numpy()
+        n_rows = len(positions)
+        window = np.full(n_rows, layer.sliding_window or 0, np.int32)
+        schema = head_schema(layer.head_dim)
+        columns = [
+            pa.array(buckets),
+            pa.array(example_ids),
+            pa.array(positions),
+            pa.FixedSizeListArray.from_arrays(
+                pa.array(vectors.reshape(-1)), type=schema.field("vector").type
+            ),
+            pa.array(window, mask=np.full(n_rows, layer.sliding_window is None)),
+            pa.array(self._token_strings(example_ids.tolist(), positions.tolist()), pa.string()),
+        ]
+        return pa.Table.from_arrays(columns, schema=schema)
+
+    def _token_strings(self, example_ids: list[int], positions: list[int]) -> list[str | None]:
+        if self._tokenizer is None:
+            return [None] * len(positions)
+        tokens = {
+            (text.example_id, position): token
+            for text in self._texts.read
+            for position, token in zip(text.positions, text.tokens, strict=True)
+        }
+        ids = [tokens[row] for row in zip(example_ids, positions, strict=True)]
+        strings: list[str | None] = self._tokenizer.convert_ids_to_tokens(ids)
+        return strings

@@ -1,0 +1,179 @@
+"""One ``sniff``: its model, what it captures, and the calls on their way."""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qk_sniffer.capture import (
+    CallSniffer,
+    CapturedHeads,
+    Sampler,
+    captured_streams,
+    first_new_key,
+    heads_to_capture,
+    sampler_of,
+)
+from qk_sniffer.config import CaptureConfig
+from qk_sniffer.errors import UserError
+from qk_sniffer.kinds import kinds_of
+from qk_sniffer.models import (
+    AttentionCall,
+    AttentionMap,
+    RotaryTrace,
+    cache_of,
+    sequences_of,
+    text_decoder,
+    watch_attention,
+    watch_caches,
+)
+from qk_sniffer.sniffing.memory import Intake, RowStore
+from qk_sniffer.sniffing.texts import Call, Texts
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The model that is watched.
+
+    Attributes:
+        model: The transformers model, inside whatever wraps it.
+        backbone: Its decoder.
+        attention: What a probe saw in it.
+    """
+
+    model: PreTrainedModel
+    backbone: nn.Module
+    attention: AttentionMap
+
+
+class Session:
+    """What is captured of a model's calls.
+
+    Args:
+        watched: The model.
+        capture: What is captured.
+        tokenizer: Gives the token strings; None leaves them out.
+        limit_bytes: The most that vectors may take in memory.
+
+    Raises:
+        UserError: The model has no such layer or head.
+    """
+
+    def __init__(
+        self,
+        watched: Watched,
+        capture: CaptureConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+        limit_bytes: int,
+    ) -> None:
+        self.watched = watched
+        settings = asdict(capture)
+        attention = watched.attention
+        self.heads: dict[int, CapturedHeads] = heads_to_capture(settings, attention.layers)
+        self.streams = captured_streams(self.heads, kinds_of(settings))
+        self.tokenizer = tokenizer
+        self.about = _about(watched, settings)
+        self.store = RowStore(self.streams, limit_bytes)
+        self.texts = Texts(*_ends_of_texts(watched.model))
+        self._pre_rope = capture.capture_pre_rope
+        self._windows = {layer.layer_idx: layer.sliding_window for layer in attention.layers}
+        self._thread = _Thread(self, sampler_of(settings), capture.sampler.seed)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Capture what the model reads, within a block."""
+        attention = self.watched.attention
+        with (
+            watch_attention(
+                self.watched.backbone,
+                self._on_layer,
+                numbered_by_call=attention.numbered_by_call,
+                rotary=self._pre_rope,
+                on_begin=self._on_begin,
+                on_end=self._on_end,
+            ),
+            watch_caches(self.texts.follows),
+        ):
+            yield
+
+    def _on_begin(self, arguments: Mapping[str, Any]) -> None:
+        thread, cache = self._thread, cache_of(arguments)
+        past_length = 0 if cache is None else int(cache.get_seq_length())
+        sequences = sequences_of(text_decoder(self.watched.backbone), arguments, past_length)
+        thread.call = call = self.texts.begin(sequences, cache, past_length)
+        thread.cache = cache
+        thread.sniffer.begin_call(call.tokens)
+
+    def _on_layer(
+        self, layer_idx: int, call: AttentionCall, past_length: int, trace: RotaryTrace | None
+    ) -> None:
+        query, key = call.query, call.key
+        if trace is not None:
+            length = query.shape[2]
+            first = first_new_key(past_length, length, key.shape[2])
+            key = key[:, :, first : first + length]
+            query, key = trace.unrotated(layer_idx, query, key, self.watched.attention.rotary)
+        self._thread.sniffer.capture(layer_idx, query, key, past_length, self._windows[layer_idx])
+
+    def _on_end(self, output: Any) -> None:
+        thread = self._thread
+        call, cache = thread.call, thread.cache
+        thread.call = thread.cache = None
+        if call is None:
+            return
+        if output is None:
+            thread.sniffer.drop_call()
+            self.texts.drop(call)
+            return
+        thread.sniffer.end_call()
+        self.texts.end(call, cache if cache is not None else cache_of(_named(output)))
+
+
+class _Thread(threading.local):
+    """What each thread has of its own while it calls the model."""
+
+    def __init__(self, session: Session, sampler: Sampler, seed: int) -> None:
+        self.sniffer = CallSniffer(session.streams, sampler, seed, Intake(session.store))
+        self.call: Call | None = None
+        self.cache: Any = None
+
+
+def _named(output: Any) -> Mapping[str, Any]:
+    """The parts of a model's output, which is a mapping or a tuple."""
+    return output if isinstance(output, Mapping) else dict(enumerate(output))  # type: ignore[arg-type]
+
+
+def _about(watched: Watched, capture: dict[str, Any]) -> dict[str, Any]:
+    """Settings, layers and notes, as a manifest has them."""
+    config, rotary = watched.model.config, watched.attention.rotary
+    name = getattr(config, "name_or_path", "") or type(watched.model).__name__
+    return {
+        "settings": {"model": {"name": name}, "data": {}, "capture": capture},
+        "layers": [asdict(layer) for layer in watched.attention.layers],
+        "notes": watched.attention.notes + (rotary.notes() if capture["capture_pre_rope"] else []),
+    }
+
+
+def _ends_of_texts(model: PreTrainedModel) -> tuple[list[int], int | None]:
+    """The tokens with which ``generate`` ends a text, and the one with which it pads it."""
+    config = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    return ends, getattr(config, "pad_token_id", None)
+
+
+def require_watchable(attention: AttentionMap, name: str) -> None:
+    """See that a model's attention is watched, and not reported by its own code.
+
+    Raises:
+        UserError: Its modeling file hands its vectors to the sniffer of a run.
+    """
+    if attention.captures_itself:
+        raise UserError(
+            f"sniff: {name} reports its own vectors to the sniffer of a run; capture it with "
+            "`qk-sniffer predict`"
+        )

@@ -1,0 +1,121 @@
+"""``sniff``: the context manager that users call."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qk_sniffer.config import CaptureConfig, SamplerConfig
+from qk_sniffer.errors import UserError
+from qk_sniffer.kinds import KINDS
+from qk_sniffer.models import decoder_backbone, probe_quietly, refuse_unsupported
+from qk_sniffer.sniffing.captured import Captured
+from qk_sniffer.sniffing.session import Session, Watched, require_watchable
+
+LIMIT_BYTES = 4 * 2**30
+
+T = TypeVar("T")
+
+
+@contextmanager
+def sniff(
+    model: nn.Module,
+    *,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    kinds: str = "qk",
+    sampler: str = "all",
+    base_rate: float = 1.0,
+    min_bucket_size: int = 8192,
+    seed: int = 0,
+    pre_rope: bool = False,
+    full_attention_only: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    limit_bytes: int = LIMIT_BYTES,
+) -> Iterator[Captured]:
+    """Capture the queries and keys of a loaded model while it is called, within a block.
+
+    Each call of the model is a batch and each of its sequences a text, numbered from 0. Padding on
+    either side is left out. A call with the cache of an earlier one goes on with its texts, so
+    ``generate`` reads one text from its prompt to its last token but one, which it never reads.
+    Outputs, gradients and generated tokens stay as they are.
+
+    Args:
+        model: A causal language model of transformers or its decoder, also inside PEFT's or another
+            wrapper, on any device.
+        layers: Layers to capture; None captures all.
+        heads: Query heads to capture in each layer, key heads following; None captures all.
+        kinds: q for queries, k for keys, qk for both.
+        sampler: Which positions are kept: all, uniform, log_uniform, or a class path, as in a config.
+        base_rate: Expected rows in each bucket of a text, for every head; not used by all.
+        min_bucket_size: Positions in a bucket.
+        seed: Seed of the random stream.
+        pre_rope: Capture the vectors as they are before the rotary embedding.
+        full_attention_only: Leave out layers with a sliding window.
+        tokenizer: Gives the column token_str; None leaves it empty.
+        limit_bytes: The most that captured vectors may take in memory.
+
+    Yields:
+        What is captured, to be read when a call has ended, and after the block.
+
+    Raises:
+        UserError: The model can't be captured, has no such layer or head, or an argument is wrong. In
+            a call: its texts are not known, its cache is changed between calls, as by beam search, or
+            ``limit_bytes`` is reached.
+    """
+    capture = _capture_config(
+        kinds,
+        layers=None if layers is None else list(layers),
+        heads=None if heads is None else list(heads),
+        full_attention_only=full_attention_only,
+        capture_pre_rope=pre_rope,
+        capture_token_strings=tokenizer is not None,
+        min_bucket_size=min_bucket_size,
+        sampler=_as_argument(lambda: SamplerConfig(sampler, base_rate, seed)),
+    )
+    watched = _watched(model, pre_rope)
+    session = _as_argument(lambda: Session(watched, capture, tokenizer, limit_bytes))
+    with session.watching():
+        yield Captured(session)
+
+
+def _capture_config(kinds: str, **settings: Any) -> CaptureConfig:
+    if not isinstance(kinds, str) or not kinds or set(kinds) - set(KINDS):
+        raise UserError(f"kinds: expected {', '.join(KINDS)} or {''.join(KINDS)}, got {kinds!r}")
+    wanted: dict[str, Any] = {facts.setting: kind in kinds for kind, facts in KINDS.items()}
+    return _as_argument(lambda: CaptureConfig(**wanted, **settings))
+
+
+def _as_argument(make: Callable[[], T]) -> T:
+    """What ``make`` gives; its errors name an argument and not the field of a config."""
+    try:
+        return make()
+    except UserError as error:
+        text = str(error).replace("sniffer.capture.sampler.", "").replace("sniffer.capture.", "")
+        raise UserError(text) from None
+
+
+def _watched(model: Any, pre_rope: bool) -> Watched:
+    """The transformers model inside ``model``, seen in two forwards of a few tokens.
+
+    Raises:
+        UserError: There is none, or its architecture can't be captured.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"model: expected a loaded model of transformers, got {type(model).__name__}; load one "
+            "with AutoModelForCausalLM.from_pretrained"
+        )
+    inner = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+    if inner is None:
+        raise UserError(
+            f"model: {type(model).__name__} holds no model of transformers; sniff takes those alone"
+        )
+    name = getattr(inner.config, "name_or_path", "") or type(inner).__name__
+    refuse_unsupported(name, inner.config)
+    backbone = decoder_backbone(inner)
+    attention = _as_argument(lambda: probe_quietly(backbone, pre_rope=pre_rope))
+    require_watchable(attention, type(inner).__name__)
+    return Watched(inner, backbone, attention)

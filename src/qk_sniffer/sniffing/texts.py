@@ -1,0 +1,238 @@
+"""The texts that the calls of a model read: new ones, and those that a cache continues."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from qk_sniffer.capture import CallTokens
+from qk_sniffer.errors import UserError
+from qk_sniffer.models import CallSequences
+
+
+@dataclass(eq=False)
+class Text:
+    """One text, as far as it was read.
+
+    Attributes:
+        example_id: Its number.
+        source_id: Its name.
+        positions: Of its tokens, ascending.
+        tokens: Their ids.
+    """
+
+    example_id: int
+    source_id: str
+    positions: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+
+@dataclass
+class _Row:
+    """What a cache holds of one sequence.
+
+    Attributes:
+        text: The text that is read last in it; None where there is only padding.
+        position: The last that was read; -1 before the first.
+        token: The token there.
+        has_ended: ``generate`` has ended this text, and pads it while others go on.
+    """
+
+    text: Text | None = None
+    position: int = -1
+    token: int | None = None
+    has_ended: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Tokens of one text in one call.
+
+    Attributes:
+        text: The text.
+        sequence: The sequence of the batch.
+        columns: (N,) int64, their places among the tokens of the call.
+        positions: (N,) int64, ascending.
+        token_ids: (N,) int64.
+    """
+
+    text: Text
+    sequence: int
+    columns: Tensor
+    positions: Tensor
+    token_ids: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call on its way.
+
+    Attributes:
+        tokens: What it reads.
+        parts: What it adds to each text.
+        rows: What a cache holds of each sequence behind it.
+        n_places: Places of the cache behind it, padding included.
+        new: The texts that begin in it.
+    """
+
+    tokens: CallTokens
+    parts: list[_Part]
+    rows: list[_Row]
+    n_places: int
+    new: list[Text]
+
+
+class Texts:
+    """Numbers the texts in the order in which they are first read, and follows them through caches.
+
+    Args:
+        eos_token_ids: Tokens with which ``generate`` ends a text.
+        pad_token_id: The token with which it then pads it; None for the first of those.
+    """
+
+    def __init__(self, eos_token_ids: Sequence[int], pad_token_id: int | None) -> None:
+        self.read: list[Text] = []
+        """Those that a call has read to its end, by their numbers."""
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._pad_token_id = next(iter(eos_token_ids), None) if pad_token_id is None else pad_token_id
+        self._caches: WeakKeyDictionary[Any, tuple[int, list[_Row]]] = WeakKeyDictionary()
+        self._names: list[str] = []
+        self._next = 0
+        self._lock = threading.Lock()
+
+    def name_next(self, names: Sequence[str]) -> None:
+        """Name the texts that the next call begins.
+
+        Raises:
+            UserError: One is no string, or given already.
+        """
+        with self._lock:
+            known = {text.source_id for text in self.read}
+            for number, name in enumerate(names):
+                if not isinstance(name, str):
+                    raise UserError(f"names: expected strings, got {name!r}")
+                if name in known or name in names[:number]:
+                    raise UserError(f"names: a text is called {name!r} already; choose another name")
+            self._names = list(names)
+
+    def follows(self, cache: Any) -> bool:
+        """Whether a cache holds texts that were read here."""
+        return cache in self._caches
+
+    def begin(self, sequences: CallSequences, cache: Any, past_length: int) -> Call:
+        """The texts and positions of the tokens of a call.
+
+        Args:
+            sequences: What it reads.
+            cache: Its cache; None where it has none.
+            past_length: Places that the cache holds already.
+
+        Raises:
+            UserError: The cache holds other places than were read, or names are too few or too many.
+        """
+        with self._lock:
+            rows = self._rows_of(cache, past_length, sequences.input_ids.shape[0])
+            call = self._begin(sequences, rows, past_length)
+            if self._names and len(self._names) != len(call.new):
+                raise UserError(
+                    f"names: {len(self._names)} names were given, and the call begins {len(call.new)} "
+                    "texts; give one name for each"
+                )
+            for text, name in zip(call.new, self._names, strict=False):
+                text.source_id = name
+            self._next += len(call.new)
+            return call
+
+    def end(self, call: Call, cache: Any) -> None:
+        """Note what a call has read.
+
+        Args:
+            call: The call.
+            cache: What holds its texts now; None where nothing does.
+        """
+        with self._lock:
+            for part in call.parts:
+                part.text.positions += part.positions.tolist()
+                part.text.tokens += part.token_ids.tolist()
+            if call.new:
+                self.read = sorted([*self.read, *call.new], key=lambda text: text.example_id)
+                self._names = []
+            if cache is not None:
+                self._caches[cache] = (call.n_places, call.rows)
+
+    def drop(self, call: Call) -> None:
+        """Forget a call that has failed, and give its numbers back where no later one has begun."""
+        with self._lock:
+            if call.new and call.new[-1].example_id == self._next - 1:
+                self._next -= len(call.new)
+
+    def _rows_of(self, cache: Any, past_length: int, size: int) -> list[_Row]:
+        n_places, rows = self._caches.get(cache, (0, [])) if cache is not None else (0, [])
+        if past_length == 0 or not rows:
+            return [_Row() for _ in range(size)]
+        if n_places != past_length or len(rows) != size:
+            raise UserError(
+                f"sniff: the cache holds {past_length} places of {size} sequences, and {n_places} of "
+                f"{len(rows)} were read; a cache that is changed between calls can't be followed"
+            )
+        return rows
+
+    def _begin(self, sequences: CallSequences, rows: Sequence[_Row], past_length: int) -> Call:
+        parts: list[_Part] = []
+        new: list[Text] = []
+        behind = []
+        for sequence, row in enumerate(rows):
+            columns, has_ended = self._columns(sequences, sequence, row)
+            position, text, token = row.position, row.text, row.token
+            for run in _ascending_runs(sequences.positions[sequence, columns]):
+                part = columns[run]
+                positions = sequences.positions[sequence, part]
+                if text is None or int(positions[0]) <= position:
+                    text = self._new(len(new))
+                    new.append(text)
+                parts.append(
+                    _Part(text, sequence, part, positions, sequences.input_ids[sequence, part])
+                )
+                position, token = int(positions[-1]), int(parts[-1].token_ids[-1])
+            behind.append(_Row(text, position, token, has_ended))
+        n_places = past_length + sequences.input_ids.shape[1]
+        return Call(_tokens(parts), parts, behind, n_places, new)
+
+    def _columns(self, sequences: CallSequences, sequence: int, row: _Row) -> tuple[Tensor, bool]:
+        """The columns of a sequence's tokens, and whether ``generate`` has ended its text."""
+        token_ids = sequences.input_ids[sequence]
+        is_step = token_ids.numel() == 1 and row.text is not None
+        has_ended = row.has_ended or row.token in self._eos_token_ids
+        if is_step and has_ended and int(token_ids) == self._pad_token_id:
+            return torch.empty(0, dtype=torch.int64), True
+        return sequences.is_token[sequence].nonzero().squeeze(1), False
+
+    def _new(self, number: int) -> Text:
+        example_id = self._next + number
+        return Text(example_id, str(example_id))
+
+
+def _ascending_runs(positions: Tensor) -> list[Tensor]:
+    """The indices of positions, split where they don't rise: packed texts begin anew there."""
+    borders = (positions.diff() <= 0).nonzero().squeeze(1) + 1
+    indices = torch.arange(positions.numel())
+    return [run for run in torch.tensor_split(indices, borders) if run.numel()]
+
+
+def _tokens(parts: Sequence[_Part]) -> CallTokens:
+    sizes = torch.tensor([part.columns.numel() for part in parts], dtype=torch.int64)
+    empty = torch.empty(0, dtype=torch.int64)
+
+    def repeated(numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64).repeat_interleave(sizes)
+
+    return CallTokens(
+        repeated([part.sequence for part in parts]),
+        torch.cat([empty, *(part.columns for part in parts)]),
+        repeated([part.text.example_id for part in parts]),
+        torch.cat([empty, *(part.positions for part in parts)]),
+    )
