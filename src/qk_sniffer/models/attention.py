@@ -2,7 +2,7 @@
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any, cast
@@ -64,6 +64,7 @@ def watch_attention(
     rotary: bool = False,
     on_begin: OnBegin = refuse_left_padding,
     on_end: Callable[[Any], None] | None = None,
+    callers: Iterable[nn.Module] = (),
 ) -> Iterator[None]:
     """Call ``on_layer`` before every self-attention of the text decoder, within a block.
 
@@ -75,16 +76,19 @@ def watch_attention(
         numbered_by_call: Number the calls of a forward instead of the decoder's layers.
         rotary: Trace rotations.
         on_begin: Called before each forward.
-        on_end: Called behind it with the backbone's output; with None where it has failed.
+        on_end: Called behind it with its output; with None where it has failed.
+        callers: Modules that may run the decoder without the backbone; the outermost of them and the
+            backbone that is called makes the forward.
     """
     decoder = text_decoder(backbone)
     with ExitStack() as stack:
         trace = stack.enter_context(trace_rotary(decoder)) if rotary else None
         forward = _Forward(decoder, on_layer, numbered_by_call, trace, on_begin, on_end)
-        hook = backbone.register_forward_pre_hook(forward.begin, with_kwargs=True)
-        stack.callback(hook.remove)
-        hook = backbone.register_forward_hook(forward.end, always_call=True)
-        stack.callback(hook.remove)
+        for module in {backbone, *callers}:
+            hook = module.register_forward_pre_hook(forward.begin, with_kwargs=True)
+            stack.callback(hook.remove)
+            hook = module.register_forward_hook(forward.end, always_call=True)
+            stack.callback(hook.remove)
         # Hooks take time, and a first forward shows where each module attends.
         for layer_idx, layer in [] if forward.layer_of else forward.modules.layers:
             hook = layer.register_forward_pre_hook(forward.entering(layer_idx))
@@ -111,7 +115,7 @@ class _Forward(threading.local):
         self._numbered_by_call = numbered_by_call
         self._trace = trace
         self._on_begin, self._on_end = on_begin, on_end
-        self._runs = False
+        self._entered: list[nn.Module] = []
         self._restart()
 
     def _restart(self) -> None:
@@ -121,19 +125,29 @@ class _Forward(threading.local):
         self._n_calls = 0
         self._last_query: Callable[[], Tensor | None] = lambda: None
 
-    def begin(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if module in self._entered:
+            # The hooks behind a forward are not called where a KeyboardInterrupt has left it.
+            self._entered = []
+            self._end(None)
+        self._entered.append(module)
+        if len(self._entered) > 1:
+            return
         self._restart()
-        arguments = {**dict(zip(_parameters(cast(Any, type(backbone))), args, strict=False)), **kwargs}
+        arguments = {**dict(zip(_parameters(cast(Any, type(module))), args, strict=False)), **kwargs}
         self._on_begin(arguments)
         if (cache := cache_of(arguments)) is not None:
             self._past_length = int(cache.get_seq_length())
             self._has_cache = True
         if self._trace is not None:
             self._trace.begin_forward()
-        self._runs = True
 
-    def end(self, backbone: nn.Module, args: Any, output: Any) -> None:
-        self._runs = False
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._entered.remove(module)
+        if not self._entered:
+            self._end(output)
+
+    def _end(self, output: Any) -> None:
         if self._on_end is not None:
             self._on_end(output)
 
@@ -145,7 +159,7 @@ class _Forward(threading.local):
 
     def on_call(self, call: AttentionCall) -> OnResult | None:
         layer_idx = self.layer_of.get(call.module, self._layer_idx)
-        if not self._runs or layer_idx is None or call.module in self.modules.cross_attention:
+        if not self._entered or layer_idx is None or call.module in self.modules.cross_attention:
             return None
         if not self.layer_of:
             self.modules.attends(call.module, layer_idx)

@@ -62,13 +62,13 @@ def _mask(mask: Any, size: int, length: int) -> Tensor:
             "sniff: this attention_mask says who attends to whom, and not which tokens are padding; "
             "pass one of one row for each sequence, and generate without a static cache"
         )
-    mask = mask.detach().to("cpu") != 0
-    if mask.shape[1] < length:
+    is_token: Tensor = mask.detach().to("cpu") != 0
+    if is_token.shape[1] < length:
         raise UserError(
-            f"sniff: attention_mask has {mask.shape[1]} places, and cache and call together have "
+            f"sniff: attention_mask has {is_token.shape[1]} places, and cache and call together have "
             f"{length}; pass one for all of them"
         )
-    return mask[:, :length].expand(size, -1)
+    return is_token[:, :length].expand(size, -1)
 
 
 def _positions(
@@ -78,8 +78,9 @@ def _positions(
     position_ids = arguments.get("position_ids")
     if isinstance(position_ids, Tensor):
         # Those of text, height and width have the text's first.
-        text: Tensor = position_ids[0] if position_ids.dim() == 3 else position_ids
-        return text.detach().to("cpu", torch.int64).reshape(-1, length).expand(size, -1)
+        text = position_ids[0] if position_ids.dim() == 3 else position_ids
+        rows: Tensor = text.detach().to("cpu", torch.int64).reshape(-1, length)
+        return rows.expand(size, -1)
     if getattr(getattr(decoder, "config", None), "model_type", None) in _COUNT_BY_MASK:
         return (mask.cumsum(1) - 1)[:, past_length:]
     return torch.arange(past_length, past_length + length).expand(size, -1)

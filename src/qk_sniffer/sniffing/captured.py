@@ -30,14 +30,14 @@ class Captured(Captures):
         """The texts so far: example_id, source_id, n_tokens and truncated."""
         return self._place.examples()
 
-    def names(self, names: Sequence[str]) -> None:
+    def names(self, names: Sequence[int | str]) -> None:
         """Name the texts that the next call begins; the others are named by their numbers.
 
         Args:
-            names: One for each text of that call.
+            names: One for each text of that call; its example id is what a run makes of it.
 
         Raises:
-            UserError: One is no string, or given already.
+            UserError: One is neither an integer nor a string, or has the example id of another text.
         """
         self._session.texts.name_next(names)
 

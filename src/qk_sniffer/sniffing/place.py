@@ -58,8 +58,8 @@ class MemoryPlace(CapturePlace):
         """
         if not self._texts.read:
             raise UserError(
-                "captured: nothing was read yet; call the model in the block, and read what it has read "
-                "when the call has ended"
+                "captured: nothing was read yet; call the model in the block, and read what was "
+                "captured when the call has ended"
             )
         heads = {
             name: {"rows": self._store.n_rows((stream.layer.layer_idx, stream.kind))}
@@ -69,7 +69,7 @@ class MemoryPlace(CapturePlace):
 
     def examples(self) -> pa.Table:
         """The texts so far."""
-        texts = self._texts.read
+        texts = sorted(self._texts.read, key=lambda text: text.example_id)
         columns = {
             "example_id": [text.example_id for text in texts],
             "source_id": [text.source_id for text in texts],

@@ -95,6 +95,7 @@ class Session:
                 rotary=self._pre_rope,
                 on_begin=self._on_begin,
                 on_end=self._on_end,
+                callers=[self.watched.model],
             ),
             watch_caches(self.texts.follows),
         ):

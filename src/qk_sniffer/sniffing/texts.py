@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from qk_sniffer.capture import CallTokens
 from qk_sniffer.errors import UserError
+from qk_sniffer.ids import example_id
 from qk_sniffer.models import CallSequences
 
 
@@ -77,6 +79,7 @@ class Call:
         rows: What a cache holds of each sequence behind it.
         n_places: Places of the cache behind it, padding included.
         new: The texts that begin in it.
+        names: Theirs, as they were given.
     """
 
     tokens: CallTokens
@@ -84,10 +87,13 @@ class Call:
     rows: list[_Row]
     n_places: int
     new: list[Text]
+    names: list[int | str]
 
 
 class Texts:
     """Numbers the texts in the order in which they are first read, and follows them through caches.
+
+    A text that has a name has the example id that a run gives to it.
 
     Args:
         eos_token_ids: Tokens with which ``generate`` ends a text.
@@ -96,27 +102,32 @@ class Texts:
 
     def __init__(self, eos_token_ids: Sequence[int], pad_token_id: int | None) -> None:
         self.read: list[Text] = []
-        """Those that a call has read to its end, by their numbers."""
+        """Those that a call has read to its end."""
         self._eos_token_ids = frozenset(eos_token_ids)
         self._pad_token_id = next(iter(eos_token_ids), None) if pad_token_id is None else pad_token_id
         self._caches: WeakKeyDictionary[Any, tuple[int, list[_Row]]] = WeakKeyDictionary()
-        self._names: list[str] = []
-        self._next = 0
+        self._names: list[int | str] = []
+        self._taken: set[int] = set()
         self._lock = threading.Lock()
 
-    def name_next(self, names: Sequence[str]) -> None:
+    def name_next(self, names: Sequence[int | str]) -> None:
         """Name the texts that the next call begins.
 
         Raises:
-            UserError: One is no string, or given already.
+            UserError: One is neither an integer nor a string, or has the example id of another text.
         """
+        if isinstance(names, str) or not all(isinstance(name, int | str) for name in names):
+            raise UserError(f"names: expected a list of strings or integers, got {names!r}")
         with self._lock:
-            known = {text.source_id for text in self.read}
-            for number, name in enumerate(names):
-                if not isinstance(name, str):
-                    raise UserError(f"names: expected strings, got {name!r}")
-                if name in known or name in names[:number]:
-                    raise UserError(f"names: a text is called {name!r} already; choose another name")
+            taken = {text.example_id: text.source_id for text in self.read}
+            for name in names:
+                number = example_id(name)
+                if number in taken:
+                    raise UserError(
+                        f"names: {name!r} has the example id {number}, as the text {taken[number]!r} "
+                        "has; choose another name"
+                    )
+                taken[number] = str(name)
             self._names = list(names)
 
     def follows(self, cache: Any) -> bool:
@@ -136,16 +147,7 @@ class Texts:
         """
         with self._lock:
             rows = self._rows_of(cache, past_length, sequences.input_ids.shape[0])
-            call = self._begin(sequences, rows, past_length)
-            if self._names and len(self._names) != len(call.new):
-                raise UserError(
-                    f"names: {len(self._names)} names were given, and the call begins {len(call.new)} "
-                    "texts; give one name for each"
-                )
-            for text, name in zip(call.new, self._names, strict=False):
-                text.source_id = name
-            self._next += len(call.new)
-            return call
+            return self._begin(sequences, rows, past_length)
 
     def end(self, call: Call, cache: Any) -> None:
         """Note what a call has read.
@@ -159,16 +161,15 @@ class Texts:
                 part.text.positions += part.positions.tolist()
                 part.text.tokens += part.token_ids.tolist()
             if call.new:
-                self.read = sorted([*self.read, *call.new], key=lambda text: text.example_id)
-                self._names = []
+                self.read = [*self.read, *call.new]
             if cache is not None:
                 self._caches[cache] = (call.n_places, call.rows)
 
     def drop(self, call: Call) -> None:
-        """Forget a call that has failed, and give its numbers back where no later one has begun."""
+        """Forget a call that has failed; its names and numbers are for the next."""
         with self._lock:
-            if call.new and call.new[-1].example_id == self._next - 1:
-                self._next -= len(call.new)
+            self._names = call.names
+            self._taken -= {text.example_id for text in call.new}
 
     def _rows_of(self, cache: Any, past_length: int, size: int) -> list[_Row]:
         n_places, rows = self._caches.get(cache, (0, [])) if cache is not None else (0, [])
@@ -192,15 +193,22 @@ class Texts:
                 part = columns[run]
                 positions = sequences.positions[sequence, part]
                 if text is None or int(positions[0]) <= position:
-                    text = self._new(len(new))
+                    text = Text(*self._next_ids(new))
                     new.append(text)
                 parts.append(
                     _Part(text, sequence, part, positions, sequences.input_ids[sequence, part])
                 )
                 position, token = int(positions[-1]), int(parts[-1].token_ids[-1])
             behind.append(_Row(text, position, token, has_ended))
+        if self._names and len(self._names) != len(new):
+            raise UserError(
+                f"names: {len(self._names)} names were given, and the call begins {len(new)} texts; "
+                "give one name for each"
+            )
+        names, self._names = self._names, []
+        self._taken |= {text.example_id for text in new}
         n_places = past_length + sequences.input_ids.shape[1]
-        return Call(_tokens(parts), parts, behind, n_places, new)
+        return Call(_tokens(parts), parts, behind, n_places, new, names)
 
     def _columns(self, sequences: CallSequences, sequence: int, row: _Row) -> tuple[Tensor, bool]:
         """The columns of a sequence's tokens, and whether ``generate`` has ended its text."""
@@ -211,9 +219,14 @@ class Texts:
             return torch.empty(0, dtype=torch.int64), True
         return sequences.is_token[sequence].nonzero().squeeze(1), False
 
-    def _new(self, number: int) -> Text:
-        example_id = self._next + number
-        return Text(example_id, str(example_id))
+    def _next_ids(self, new: Sequence[Text]) -> tuple[int, str]:
+        """Example id and name of the next text that begins, behind others of the same call."""
+        if len(new) < len(self._names):
+            name = self._names[len(new)]
+            return example_id(name), str(name)
+        taken = self._taken | {text.example_id for text in new}
+        number = next(n for n in count(len(taken)) if n not in taken)
+        return number, str(number)
 
 
 def _ascending_runs(positions: Tensor) -> list[Tensor]:
