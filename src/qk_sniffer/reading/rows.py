@@ -13,6 +13,7 @@ import pyarrow.dataset as ds
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.storage import fault_of_columns, fault_of_values, head_schema
@@ -39,8 +40,8 @@ class HeadRows(ABC):
         """
 
     @abstractmethod
-    def count(self, condition: ds.Expression) -> int:
-        """How many rows fulfil a condition."""
+    def count(self, condition: ds.Expression | None) -> int:
+        """How many rows fulfil a condition; None counts all."""
 
     @abstractmethod
     def groups(self, condition: ds.Expression | None) -> "Sequence[HeadRows]":
@@ -63,8 +64,8 @@ class TableRows(HeadRows):
         """Some of them."""
         return ds.dataset(self._table()).to_table(columns=columns, filter=condition)
 
-    def count(self, condition: ds.Expression) -> int:
-        """How many rows fulfil a condition."""
+    def count(self, condition: ds.Expression | None) -> int:
+        """How many rows fulfil a condition; None counts all."""
         return int(ds.dataset(self._table()).count_rows(filter=condition))
 
     def groups(self, condition: ds.Expression | None) -> Sequence[HeadRows]:
@@ -91,8 +92,8 @@ class FileRows(HeadRows):
         path = self._path()
         return _read(path, self._open(path), columns, condition)
 
-    def count(self, condition: ds.Expression) -> int:
-        """How many rows fulfil a condition.
+    def count(self, condition: ds.Expression | None) -> int:
+        """How many rows fulfil a condition; None counts all.
 
         Raises:
             UserError: The file is damaged, or has other columns than a head.
@@ -133,7 +134,7 @@ class _GroupRows(HeadRows):
     ) -> pa.Table:
         return _read(self._path, self._group, columns, condition)
 
-    def count(self, condition: ds.Expression) -> int:
+    def count(self, condition: ds.Expression | None) -> int:
         return int(self._group.count_rows(filter=condition))
 
     def groups(self, condition: ds.Expression | None) -> Sequence[HeadRows]:
@@ -184,7 +185,29 @@ def tensors(table: pa.Table, head_dim: int) -> dict[str, Tensor]:
     return {name: torch.from_numpy(values) for name, values in arrays(table, head_dim).items()}
 
 
-class HeadBatches(IterableDataset[dict[str, Tensor]]):
+class HeadBatch(dict[str, Any]):
+    """Some rows by column: what ``tensors`` gives, and ``token_str`` where it was captured."""
+
+
+def _collate(batches: list[HeadBatch], **_: Any) -> HeadBatch:
+    """What a ``DataLoader`` makes of several: one batch of all their rows."""
+    first, *more = batches
+    if not more:
+        return first
+    return HeadBatch(
+        {
+            name: torch.cat([batch[name] for batch in batches])
+            if isinstance(values, Tensor)
+            else [value for batch in batches for value in batch[name]]
+            for name, values in first.items()
+        }
+    )
+
+
+default_collate_fn_map[HeadBatch] = _collate
+
+
+class HeadBatches(IterableDataset[HeadBatch]):
     """Batches of a head's rows; see ``Head.batches``.
 
     Args:
@@ -209,7 +232,12 @@ class HeadBatches(IterableDataset[dict[str, Tensor]]):
         self._batch_size = batch_size
         self._shuffle = shuffle
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __len__(self) -> int:
+        """Batches in all."""
+        groups = self._rows.groups(self._condition)
+        return sum(-(-group.count(self._condition) // self._batch_size) for group in groups)
+
+    def __iter__(self) -> Iterator[HeadBatch]:
         worker = get_worker_info()
         number, n_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         groups = self._rows.groups(self._condition)[number::n_workers]
@@ -217,10 +245,15 @@ class HeadBatches(IterableDataset[dict[str, Tensor]]):
             # A function of its own, so that a row group is let go of before the next is read.
             yield from self._of_group(groups[index])
 
-    def _of_group(self, group: HeadRows) -> Iterator[dict[str, Tensor]]:
-        rows = tensors(group.read(["vector", *NUMBERS], self._condition), self._head_dim)
-        for batch in torch.split(self._order(len(rows["vector"])), self._batch_size):
-            yield {name: values[batch] for name, values in rows.items()}
+    def _of_group(self, group: HeadRows) -> Iterator[HeadBatch]:
+        table = group.read(["vector", *NUMBERS, "token_str"], self._condition)
+        rows, strings = tensors(table, self._head_dim), table["token_str"]
+        has_strings = strings.null_count == 0
+        for chosen in torch.split(self._order(table.num_rows), self._batch_size):
+            batch = HeadBatch({name: values[chosen] for name, values in rows.items()})
+            if has_strings:
+                batch["token_str"] = strings.take(pa.array(chosen.numpy())).to_pylist()
+            yield batch
 
     def _order(self, count: int) -> Tensor:
         # A worker's generator is seeded by the loader: its own, and another one in each epoch.

@@ -17,6 +17,12 @@ from qk_sniffer.sniffing.texts import Texts
 from qk_sniffer.storage import EXAMPLES_SCHEMA, head_name, head_schema
 
 
+def token_strings(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> list[str]:
+    """Tokens as strings, empty for those that a tokenizer does not know."""
+    strings: list[str | None] = tokenizer.convert_ids_to_tokens(token_ids)
+    return [string or "" for string in strings]
+
+
 class MemoryPlace(CapturePlace):
     """Rows and texts of the calls so far.
 
@@ -112,5 +118,4 @@ class MemoryPlace(CapturePlace):
             for position, token in zip(text.positions, text.tokens, strict=True)
         }
         ids = [tokens[row] for row in zip(example_ids, positions, strict=True)]
-        strings: list[str | None] = self._tokenizer.convert_ids_to_tokens(ids)
-        return strings
+        return list(token_strings(self._tokenizer, ids))

@@ -10,6 +10,7 @@ import torch
 
 from qk_sniffer.capture import Block
 from qk_sniffer.errors import UserError
+from qk_sniffer.sniffing.place import token_strings
 from qk_sniffer.sniffing.session import Session
 from qk_sniffer.sniffing.texts import Text
 from qk_sniffer.storage import (
@@ -112,5 +113,5 @@ def _aligned(vectors: torch.Tensor, start: int) -> Iterator[npt.NDArray[np.uint8
 def _examples(session: Session) -> Iterator[Example]:
     tokenizer = session.tokenizer
     for text in session.texts.read:
-        tokens = None if tokenizer is None else tokenizer.convert_ids_to_tokens(text.tokens)
+        tokens = None if tokenizer is None else token_strings(tokenizer, text.tokens)
         yield Example(text.example_id, text.source_id, len(text.positions), False, tokens)
