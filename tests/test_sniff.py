@@ -511,7 +511,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     refused("layers: the model has no layer 99; choose from 0 to 3", layers=[99])
     refused("heads: the model has no query head 7; choose from 0 to 3", heads=[7])
     refused("kinds: expected q, k or qk, got 'v'", kinds="v")
-    refused("type: no sampler is called 'unifrom'", sampler="unifrom")
+    refused("sampler: no sampler is called 'unifrom'", sampler="unifrom")
     refused("base_rate: must be a finite number", base_rate=0.0)
     refused("captured: nothing was read yet; call the model", lambda c: c.head(0, 0))
     refused("captured: nothing was read yet", lambda c: c.save(tmp_path / "root"))
@@ -564,3 +564,74 @@ def test_what_the_limit_left_out_is_told_and_what_was_there_stays() -> None:
         model(torch.tensor([[5, 6]]))
     assert captured.examples["n_tokens"].to_pylist() == [4, 2]
     assert len(captured.head(3, 3)) == 6
+
+
+def contents(captured: Captures) -> dict[str, Any]:
+    texts = captured.examples.to_pylist()
+    return {head.name: head.arrow().to_pylist() for head in captured.heads} | {"texts": texts}
+
+
+def test_texts_go_to_a_data_root_as_they_end(tmp_path: Path) -> None:
+    """Memory holds what may go on, and no more; the files have what memory would have had."""
+    model, root = model_of("llama"), tmp_path / "root"
+    prompts = [tokens_of("a text", "another of them"), tokens_of("more of it"), tokens_of("the last")]
+    kept = []
+
+    def read() -> None:
+        for prompt in prompts * 3:
+            model.generate(**accepted(model, prompt), max_new_tokens=5)
+            kept.append(captured._session.store.n_bytes)
+
+    with sniff(model) as captured:
+        read()
+    expected, in_memory = contents(captured), kept[-1]
+    kept.clear()
+    with sniff(model, data_root=root) as captured:
+        read()
+        with pytest.raises(UserError, match=r"captured: its rows are written to .*root; read"):
+            captured.head(0, 0)
+        assert repr(captured).startswith("<Captured: its rows are written to")
+    assert contents(captured) == contents(Captures(root)) == expected
+    assert max(kept) < in_memory / 2
+    assert main(["verify", str(root)]) == 0
+    with pytest.raises(UserError, match=r"data_root: the rows go to .*root already"):
+        captured.save(tmp_path / "other")
+
+
+def test_a_block_that_was_interrupted_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The text that was being read is captured again, and those that had ended are kept."""
+    model, root = model_of("llama"), tmp_path / "root"
+    texts = {f"text {number}": torch.arange(3, 12 + number)[None] for number in range(5)}
+
+    def read(until: int, data_root: Path | None, **settings: Any) -> Captured:
+        with torch.no_grad(), sniff(model, data_root=data_root, **settings) as captured:
+            for number, (name, tokens) in enumerate(texts.items()):
+                captured.names([name])
+                model(tokens, use_cache=False)
+                if number == until:
+                    raise KeyboardInterrupt
+        return captured
+
+    expected = contents(read(9, None))
+    with pytest.raises(KeyboardInterrupt):
+        read(2, root)
+    assert "What was captured so far is safe" in caplog.text
+    assert not (root / "manifest.json").exists()
+    assert contents(read(9, root)) == expected
+    hook.remove()
+    assert main(["verify", str(root)]) == 0
+    with pytest.raises(UserError, match=r"data_root: .* with other settings: sampler is"):
+        read(9, root, sampler="uniform")
+    read(9, root, sampler="uniform", overwrite=True)
+    assert Captures(root).settings["capture"]["sampler"]["type"] == "uniform"
+
+
+def test_a_data_root_has_one_owner(tmp_path: Path) -> None:
+    model, root = model_of("llama"), tmp_path / "root"
+    with sniff(model, data_root=root):
+        with (
+            pytest.raises(UserError, match=r"data_root: .* belongs to a run at work"),
+            sniff(model, data_root=root),
+        ):
+            pass
+        assert main(["finalize", str(root)]) == 2

@@ -15,10 +15,10 @@ _REFUSALS = {
     "num_beams=1",
     "crop": "sniff: tokens are taken back from a cache, as assisted decoding does; generate without "
     "an assistant, and begin a new cache for another text",
-    "batch_repeat_interleave": "sniff: the sequences of a cache are repeated; read each text in a call of "
-    "its own",
-    "batch_select_indices": "sniff: sequences are removed from a cache; read the texts that go on in "
-    "calls of their own",
+    "batch_repeat_interleave": "sniff: the sequences of a cache are repeated; read each text in a call "
+    "of its own",
+    "batch_select_indices": "sniff: sequences are removed from a cache; read the texts that go on "
+    "in calls of their own",
 }
 
 

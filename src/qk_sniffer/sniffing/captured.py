@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from qk_sniffer.errors import UserError
 from qk_sniffer.kinds import KINDS
 from qk_sniffer.reading import Captures
-from qk_sniffer.sniffing.place import MemoryPlace
+from qk_sniffer.reading.places import CapturePlace, LocalPlace
+from qk_sniffer.sniffing.place import MemoryPlace, UnfinishedPlace
 from qk_sniffer.sniffing.saving import save_rows
 from qk_sniffer.sniffing.session import Session
+from qk_sniffer.storage import shown_names
 
 
 class Captured(Captures):
@@ -21,7 +24,7 @@ class Captured(Captures):
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._place = MemoryPlace(
+        self._place: CapturePlace = MemoryPlace(
             session.about, session.streams, session.store, session.texts, session.tokenizer
         )
 
@@ -51,35 +54,46 @@ class Captured(Captures):
             UserError: Something is there already, nothing was read yet, a text does not begin at
                 position 0 or has gaps, or the disk refuses.
         """
-        assert self.manifest is not None
+        if not isinstance(self._place, MemoryPlace):
+            raise UserError(f"data_root: the rows go to {self._place} already; copy that directory")
+        self._place.require_texts()
         save_rows(self._session, data_root)
 
+    def goes_to(self, path: Path) -> None:
+        """Note that rows are written to a data root, and are not in memory."""
+        self._place = UnfinishedPlace(path)
+
+    def is_in(self, path: Path) -> None:
+        """Note that a data root is finished, and read that from now on."""
+        self._place = LocalPlace(path)
+
     def __repr__(self) -> str:
-        if not self._session.texts.read:
-            return "<Captured: nothing yet>"
-        return super().__repr__().replace("<Captures", "<Captured", 1)
+        try:
+            return super().__repr__().replace("<Captures", "<Captured", 1)
+        except UserError as error:
+            return f"<Captured: {str(error).removeprefix('captured: ')}>"
 
     def _repr_html_(self) -> str:
         """What there is, for a notebook."""
-        session = self._session
-        if not session.texts.read:
-            return "<p>Nothing is captured yet.</p>"
-        layers = sorted({stream.layer.layer_idx for stream in session.streams})
-        heads = {
-            kind: sum(len(stream.heads) for stream in session.streams if stream.kind == kind)
-            for kind in KINDS
-        }
-        n_rows = sum(head["rows"] for head in self.manifest["heads"].values())
-        n_tokens = sum(len(text.positions) for text in session.texts.read)
-        facts = {
-            "model": session.about["settings"]["model"]["name"],
-            "layers": f"{len(layers)} ({layers[0]} to {layers[-1]})",
-            "heads": ", ".join(f"{n:,} {KINDS[kind].name}" for kind, n in heads.items() if n),
-            "texts": f"{len(session.texts.read):,}, {n_tokens:,} tokens",
-            "rows": f"{n_rows:,}",
-            "memory": f"{session.store.n_bytes / 1e6:,.1f} MB of vectors",
-        }
+        try:
+            facts = self._facts()
+        except UserError as error:
+            return f"<p>{escape(str(error))}</p>"
         rows = "".join(
-            f"<tr><th>{name}</th><td>{escape(str(fact))}</td></tr>" for name, fact in facts.items()
+            f"<tr><th>{name}</th><td>{escape(fact)}</td></tr>" for name, fact in facts.items()
         )
         return f"<table>{rows}</table>"
+
+    def _facts(self) -> dict[str, str]:
+        model, _ = shown_names(self.settings)
+        heads, layers = self.heads, sorted(self.layers)
+        counts = {kind: sum(head.kind == kind for head in heads) for kind in KINDS}
+        n_tokens = sum(self.examples["n_tokens"].to_pylist())
+        return {
+            "model": model,
+            "layers": f"{len(layers)} ({layers[0]} to {layers[-1]})",
+            "heads": ", ".join(f"{n:,} {KINDS[kind].name}" for kind, n in counts.items() if n),
+            "texts": f"{self.examples.num_rows:,}, {n_tokens:,} tokens",
+            "rows": f"{sum(len(head) for head in heads):,}",
+            "memory": f"{self._session.store.n_bytes / 1e6:,.1f} MB",
+        }

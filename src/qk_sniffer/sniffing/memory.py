@@ -29,6 +29,10 @@ class Rows:
     numbers: Tensor
 
 
+def _some(rows: Rows, chosen: Tensor) -> Rows:
+    return Rows(rows.vectors[:, chosen], rows.numbers[:, chosen])
+
+
 class RowStore:
     """Keeps the rows of all calls, of several threads.
 
@@ -70,6 +74,24 @@ class RowStore:
             for stream, part in rows.items():
                 self._parts[stream].append(part)
                 self.n_bytes += part.vectors.nbytes
+
+    @property
+    def streams(self) -> list[Stream]:
+        """Its layers and kinds."""
+        return list(self._parts)
+
+    def take(self, example_ids: Iterable[int]) -> dict[Stream, Rows]:
+        """Remove the rows of some texts, and give them, sorted as ``rows`` does."""
+        ids, taken = torch.tensor(list(example_ids), dtype=torch.int32), {}
+        for stream in self._parts:
+            rows = self.rows(stream)
+            chosen = torch.isin(rows.numbers[0], ids)
+            taken[stream] = _some(rows, chosen)
+            with self._lock:
+                # Other threads may have added to what was looked at.
+                self._parts[stream][0] = _some(rows, ~chosen)
+                self.n_bytes -= taken[stream].vectors.nbytes
+        return taken
 
     def n_rows(self, stream: Stream) -> int:
         """Rows of each head of a layer and kind."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,16 +63,24 @@ class MemoryPlace(CapturePlace):
         Raises:
             UserError: No call has ended yet.
         """
-        if not self._texts.read:
-            raise UserError(
-                "captured: nothing was read yet; call the model in the block, and read what was "
-                "captured when the call has ended"
-            )
+        self.require_texts()
         heads = {
             name: {"rows": self._store.n_rows((stream.layer.layer_idx, stream.kind))}
             for name, (stream, _) in self._heads.items()
         }
         return {**self._about, "examples": {"rows": len(self._texts.read)}, "heads": heads}
+
+    def require_texts(self) -> None:
+        """See that there is something to read.
+
+        Raises:
+            UserError: No call has ended yet.
+        """
+        if not self._texts.read:
+            raise UserError(
+                "captured: nothing was read yet; call the model in the block, and read what was "
+                "captured when the call has ended"
+            )
 
     def examples(self) -> pa.Table:
         """The texts so far."""
@@ -119,3 +128,32 @@ class MemoryPlace(CapturePlace):
         }
         ids = [tokens[row] for row in zip(example_ids, positions, strict=True)]
         return list(token_strings(self._tokenizer, ids))
+
+
+class UnfinishedPlace(CapturePlace):
+    """A data root that is being written, of which nothing can be read yet."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """None yet.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(
+            f"captured: its rows are written to {self._path}; read them when the block has ended"
+        )
+
+    def examples(self) -> pa.Table:
+        """None yet."""
+        return self.manifest["examples"]
+
+    def rows(self, name: str, head_dim: int) -> HeadRows:
+        """None yet."""
+        raise NotImplementedError

@@ -1,6 +1,8 @@
-"""Writing what is in memory as a data root, by way of a journal, as a run does."""
+"""Writing captured texts as a data root, by way of a journal, as a run does."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,20 +11,129 @@ import numpy.typing as npt
 import torch
 
 from qk_sniffer.capture import Block
+from qk_sniffer.config import OutputConfig
 from qk_sniffer.errors import UserError
+from qk_sniffer.processes import ALONE
+from qk_sniffer.sniffing.arguments import as_arguments
+from qk_sniffer.sniffing.memory import Rows, Stream
 from qk_sniffer.sniffing.place import token_strings
 from qk_sniffer.sniffing.session import Session
 from qk_sniffer.sniffing.texts import Text
 from qk_sniffer.storage import (
+    JOURNAL_ALIGNMENT,
     JOURNAL_DIRECTORY,
     Example,
     JournalWriter,
     data_root_path,
-    file_progress,
-    finalize,
-    owned,
 )
-from qk_sniffer.storage.journal import ALIGNMENT
+
+
+def save_rows(session: Session, data_root: str | Path) -> None:
+    """Write what a session holds in memory; the arguments are those of ``Captured.save``."""
+    path = data_root_path(data_root)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"data_root: {path} is not empty; name a new directory")
+    for text in session.texts.read:
+        _require_whole(text)
+    rows = {stream: session.store.rows(stream) for stream in session.store.streams}
+    with _journal_in(session, path) as journal:
+        _write(session, journal, rows, session.texts.read)
+
+
+@contextmanager
+def writing(session: Session, data_root: str | Path, *, overwrite: bool) -> Iterator[Path]:
+    """Write the texts of a session as they end, within a block, and the files behind it.
+
+    After an error the texts that have ended stay in the journal, and the same block goes on with them.
+
+    Args:
+        session: What captures them.
+        data_root: A new directory, or that of an earlier block or run with the same settings.
+        overwrite: Replace what is there.
+
+    Yields:
+        Where it is.
+
+    Raises:
+        UserError: It is in use or holds something else, or the disk refuses.
+    """
+    path = data_root_path(data_root)
+    with _journal_in(session, path, overwrite=overwrite) as journal:
+        writer = _Writer(session, journal)
+        session.on_call = writer.write_ended
+        yield path
+        writer.write_all()
+
+
+@contextmanager
+def _journal_in(session: Session, path: Path, *, overwrite: bool = False) -> Iterator[JournalWriter]:
+    """The journal of a data root that is ours within a block, and is finished behind it."""
+    # Its import takes seconds, for Lightning.
+    from qk_sniffer.recording import OwnDataRoot, describe
+
+    watched, settings = session.watched, session.about["settings"]
+    root = OwnDataRoot(OutputConfig(str(path), overwrite))
+    as_arguments(root.take)
+    try:
+        header = describe(settings, watched.backbone, watched.attention, session.heads)
+        earlier = as_arguments(lambda: root.earlier_run(settings))
+        as_arguments(lambda: root.make_ready(earlier, header))
+        if earlier is not None:
+            session.texts.leave_out(earlier.example_ids.tolist())
+        journal = JournalWriter(path / JOURNAL_DIRECTORY, header)
+        try:
+            yield journal
+        except BaseException:
+            journal.close()
+            root.warn_how_to_go_on()
+            raise
+        journal.close()
+        root.finalize(ALONE, complete=True)
+    finally:
+        root.ownership.release()
+
+
+class _Writer:
+    """Writes texts to a journal once nothing goes on with them."""
+
+    def __init__(self, session: Session, journal: JournalWriter) -> None:
+        self._session = session
+        self._journal = journal
+        self._lock = threading.Lock()
+        self._written: set[int] = set()
+
+    def write_ended(self) -> None:
+        """Write the texts that no cache goes on with."""
+        self._write(self._session.texts.ended())
+
+    def write_all(self) -> None:
+        """Write all that were read."""
+        self._write(self._session.texts.read)
+
+    def _write(self, texts: Sequence[Text]) -> None:
+        with self._lock:
+            new = [
+                text
+                for text in texts
+                if text.example_id not in self._written and not self._session.texts.is_left_out(text)
+            ]
+            if not new:
+                return
+            for text in new:
+                _require_whole(text)
+            ids = [text.example_id for text in new]
+            self._written.update(ids)
+            _write(self._session, self._journal, self._session.store.take(ids), new)
+
+
+def _require_whole(text: Text) -> None:
+    if text.positions != list(range(len(text.positions))):
+        first = text.positions[0]
+        raise UserError(
+            f"data_root: text {text.source_id!r} was not read from position 0 on without gaps (it "
+            f"begins at {first}), and a data root holds whole texts; pass position_ids that count "
+            "each text from 0, or pad on the right"
+        )
 
 
 @dataclass(frozen=True)
@@ -39,79 +150,37 @@ class _Bytes:
         pass
 
 
-def save_rows(session: Session, data_root: str | Path) -> None:
-    """Write the rows of a session; the arguments are those of ``Captured.save``."""
-    # Its import takes seconds, for Lightning.
-    from qk_sniffer.recording import describe
-
-    path = data_root_path(data_root)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"data_root: {path} is not empty; name a new directory")
-    for text in session.texts.read:
-        _require_whole(text)
-    watched = session.watched
-    header = describe(session.about["settings"], watched.backbone, watched.attention, session.heads)
-    path.mkdir(parents=True, exist_ok=True)
-    with owned(path):
-        journal = JournalWriter(path / JOURNAL_DIRECTORY, header)
-        try:
-            _write(session, journal)
-        finally:
-            journal.close()
-        finalize(path, file_progress, complete=True)
-
-
-def _require_whole(text: Text) -> None:
-    if text.positions != list(range(len(text.positions))):
-        first = text.positions[0]
-        raise UserError(
-            f"data_root: text {text.source_id!r} was not read from position 0 on without gaps (it "
-            f"begins at {first}), and a data root holds whole texts; pass position_ids that count "
-            "each text from 0, or pad on the right"
-        )
-
-
-def _write(session: Session, journal: JournalWriter) -> None:
+def _write(
+    session: Session, journal: JournalWriter, rows: Mapping[Stream, Rows], texts: Sequence[Text]
+) -> None:
+    """Append the rows of some texts, sorted by example id and position, as one batch."""
     blocks, numbers = [], []
     n_bytes = n_numbers = 0
     for stream in session.streams:
-        rows = session.store.rows((stream.layer.layer_idx, stream.kind))
-        n_heads, n_rows, head_dim = rows.vectors.shape
+        key = stream.layer.layer_idx, stream.kind
+        vectors = rows[key].vectors
+        n_heads, n_rows, head_dim = vectors.shape
         if n_rows == 0:
             continue
-        for content in _aligned(rows.vectors, n_bytes):
+        for content in _aligned(vectors, n_bytes):
             journal.append(_Bytes(n_bytes, content))
             n_bytes += content.size
-        start = n_bytes - rows.vectors.nbytes
-        dtype = str(rows.vectors.dtype).removeprefix("torch.")
+        first = n_bytes - vectors.nbytes
+        dtype = str(vectors.dtype).removeprefix("torch.")
         window = stream.layer.sliding_window
-        blocks.append(
-            Block(
-                stream.layer.layer_idx,
-                stream.kind,
-                window,
-                dtype,
-                n_heads,
-                n_rows,
-                head_dim,
-                start,
-                n_numbers,
-            )
-        )
-        numbers.append(rows.numbers.reshape(-1))
-        n_numbers += rows.numbers.numel()
+        blocks.append(Block(*key, window, dtype, n_heads, n_rows, head_dim, first, n_numbers))
+        numbers.append(rows[key].numbers.reshape(-1))
+        n_numbers += rows[key].numbers.numel()
     all_numbers = torch.cat([torch.empty(0, dtype=torch.int32), *numbers]).numpy()
-    journal.commit(blocks, all_numbers, list(_examples(session)))
+    journal.commit(blocks, all_numbers, [_example(session, text) for text in texts])
 
 
 def _aligned(vectors: torch.Tensor, start: int) -> Iterator[npt.NDArray[np.uint8]]:
-    if padding := -start % ALIGNMENT:
+    if padding := -start % JOURNAL_ALIGNMENT:
         yield np.zeros(padding, np.uint8)
     yield vectors.contiguous().view(torch.uint8).reshape(-1).numpy()
 
 
-def _examples(session: Session) -> Iterator[Example]:
-    tokenizer = session.tokenizer
-    for text in session.texts.read:
-        tokens = None if tokenizer is None else token_strings(tokenizer, text.tokens)
-        yield Example(text.example_id, text.source_id, len(text.positions), False, tokens)
+def _example(session: Session, text: Text) -> Example:
+    tokens = None if session.tokenizer is None else token_strings(session.tokenizer, text.tokens)
+    return Example(text.example_id, text.source_id, len(text.positions), False, tokens)

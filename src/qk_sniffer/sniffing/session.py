@@ -1,7 +1,7 @@
 """One ``sniff``: its model, what it captures, and the calls on their way."""
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -79,6 +79,8 @@ class Session:
         self.about = _about(watched, settings)
         self.store = RowStore(self.streams, limit_bytes)
         self.texts = Texts(*_ends_of_texts(watched.model))
+        self.on_call: Callable[[], None] = lambda: None
+        """Called behind each call."""
         self._pre_rope = capture.capture_pre_rope
         self._windows = {layer.layer_idx: layer.sliding_window for layer in attention.layers}
         self._thread = _Thread(self, sampler_of(settings), capture.sampler.seed)
@@ -132,6 +134,7 @@ class Session:
             return
         thread.sniffer.end_call()
         self.texts.end(call, cache if cache is not None else cache_of(_named(output)))
+        self.on_call()
 
 
 class _Thread(threading.local):

@@ -1,8 +1,9 @@
 """``sniff``: the context manager that users call."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,12 +12,12 @@ from qk_sniffer.config import CaptureConfig, SamplerConfig
 from qk_sniffer.errors import UserError
 from qk_sniffer.kinds import KINDS
 from qk_sniffer.models import decoder_backbone, probe_quietly, refuse_unsupported
+from qk_sniffer.sniffing.arguments import as_arguments
 from qk_sniffer.sniffing.captured import Captured
+from qk_sniffer.sniffing.saving import writing
 from qk_sniffer.sniffing.session import Session, Watched, require_watchable
 
 LIMIT_BYTES = 4 * 2**30
-
-T = TypeVar("T")
 
 
 @contextmanager
@@ -34,6 +35,8 @@ def sniff(
     full_attention_only: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     limit_bytes: int = LIMIT_BYTES,
+    data_root: str | Path | None = None,
+    overwrite: bool = False,
 ) -> Iterator[Captured]:
     """Capture the queries and keys of a loaded model while it is called, within a block.
 
@@ -56,9 +59,14 @@ def sniff(
         full_attention_only: Leave out layers with a sliding window.
         tokenizer: Gives the column token_str; None leaves it empty.
         limit_bytes: The most that captured vectors may take in memory.
+        data_root: A directory to which texts are written as they end, and which is a finished data root
+            behind the block. A block that was interrupted goes on in the same directory: texts that
+            it has are not captured again.
+        overwrite: Replace what an earlier block or run has left in ``data_root``.
 
     Yields:
-        What is captured, to be read when a call has ended, and after the block.
+        What is captured, to be read when a call has ended, and behind the block; with a data root,
+        only behind the block.
 
     Raises:
         UserError: The model can't be captured, has no such layer or head, or an argument is wrong. In
@@ -73,28 +81,27 @@ def sniff(
         capture_pre_rope=pre_rope,
         capture_token_strings=tokenizer is not None,
         min_bucket_size=min_bucket_size,
-        sampler=_as_argument(lambda: SamplerConfig(sampler, base_rate, seed)),
+        sampler=as_arguments(lambda: SamplerConfig(sampler, base_rate, seed)),
     )
     watched = _watched(model, pre_rope)
-    session = _as_argument(lambda: Session(watched, capture, tokenizer, limit_bytes))
-    with session.watching():
-        yield Captured(session)
+    session = as_arguments(lambda: Session(watched, capture, tokenizer, limit_bytes))
+    captured = Captured(session)
+    if data_root is None:
+        with session.watching():
+            yield captured
+        return
+    with writing(session, data_root, overwrite=overwrite) as path:
+        captured.goes_to(path)
+        with session.watching():
+            yield captured
+    captured.is_in(path)
 
 
 def _capture_config(kinds: str, **settings: Any) -> CaptureConfig:
     if not isinstance(kinds, str) or not kinds or set(kinds) - set(KINDS):
         raise UserError(f"kinds: expected {', '.join(KINDS)} or {''.join(KINDS)}, got {kinds!r}")
     wanted: dict[str, Any] = {facts.setting: kind in kinds for kind, facts in KINDS.items()}
-    return _as_argument(lambda: CaptureConfig(**wanted, **settings))
-
-
-def _as_argument(make: Callable[[], T]) -> T:
-    """What ``make`` gives; its errors name an argument and not the field of a config."""
-    try:
-        return make()
-    except UserError as error:
-        text = str(error).replace("sniffer.capture.sampler.", "").replace("sniffer.capture.", "")
-        raise UserError(text) from None
+    return as_arguments(lambda: CaptureConfig(**wanted, **settings))
 
 
 def _watched(model: Any, pre_rope: bool) -> Watched:
@@ -116,6 +123,6 @@ def _watched(model: Any, pre_rope: bool) -> Watched:
     name = getattr(inner.config, "name_or_path", "") or type(inner).__name__
     refuse_unsupported(name, inner.config)
     backbone = decoder_backbone(inner)
-    attention = _as_argument(lambda: probe_quietly(backbone, pre_rope=pre_rope))
+    attention = as_arguments(lambda: probe_quietly(backbone, pre_rope=pre_rope))
     require_watchable(attention, type(inner).__name__)
     return Watched(inner, backbone, attention)

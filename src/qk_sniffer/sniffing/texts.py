@@ -1,7 +1,7 @@
 """The texts that the calls of a model read: new ones, and those that a cache continues."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -108,6 +108,7 @@ class Texts:
         self._caches: WeakKeyDictionary[Any, tuple[int, list[_Row]]] = WeakKeyDictionary()
         self._names: list[int | str] = []
         self._taken: set[int] = set()
+        self._left_out: frozenset[int] = frozenset()
         self._lock = threading.Lock()
 
     def name_next(self, names: Sequence[int | str]) -> None:
@@ -129,6 +130,21 @@ class Texts:
                     )
                 taken[number] = str(name)
             self._names = list(names)
+
+    def leave_out(self, example_ids: Iterable[int]) -> None:
+        """Keep no rows of some texts, which were captured before."""
+        self._left_out = frozenset(example_ids)
+
+    def is_left_out(self, text: Text) -> bool:
+        """Whether no rows of a text are kept."""
+        return text.example_id in self._left_out
+
+    def ended(self) -> list[Text]:
+        """The texts that no cache goes on with."""
+        with self._lock:
+            rows = [row for _, rows in self._caches.values() for row in rows]
+            going_on = {id(row.text) for row in rows}
+            return [text for text in self.read if id(text) not in going_on]
 
     def follows(self, cache: Any) -> bool:
         """Whether a cache holds texts that were read here."""
@@ -208,7 +224,8 @@ class Texts:
         names, self._names = self._names, []
         self._taken |= {text.example_id for text in new}
         n_places = past_length + sequences.input_ids.shape[1]
-        return Call(_tokens(parts), parts, behind, n_places, new, names)
+        kept = [part for part in parts if not self.is_left_out(part.text)]
+        return Call(_tokens(kept), parts, behind, n_places, new, names)
 
     def _columns(self, sequences: CallSequences, sequence: int, row: _Row) -> tuple[Tensor, bool]:
         """The columns of a sequence's tokens, and whether ``generate`` has ended its text."""

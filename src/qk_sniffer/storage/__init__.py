@@ -35,6 +35,7 @@ from qk_sniffer.storage.files import (
 )
 from qk_sniffer.storage.finalizing import finalize, merge_pulled, n_threads
 from qk_sniffer.storage.finished import stored_example_ids
+from qk_sniffer.storage.journal import ALIGNMENT as JOURNAL_ALIGNMENT
 from qk_sniffer.storage.journal import Example, JournalWriter
 from qk_sniffer.storage.manifest import (
     count_rows,
@@ -81,6 +82,7 @@ __all__ = [
     "DATA_FILE",
     "EXAMPLES_DIRECTORY",
     "EXAMPLES_SCHEMA",
+    "JOURNAL_ALIGNMENT",
     "JOURNAL_DIRECTORY",
     "MANIFEST_FILE",
     "NOTHING_KEPT",
