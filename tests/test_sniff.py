@@ -618,7 +618,6 @@ def test_a_block_that_was_interrupted_goes_on(tmp_path: Path, caplog: pytest.Log
     assert "What was captured so far is safe" in caplog.text
     assert not (root / "manifest.json").exists()
     assert contents(read(9, root)) == expected
-    hook.remove()
     assert main(["verify", str(root)]) == 0
     with pytest.raises(UserError, match=r"data_root: .* with other settings: sampler is"):
         read(9, root, sampler="uniform")
