@@ -12,10 +12,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import AttentionInterface
@@ -379,6 +377,8 @@ def test_one_block_captures_the_calls_of_all_threads() -> None:
 
 def test_an_adapter_of_peft() -> None:
     """LoRA on queries and keys, in use, switched off, and merged."""
+    from peft import LoraConfig, get_peft_model
+
     tokens = torch.arange(5, 17)
     plain = alone(model_of("llama"), tokens)
     config = LoraConfig(target_modules=["q_proj", "k_proj"], r=4, init_lora_weights=False)
@@ -397,6 +397,8 @@ def test_an_adapter_of_peft() -> None:
 
 def test_a_quantized_model() -> None:
     """Weights of eight bits by torchao: the rows are those of its own attention."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
     model = model_of("llama", "eager")
     quantize_(model, Int8WeightOnlyConfig())
     tokens = torch.arange(5, 17)[None]
