@@ -118,6 +118,15 @@ def test_the_page_on_reading_captures_runs_from_top_to_bottom(demo: Path) -> Non
         assert main(line.split()[1:]) == 0
 
 
+def test_the_page_on_sniff_runs_from_top_to_bottom(demo: Path) -> None:
+    page = (REPOSITORY / "docs" / "sniffing.md").read_text()
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    for root in ("data/mine", "data/larger"):
+        assert main(["verify", root]) == 0
+
+
 def test_the_readmes_config_is_the_shipped_one() -> None:
     block = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
     assert block is not None

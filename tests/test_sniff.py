@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    MambaConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import AttentionInterface
 
@@ -395,21 +402,25 @@ def test_an_adapter_of_peft() -> None:
     assert_close(alone(merged, tokens), adapted)
 
 
-def test_a_quantized_model() -> None:
-    """Weights of eight bits by torchao: the rows are those of its own attention."""
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    model = model_of("llama", "eager")
-    quantize_(model, Int8WeightOnlyConfig())
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_model(bits: int, tmp_path: Path) -> None:
+    """Weights of few bits by bitsandbytes: the rows explain the attention that they give."""
+    config = deepcopy(FAMILIES["llama"])
+    config.intermediate_size = 128
+    tiny_model(config).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        quantization_config=BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4),
+        attn_implementation="eager",
+    )
     tokens = torch.arange(5, 17)[None]
     with torch.no_grad(), sniff(model) as captured:
         expected = model(input_ids=tokens, output_attentions=True).attentions
     for layer, probabilities in enumerate(expected):
         found = captured.attention(layer, 3, 0).probabilities
-        torch.testing.assert_close(found, probabilities[0, 3], atol=TOLERANCE, rtol=0)
-    assert (
-        np.abs(rows_of(captured, 0)["l00h00q"] - alone(model_of("llama"), tokens)["l00h00q"]).max() > 0
-    )
+        torch.testing.assert_close(found, probabilities[0, 3].float(), atol=TOLERANCE, rtol=0)
+    plain = alone(AutoModelForCausalLM.from_pretrained(tmp_path), tokens)
+    assert np.abs(rows_of(captured, 0)["l00h00q"] - plain["l00h00q"]).max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
