@@ -44,8 +44,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
         return dict(zip(NOTEBOOKS, asyncio.run(execute_all()), strict=True))
 
 
-def test_there_are_three() -> None:
-    assert len(NOTEBOOKS) == 3
+def test_there_are_four() -> None:
+    assert len(NOTEBOOKS) == 4
 
 
 @EACH
