@@ -24,6 +24,12 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from conftest import LENGTHS, write_jsonl
 from killing import Processes, until
@@ -72,6 +78,57 @@ def test_a_trainer_in_python_writes_what_the_command_writes(
         assert other.read_bytes() == file.read_bytes()
     settings = json.loads((tmp_path / "python" / "manifest.json").read_text())["settings"]
     assert settings == json.loads((tmp_path / "command" / "manifest.json").read_text())["settings"]
+
+
+def in_memory(model_dir: ModelDir) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    directory = model_dir("llama")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    return model.train(), AutoTokenizer.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("kind", ["strings", "dataset"])
+def test_a_model_and_texts_in_memory(
+    kind: str, predict: Predict, model_dir: ModelDir, texts: list[Any], tmp_path: Path
+) -> None:
+    """Files with the rows of the command, which go on with the very same texts alone."""
+    columns = {"id_column": "id"} if kind == "dataset" else {}
+    assert predict("command", data={"id_column": columns.get("id_column"), "batch_size": 1}) == 0
+    model, tokenizer = in_memory(model_dir)
+    tokenizer.truncation_side = "left"
+    strings = [row["text"] for row in texts]
+    given = strings if kind == "strings" else datasets.Dataset.from_list(texts)
+
+    def run(given: Any, **settings: Any) -> None:
+        sniffer = SnifferCallback(OutputConfig(str(tmp_path / "python")), ALL)
+        data = TextDataModule.of(given, **columns, **settings)
+        module = SnifferModule.of(model, tokenizer)
+        trainer(sniffer).predict(module, datamodule=data, return_predictions=False)
+
+    run(given, max_samples=4)
+    run(given)
+    files = sorted((tmp_path / "command").glob("l*/data.parquet"))
+    for file in files:
+        other = tmp_path / "python" / file.relative_to(tmp_path / "command")
+        assert pq.read_table(other).equals(pq.read_table(file))
+    assert tokenizer.truncation_side == "left"
+    assert main(["verify", str(tmp_path / "python")]) == 0
+    with pytest.raises(UserError, match=r"holds a run with other settings: data\.path is"):
+        run(["other texts", "than those"] if kind == "strings" else given.select(range(5)))
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight += 1
+    with pytest.raises(UserError, match=r"holds a run with other settings: model\.weights is"):
+        run(given)
+
+
+def test_texts_in_memory_are_checked() -> None:
+    for wrong, message in (
+        ("a text", "texts: expected a list of strings"),
+        ([1, 2], "texts: expected a list of strings"),
+        ([], "texts: the list is empty"),
+        (datasets.Dataset.from_dict({"words": ["a"]}), "data.text_column: the dataset has no column"),
+    ):
+        with pytest.raises(UserError, match=message):
+            TextDataModule.of(wrong)  # type: ignore[arg-type]
 
 
 def plain_batch(mask: list[list[int]]) -> dict[str, Any]:

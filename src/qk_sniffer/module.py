@@ -9,7 +9,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from qk_sniffer.capture import Sniffer, get_active_sniffer, heads_to_capture
@@ -27,9 +27,11 @@ from qk_sniffer.models import (
     load_model,
     load_skeleton,
     model_overlays,
+    name_of,
     read_in_passages,
     require_known_tokens,
     spans_of_like_frequencies,
+    transformers_model,
 )
 from qk_sniffer.processes import Ranks
 
@@ -78,8 +80,7 @@ class SnifferModule(pl.LightningModule):
         if not isinstance(name, str):
             raise UserError(
                 f"model.name: expected the id or directory of a model, got {type(name).__name__}; "
-                "for one that is loaded already make SnifferModule(id) and set its backbone to "
-                "qk_sniffer.models.decoder_backbone(model)"
+                "for one that is loaded already make SnifferModule.of(model, tokenizer)"
             )
         if prefill_chunk_size is not None and prefill_chunk_size < 1:
             raise UserError(
@@ -89,6 +90,46 @@ class SnifferModule(pl.LightningModule):
         self.save_hyperparameters(logger=False)
         self.source = ModelSource(name, revision, gguf_file, trust_remote_code)
         self._too_large = math.inf
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """The tokenizer of a model that was loaded already."""
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        prefill_chunk_size: int | None = None,
+    ) -> "SnifferModule":
+        """A module around a model that is loaded already; it is put into eval mode.
+
+        A digest of its weights tells its runs from those of other models of the same name.
+
+        Args:
+            model: A causal language model of transformers, also inside PEFT's or another wrapper. One
+                that is spread over devices stays where it is, others go to the trainer's.
+            tokenizer: What a data module uses that names none.
+            prefill_chunk_size: As of the class.
+
+        Raises:
+            UserError: There is no such model, or its architecture can't be captured.
+        """
+        inner = transformers_model(model)
+        module = cls(
+            name_of(inner),
+            dtype=str(inner.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            attn_implementation=getattr(inner.config, "_attn_implementation", None),
+            device_map="as it was loaded" if hasattr(inner, "hf_device_map") else None,
+            prefill_chunk_size=prefill_chunk_size,
+        )
+        object.__setattr__(module, "backbone", decoder_backbone(inner.eval()))
+        module.tokenizer = tokenizer
+        return module
+
+    @property
+    def _is_loaded(self) -> bool:
+        return hasattr(self, "backbone")
 
     def check_model(self) -> None:
         """See from the model's config alone that it can be captured.
@@ -109,6 +150,9 @@ class SnifferModule(pl.LightningModule):
         Raises:
             UserError: It has not.
         """
+        if self._is_loaded:
+            require_known_tokens(smallest, largest, self.backbone)
+            return
         with model_overlays(self.hparams["models_dir"]):
             n_known = config_vocabulary(load_config(self.source, self.hparams["config_overrides"]))
         if n_known is not None and not 0 <= smallest <= largest < n_known:
@@ -124,7 +168,8 @@ class SnifferModule(pl.LightningModule):
         Raises:
             UserError: It has not.
         """
-        if capture["layers"] is None and capture["heads"] is None:
+        # Those of a loaded model are looked up when a run begins, as all are.
+        if self._is_loaded or (capture["layers"] is None and capture["heads"] is None):
             return
         try:
             layers = attention_geometry(decoder_backbone(self.skeleton())).layers
@@ -174,7 +219,7 @@ class SnifferModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Load the weights, straight to their device; a second call at most moves them there."""
-        if hasattr(self, "backbone"):
+        if self._is_loaded:
             if self.hparams["device_map"] is None:
                 self.backbone.to(self.device)
             return

@@ -1,6 +1,7 @@
 """TextDataModule: texts from a Hub dataset or local files as batches of tokens, with example ids."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qk_sniffer.config import TokenizerConfig, explained_loading
 from qk_sniffer.data.batches import Batch, longest_first, plan_batches, rest_of, share_of
 from qk_sniffer.data.streaming import StreamedBatches
-from qk_sniffer.data.texts import Row, TextSource, check_columns, example_ids
+from qk_sniffer.data.texts import (
+    Row,
+    TextSource,
+    check_columns,
+    dataset_of,
+    digest_of,
+    example_ids,
+)
 from qk_sniffer.data.tokenizing import FEATURES, Encode
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import are_left
@@ -120,6 +128,39 @@ class TextDataModule(pl.LightningDataModule):
     tokenizer: PreTrainedTokenizerBase
     """The tokenizer, from ``setup`` on."""
 
+    _texts: datasets.Dataset | None = None
+    _given_tokenizer: PreTrainedTokenizerBase | None = None
+
+    @classmethod
+    def of(
+        cls,
+        texts: Sequence[str] | datasets.Dataset,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        max_length: int | None = None,
+        **settings: Any,
+    ) -> "TextDataModule":
+        """A data module of texts that are in memory.
+
+        Args:
+            texts: Strings, or a dataset.
+            tokenizer: Their tokenizer; None takes that of the trainer's module.
+            max_length: Tokens kept from the start of each text; None keeps all.
+            settings: ``text_column``, ``id_column``, ``max_samples``, ``batch_size``,
+                ``max_tokens_per_batch``, ``num_workers`` and ``num_proc``, as of the class.
+
+        Raises:
+            UserError: There are no texts, or a column is missing.
+        """
+        dataset = texts if isinstance(texts, datasets.Dataset) else dataset_of(texts)
+        name = None if tokenizer is None else tokenizer.name_or_path or type(tokenizer).__name__
+        columns = settings.get("text_column", "text"), settings.get("id_column")
+        check_columns(dataset.column_names, *columns)
+        path = f"texts-{digest_of(dataset, [column for column in columns if column is not None])}"
+        module = cls(path, tokenizer=TokenizerConfig(name, max_length), **settings)
+        module._texts, module._given_tokenizer = dataset, tokenizer
+        return module
+
     example_ids: npt.NDArray[np.int32]
     """(N,) ids of all texts, from ``setup`` on; unset where the dataset streams."""
 
@@ -149,7 +190,7 @@ class TextDataModule(pl.LightningDataModule):
 
     def _load(self) -> None:
         self.tokenizer = self._load_tokenizer()
-        source = TextSource(self.path, self.name, self.revision, self.split)
+        source = TextSource(self.path, self.name, self.revision, self.split, self._texts)
         encode = Encode(
             self.tokenizer, self.text_column, self.id_column, self.tokenizer_config.max_length
         )
@@ -279,6 +320,11 @@ class TextDataModule(pl.LightningDataModule):
         return next(known, 0)
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        given = self._given_tokenizer
+        if given is None and self.tokenizer_config.name is None:
+            given = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
+        if given is not None:
+            return self._cutting_on_the_right(deepcopy(given))
         source = self._tokenizer_source()
         field = "model.name" if self.tokenizer_config.name is None else "data.tokenizer.name"
         with explained_loading(
@@ -287,6 +333,9 @@ class TextDataModule(pl.LightningDataModule):
             source.name,
         ):
             tokenizer = AutoTokenizer.from_pretrained(**source.kwargs())
+        return self._cutting_on_the_right(tokenizer)
+
+    def _cutting_on_the_right(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         tokenizer.truncation_side = "right"
         return tokenizer
 

@@ -1,13 +1,15 @@
 """Where texts come from: Hub datasets and local files, and what can be wrong with them."""
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import numpy as np
 import numpy.typing as npt
+import xxhash
 from datasets.exceptions import DatasetsError
 
 from qk_sniffer.config import absent
@@ -27,12 +29,13 @@ _EMPTY = ("corresponds to no data", "No columns to parse", "BatchSize must be gr
 
 @dataclass(frozen=True)
 class TextSource:
-    """A split of a Hub dataset, or of a local directory, file or pattern of files."""
+    """A split of a Hub dataset, of local files, or a dataset that is in memory."""
 
     path: str
     name: str | None
     revision: str | None
     split: str
+    in_memory: datasets.Dataset | None = None
 
     def load(self, max_samples: int | None) -> datasets.Dataset:
         """The rows as a map-style dataset, the first ``max_samples`` of them where that is given.
@@ -82,6 +85,8 @@ class TextSource:
         return UserError(f"data.{field}: {self.path} can't be read ({reason}); {remedy}")
 
     def _open(self, *, streaming: bool) -> Any:
+        if self.in_memory is not None:
+            return self.in_memory.to_iterable_dataset() if streaming else self.in_memory
         path, options = builder_arguments(self.path)
         try:
             return datasets.load_dataset(
@@ -94,6 +99,27 @@ class TextSource:
             )
         except _READ_ERRORS as error:
             raise self.unreadable(error) from error
+
+
+def dataset_of(texts: Sequence[str]) -> datasets.Dataset:
+    """Strings as a dataset with the column text.
+
+    Raises:
+        UserError: There are none, or they are something else.
+    """
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise UserError("texts: expected a list of strings or a datasets.Dataset")
+    if not len(texts):
+        raise UserError("texts: the list is empty; give at least one text")
+    return datasets.Dataset.from_dict({"text": list(texts)})
+
+
+def digest_of(dataset: datasets.Dataset, columns: Sequence[str]) -> str:
+    """What names the rows of a dataset that is in memory: XXH3 of some columns as JSON, 64 bits."""
+    digest = xxhash.xxh3_64()
+    for rows in dataset.select_columns(list(columns)).with_format(None).iter(_ROWS_AT_ONCE):
+        digest.update(json.dumps(rows, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 class StreamedRows:

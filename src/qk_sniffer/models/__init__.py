@@ -1,6 +1,13 @@
 """How a model is loaded and its attention reached; the one room that knows transformers' insides."""
 
-from qk_sniffer.models.attention import cache_of, decoder_backbone, text_decoder, watch_attention
+from qk_sniffer.models.attention import (
+    cache_of,
+    decoder_backbone,
+    name_of,
+    text_decoder,
+    transformers_model,
+    watch_attention,
+)
 from qk_sniffer.models.caches import watch_caches
 from qk_sniffer.models.calls import AttentionCall
 from qk_sniffer.models.capturing import capture_attention
@@ -28,7 +35,6 @@ from qk_sniffer.models.probe import (
     probe_attention,
     probe_quietly,
 )
-from qk_sniffer.models.refusals import refuse_unsupported
 from qk_sniffer.models.rotary import RotaryTrace
 from qk_sniffer.models.sequences import CallSequences, sequences_of
 from qk_sniffer.models.skeleton import attention_geometry, load_skeleton
@@ -58,15 +64,16 @@ __all__ = [
     "load_model",
     "load_skeleton",
     "model_overlays",
+    "name_of",
     "probe_attention",
     "probe_quietly",
     "read_in_passages",
-    "refuse_unsupported",
     "require_known_tokens",
     "sequences_of",
     "spans_of_like_frequencies",
     "stored_quantization",
     "text_decoder",
+    "transformers_model",
     "vocabulary_size",
     "watch_attention",
     "watch_caches",

@@ -15,7 +15,33 @@ from qk_sniffer.errors import UserError
 from qk_sniffer.models.adapters import OnResult
 from qk_sniffer.models.calls import AttentionCall, intercept_attention
 from qk_sniffer.models.decoder import decoder_modules
+from qk_sniffer.models.refusals import refuse_unsupported
 from qk_sniffer.models.rotary import RotaryTrace, trace_rotary
+
+
+def transformers_model(model: Any) -> PreTrainedModel:
+    """The causal language model of transformers inside a loaded model, which may be wrapped.
+
+    Raises:
+        UserError: There is none, or its architecture can't be captured.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"model: expected a loaded model of transformers, got {type(model).__name__}; load one "
+            "with AutoModelForCausalLM.from_pretrained"
+        )
+    inner = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+    if inner is None:
+        raise UserError(
+            f"model: {type(model).__name__} holds no model of transformers; load one of those"
+        )
+    refuse_unsupported(name_of(inner), inner.config)
+    return inner
+
+
+def name_of(model: PreTrainedModel) -> str:
+    """Where a model was loaded from; its class where it was not."""
+    return model.config.name_or_path or type(model).__name__
 
 
 def decoder_backbone(model: PreTrainedModel) -> nn.Module:

@@ -26,6 +26,7 @@ from qk_sniffer.models import (
     AttentionMap,
     RotaryTrace,
     cache_of,
+    name_of,
     sequences_of,
     text_decoder,
     watch_attention,
@@ -153,8 +154,7 @@ def _named(output: Any) -> Mapping[str, Any]:
 
 def _about(watched: Watched, capture: dict[str, Any]) -> dict[str, Any]:
     """Settings, layers and notes, as a manifest has them."""
-    config, rotary = watched.model.config, watched.attention.rotary
-    name = getattr(config, "name_or_path", "") or type(watched.model).__name__
+    name, rotary = name_of(watched.model), watched.attention.rotary
     return {
         "settings": {"model": {"name": name}, "data": {}, "capture": capture},
         "layers": [asdict(layer) for layer in watched.attention.layers],

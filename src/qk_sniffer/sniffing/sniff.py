@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from qk_sniffer.config import CaptureConfig, SamplerConfig
 from qk_sniffer.errors import UserError
 from qk_sniffer.kinds import KINDS
-from qk_sniffer.models import decoder_backbone, probe_quietly, refuse_unsupported
+from qk_sniffer.models import decoder_backbone, probe_quietly, transformers_model
 from qk_sniffer.sniffing.arguments import as_arguments
 from qk_sniffer.sniffing.captured import Captured
 from qk_sniffer.sniffing.saving import writing
@@ -104,24 +104,13 @@ def _capture_config(kinds: str, **settings: Any) -> CaptureConfig:
     return as_arguments(lambda: CaptureConfig(**wanted, **settings))
 
 
-def _watched(model: Any, pre_rope: bool) -> Watched:
+def _watched(model: nn.Module, pre_rope: bool) -> Watched:
     """The transformers model inside ``model``, seen in two forwards of a few tokens.
 
     Raises:
         UserError: There is none, or its architecture can't be captured.
     """
-    if not isinstance(model, nn.Module):
-        raise UserError(
-            f"model: expected a loaded model of transformers, got {type(model).__name__}; load one "
-            "with AutoModelForCausalLM.from_pretrained"
-        )
-    inner = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
-    if inner is None:
-        raise UserError(
-            f"model: {type(model).__name__} holds no model of transformers; sniff takes those alone"
-        )
-    name = getattr(inner.config, "name_or_path", "") or type(inner).__name__
-    refuse_unsupported(name, inner.config)
+    inner = transformers_model(model)
     backbone = decoder_backbone(inner)
     attention = as_arguments(lambda: probe_quietly(backbone, pre_rope=pre_rope))
     require_watchable(attention, type(inner).__name__)
