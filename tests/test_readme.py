@@ -123,7 +123,7 @@ def test_the_page_on_sniff_runs_from_top_to_bottom(demo: Path) -> None:
     names: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(block, names)
-    for root in ("data/mine", "data/larger"):
+    for root in ("data/mine", "data/larger", "data/run"):
         assert main(["verify", root]) == 0
 
 
