@@ -4,7 +4,7 @@ INSTALLED := .venv/.installed
 QUICK := tests/capture tests/test_batches.py tests/test_data.py tests/test_direct.py tests/test_exactness.py \
 	tests/test_reading.py tests/test_rooms.py tests/test_sampling_runs.py tests/test_storage.py
 
-.PHONY: help install demo pictures test check test-architectures test-transformers weights architectures docs lint format bench bench-gpu clean
+.PHONY: help install demo pictures test check test-architectures test-transformers weights architectures docs lint format bench bench-gpu peers clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-19s %s\n", $$1, $$2}'
@@ -66,6 +66,14 @@ bench: $(INSTALLED) ## Measure speed and memory, or a part as in ONLY=host; save
 
 bench-gpu: $(INSTALLED) ## Measure the capture on a GPU, in six minutes
 	TQDM_DISABLE=1 PYTHONUNBUFFERED=1 PYTHONPATH=tests $(BIN)/python -m bench --only gpu --repetitions 1
+
+peers: $(INSTALLED) ## Compare sniff with nnsight and TransformerLens; writes docs/peers.md
+	mkdir -p .cache
+	grep -E '^(torch|numpy)==' constraints.txt > .cache/constraints-peers.txt
+	$(PYTHON) -m venv .cache/peers
+	.cache/peers/bin/pip install --quiet --disable-pip-version-check \
+		-c .cache/constraints-peers.txt nnsight transformer_lens
+	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -m peers .cache/peers/bin/python
 
 clean: ## Remove what the other targets made
 	rm -rf .venv .cache data build dist site .pytest_cache .mypy_cache .ruff_cache

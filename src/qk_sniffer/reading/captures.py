@@ -65,10 +65,10 @@ class Captures:
     def heads(self) -> list[Head]:
         """Every captured head: for each layer its query heads, then its key heads."""
         found = []
-        for name in self.manifest["heads"]:
+        for name, facts in self.manifest["heads"].items():
             parsed = parse_head_name(name)
             assert parsed is not None
-            found.append(self._head(*parsed))
+            found.append(self._head(*parsed, facts["rows"]))
         return found
 
     @cached_property
@@ -101,9 +101,10 @@ class Captures:
         layer, head = operator.index(layer), operator.index(head)
         if kind not in KINDS:
             raise UserError(f"kind: expected {' or '.join(KINDS)}, got {kind}")
-        if head_name(layer, head, kind) not in self.manifest["heads"]:
+        facts = self.manifest["heads"].get(head_name(layer, head, kind))
+        if facts is None:
             raise UserError(self._not_captured(layer, head, kind))
-        return self._head(layer, head, kind)
+        return self._head(layer, head, kind, facts["rows"])
 
     def key_head(self, layer: int, head: int) -> Head:
         """The key head that serves a query head, by grouped-query attention.
@@ -150,13 +151,13 @@ class Captures:
         layers = [AttentionLayer.of(fields) for fields in self.manifest["layers"]]
         return {layer.layer_idx: layer for layer in layers}
 
-    def _head(self, layer: int, head: int, kind: Kind) -> Head:
+    def _head(self, layer: int, head: int, kind: Kind, n_rows: int) -> Head:
         name = head_name(layer, head, kind)
         return Head(
             self._model_layers[layer],
             head,
             kind,
-            self.manifest["heads"][name]["rows"],
+            n_rows,
             self._place.rows(name, self._model_layers[layer].head_dim),
             self.example_id,
             self._source_ids,

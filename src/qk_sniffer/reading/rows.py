@@ -62,7 +62,10 @@ class TableRows(HeadRows):
         self, columns: list[str] | None = None, condition: ds.Expression | None = None
     ) -> pa.Table:
         """Some of them."""
-        return ds.dataset(self._table()).to_table(columns=columns, filter=condition)
+        table = self._table()
+        if condition is None:
+            return table if columns is None else table.select(columns)
+        return ds.dataset(table).to_table(columns=columns, filter=condition)
 
     def count(self, condition: ds.Expression | None) -> int:
         """How many rows fulfil a condition; None counts all."""

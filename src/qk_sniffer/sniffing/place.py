@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
@@ -114,20 +115,22 @@ class MemoryPlace(CapturePlace):
                 pa.array(vectors.reshape(-1)), type=schema.field("vector").type
             ),
             pa.array(window, mask=np.full(n_rows, layer.sliding_window is None)),
-            pa.array(self._token_strings(example_ids.tolist(), positions.tolist()), pa.string()),
+            self._token_strings(example_ids, positions),
         ]
         return pa.Table.from_arrays(columns, schema=schema)
 
-    def _token_strings(self, example_ids: list[int], positions: list[int]) -> list[str | None]:
+    def _token_strings(
+        self, example_ids: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]
+    ) -> pa.Array:
         if self._tokenizer is None:
-            return [None] * len(positions)
+            return pa.nulls(len(positions), pa.string())
         tokens = {
             (text.example_id, position): token
             for text in self._texts.read
             for position, token in zip(text.positions, text.tokens, strict=True)
         }
-        ids = [tokens[row] for row in zip(example_ids, positions, strict=True)]
-        return list(token_strings(self._tokenizer, ids))
+        ids = [tokens[row] for row in zip(example_ids.tolist(), positions.tolist(), strict=True)]
+        return pa.array(token_strings(self._tokenizer, ids), pa.string())
 
 
 class UnfinishedPlace(CapturePlace):

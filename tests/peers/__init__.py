@@ -1,0 +1,1 @@
+"""``sniff`` beside nnsight and TransformerLens; ``make peers`` runs it."""
