@@ -257,6 +257,7 @@ def test_batches_of_some_rows(captures: Captures) -> None:
     assert "token_str" not in batch
     joined = list(DataLoader(some.batches(4), batch_size=3))
     assert [len(batch["vector"]) for batch in joined] == [12, 12, len(some) - 24]
+    assert len(some.batches(4)) == -(-len(some) // 4)
     assert torch.equal(torch.cat([batch["vector"] for batch in joined]), batch["vector"])
     for wrong in (0, 2.5):
         with pytest.raises(UserError, match="batch_size: must be an integer of at least 1"):

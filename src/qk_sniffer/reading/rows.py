@@ -138,7 +138,8 @@ class _GroupRows(HeadRows):
         return _read(self._path, self._group, columns, condition)
 
     def count(self, condition: ds.Expression | None) -> int:
-        return int(self._group.count_rows(filter=condition))
+        # count_rows of pyarrow counts those of the whole file.
+        return int(_read(self._path, self._group, ["position"], condition).num_rows)
 
     def groups(self, condition: ds.Expression | None) -> Sequence[HeadRows]:
         return [self]
