@@ -15,7 +15,7 @@ from qk_sniffer.errors import UserError
 from qk_sniffer.models.adapters import OnResult
 from qk_sniffer.models.calls import AttentionCall, intercept_attention
 from qk_sniffer.models.decoder import decoder_modules
-from qk_sniffer.models.refusals import refuse_unsupported
+from qk_sniffer.models.refusals import refuse_compiled, refuse_unsupported
 from qk_sniffer.models.rotary import RotaryTrace, trace_rotary
 
 
@@ -35,6 +35,7 @@ def transformers_model(model: Any) -> PreTrainedModel:
         raise UserError(
             f"model: {type(model).__name__} holds no model of transformers; load one of those"
         )
+    refuse_compiled(model)
     refuse_unsupported(name_of(inner), inner.config)
     return inner
 

@@ -12,6 +12,7 @@ from qk_sniffer.errors import UserError
 from qk_sniffer.models.attention import watch_attention
 from qk_sniffer.models.calls import AttentionCall
 from qk_sniffer.models.notes import call_notes, in_layers
+from qk_sniffer.models.refusals import refuse_compiled
 from qk_sniffer.models.rotary import RotaryMap, RotaryTrace
 from qk_sniffer.models.scores import score_function
 
@@ -67,7 +68,7 @@ def probe_attention(backbone: nn.Module, *, pre_rope: bool = False) -> Attention
         UserError: No attention is reached, it is not causal, or the vectors before RoPE can't be told.
     """
     if backbone not in _maps:
-        _refuse_compiled(backbone)
+        refuse_compiled(backbone)
         _maps[backbone] = _Probe(backbone).run()
     attention = _maps[backbone]
     if pre_rope and attention.rotary.problem:
@@ -259,12 +260,3 @@ def _note(text: str, layers: list[int], n_layers: int) -> str:
 def _differs(states: Tensor, others: Tensor | None) -> bool:
     """Whether the query of the first token felt a change of the others, beyond rounding."""
     return others is None or bool((states - others).norm() > 0.02 * states.norm())
-
-
-def _refuse_compiled(backbone: nn.Module) -> None:
-    for module in backbone.modules():
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-            raise UserError(
-                "model: a compiled backbone runs kernels in which queries and keys are not to be seen; "
-                "capture the plain one (compiled._orig_mod, or without calling .compile())"
-            )

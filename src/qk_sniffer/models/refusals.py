@@ -1,5 +1,6 @@
 """Architectures that can't be captured, and why, told from the config before anything is loaded."""
 
+from torch import nn
 from transformers import PreTrainedConfig
 
 from qk_sniffer.errors import UserError
@@ -42,3 +43,17 @@ def refuse_unsupported(name: str, config: PreTrainedConfig) -> None:
             f"model.config_overrides.attention_type: {name} attends to random blocks "
             f"({config.attention_type}); set it to original_full"
         )
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """See that no part of a model is compiled.
+
+    Raises:
+        UserError: One is.
+    """
+    for module in model.modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise UserError(
+                "model: a compiled backbone runs kernels in which queries and keys are not to be seen; "
+                "capture the plain one (compiled._orig_mod, or without calling .compile())"
+            )

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from qk_sniffer.capture import BatchRows, CapturedStream, Portion
 from qk_sniffer.errors import UserError
 from qk_sniffer.kinds import Kind
+
+_SMALL_BYTES = 2**20
 
 Stream = tuple[int, Kind]
 """A layer and kind."""
@@ -31,6 +33,20 @@ class Rows:
 
 def _some(rows: Rows, chosen: Tensor) -> Rows:
     return Rows(rows.vectors[:, chosen], rows.numbers[:, chosen])
+
+
+def _joined(parts: Sequence[Rows]) -> Rows:
+    return Rows(
+        torch.cat([part.vectors for part in parts], dim=1),
+        torch.cat([part.numbers for part in parts], dim=1),
+    )
+
+
+def _is_small_beside(part: Rows, other: Rows) -> bool:
+    """Whether to join two, so that there are few parts and each row is copied few times."""
+    return part.vectors.nbytes + other.vectors.nbytes < _SMALL_BYTES and (
+        part.vectors.nbytes < 2 * other.vectors.nbytes
+    )
 
 
 class RowStore:
@@ -72,8 +88,12 @@ class RowStore:
         """Keep the rows of a call."""
         with self._lock:
             for stream, part in rows.items():
-                self._parts[stream].append(part)
                 self.n_bytes += part.vectors.nbytes
+                parts = self._parts[stream]
+                # Of tokens that come one by one there would be more tensors than bytes.
+                while len(parts) > 1 and _is_small_beside(parts[-1], part):
+                    part = _joined([parts.pop(), part])
+                parts.append(part)
 
     @property
     def streams(self) -> list[Stream]:
@@ -102,13 +122,12 @@ class RowStore:
         with self._lock:
             parts = self._parts[stream]
             if len(parts) > 1:
-                full = [part for part in parts if part.numbers.numel()] or parts[:1]
-                vectors = torch.cat([part.vectors for part in full], dim=1)
-                numbers = torch.cat([part.numbers for part in full], dim=1)
-                order = ((numbers[0].long() << 32) + numbers[1]).argsort(stable=True)
+                # The first may be empty, and then has another dtype.
+                joined = _joined([part for part in parts if part.numbers.numel()] or parts[:1])
+                order = ((joined.numbers[0].long() << 32) + joined.numbers[1]).argsort(stable=True)
                 if not torch.equal(order, torch.arange(len(order))):
-                    vectors, numbers = vectors[:, order], numbers[:, order]
-                self._parts[stream] = [Rows(vectors, numbers)]
+                    joined = _some(joined, order)
+                self._parts[stream] = [joined]
             return self._parts[stream][0]
 
 

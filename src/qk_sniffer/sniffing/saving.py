@@ -100,30 +100,24 @@ class _Writer:
         self._session = session
         self._journal = journal
         self._lock = threading.Lock()
-        self._written: set[int] = set()
 
     def write_ended(self) -> None:
         """Write the texts that no cache goes on with."""
-        self._write(self._session.texts.ended())
+        self._write(self._session.texts.take_ended())
 
     def write_all(self) -> None:
         """Write all that were read."""
-        self._write(self._session.texts.read)
+        self._write(self._session.texts.take_all())
 
     def _write(self, texts: Sequence[Text]) -> None:
-        with self._lock:
-            new = [
-                text
-                for text in texts
-                if text.example_id not in self._written and not self._session.texts.is_left_out(text)
-            ]
-            if not new:
-                return
-            for text in new:
-                _require_whole(text)
-            ids = [text.example_id for text in new]
-            self._written.update(ids)
-            _write(self._session, self._journal, self._session.store.take(ids), new)
+        session = self._session
+        texts = [text for text in texts if not session.texts.is_left_out(text)]
+        for text in texts:
+            _require_whole(text)
+        if texts:
+            with self._lock:
+                rows = session.store.take(text.example_id for text in texts)
+                _write(session, self._journal, rows, texts)
 
 
 def _require_whole(text: Text) -> None:

@@ -102,12 +102,12 @@ class Texts:
 
     def __init__(self, eos_token_ids: Sequence[int], pad_token_id: int | None) -> None:
         self.read: list[Text] = []
-        """Those that a call has read to its end."""
+        """Those that a call has read to its end, and nobody has taken."""
         self._eos_token_ids = frozenset(eos_token_ids)
         self._pad_token_id = next(iter(eos_token_ids), None) if pad_token_id is None else pad_token_id
         self._caches: WeakKeyDictionary[Any, tuple[int, list[_Row]]] = WeakKeyDictionary()
         self._names: list[int | str] = []
-        self._taken: set[int] = set()
+        self._named: dict[int, str] = {}
         self._left_out: frozenset[int] = frozenset()
         self._lock = threading.Lock()
 
@@ -120,15 +120,15 @@ class Texts:
         if isinstance(names, str) or not all(isinstance(name, int | str) for name in names):
             raise UserError(f"names: expected a list of strings or integers, got {names!r}")
         with self._lock:
-            taken = {text.example_id: text.source_id for text in self.read}
+            given: dict[int, str] = {}
             for name in names:
                 number = example_id(name)
-                if number in taken:
+                if (other := self._named.get(number, given.get(number))) is not None:
                     raise UserError(
-                        f"names: {name!r} has the example id {number}, as the text {taken[number]!r} "
-                        "has; choose another name"
+                        f"names: {name!r} has the example id {number}, as the text {other!r} has; "
+                        "choose another name"
                     )
-                taken[number] = str(name)
+                given[number] = str(name)
             self._names = list(names)
 
     def leave_out(self, example_ids: Iterable[int]) -> None:
@@ -139,12 +139,20 @@ class Texts:
         """Whether no rows of a text are kept."""
         return text.example_id in self._left_out
 
-    def ended(self) -> list[Text]:
-        """The texts that no cache goes on with."""
+    def take_ended(self) -> list[Text]:
+        """Forget the texts that no cache goes on with, and give them."""
         with self._lock:
             rows = [row for _, rows in self._caches.values() for row in rows]
             going_on = {id(row.text) for row in rows}
-            return [text for text in self.read if id(text) not in going_on]
+            ended = [text for text in self.read if id(text) not in going_on]
+            self.read = [text for text in self.read if id(text) in going_on]
+            return ended
+
+    def take_all(self) -> list[Text]:
+        """Forget all texts, and give them."""
+        with self._lock:
+            texts, self.read = self.read, []
+            return texts
 
     def follows(self, cache: Any) -> bool:
         """Whether a cache holds texts that were read here."""
@@ -176,8 +184,7 @@ class Texts:
             for part in call.parts:
                 part.text.positions += part.positions.tolist()
                 part.text.tokens += part.token_ids.tolist()
-            if call.new:
-                self.read = [*self.read, *call.new]
+            self.read.extend(call.new)
             if cache is not None:
                 self._caches[cache] = (call.n_places, call.rows)
 
@@ -185,7 +192,8 @@ class Texts:
         """Forget a call that has failed; its names and numbers are for the next."""
         with self._lock:
             self._names = call.names
-            self._taken -= {text.example_id for text in call.new}
+            for text in call.new:
+                del self._named[text.example_id]
 
     def _rows_of(self, cache: Any, past_length: int, size: int) -> list[_Row]:
         n_places, rows = self._caches.get(cache, (0, [])) if cache is not None else (0, [])
@@ -222,7 +230,7 @@ class Texts:
                 "give one name for each"
             )
         names, self._names = self._names, []
-        self._taken |= {text.example_id for text in new}
+        self._named |= {text.example_id: text.source_id for text in new}
         n_places = past_length + sequences.input_ids.shape[1]
         kept = [part for part in parts if not self.is_left_out(part.text)]
         return Call(_tokens(kept), parts, behind, n_places, new, names)
@@ -241,8 +249,9 @@ class Texts:
         if len(new) < len(self._names):
             name = self._names[len(new)]
             return example_id(name), str(name)
-        taken = self._taken | {text.example_id for text in new}
-        number = next(n for n in count(len(taken)) if n not in taken)
+        taken = {text.example_id for text in new}
+        numbers = count(len(self._named) + len(new))
+        number = next(n for n in numbers if n not in taken and n not in self._named)
         return number, str(number)
 
 
