@@ -582,7 +582,10 @@ def test_what_the_limit_left_out_is_told_and_what_was_there_stays() -> None:
         with pytest.raises(UserError, match="limit_bytes"):
             model(torch.tensor([[5, 6, 7]]))
         model(torch.tensor([[5, 6]]))
-    assert captured.examples["n_tokens"].to_pylist() == [4, 2]
+    assert captured.examples.to_pylist() == [
+        {"example_id": number, "source_id": str(number), "n_tokens": n_tokens, "truncated": False}
+        for number, n_tokens in enumerate((4, 2))
+    ]
     assert len(captured.head(3, 3)) == 6
 
 

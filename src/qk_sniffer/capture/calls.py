@@ -93,6 +93,7 @@ class CallSniffer:
         self._gathers = Gathers(self._heads, self._staging)
         self._rows: _CallRows | None = None
         self._gathered: list[_Gathered] = []
+        self._layers_seen: set[int] = set()
 
     def begin_call(self, tokens: CallTokens) -> None:
         """Draw the rows of a call.
@@ -104,34 +105,28 @@ class CallSniffer:
         self._rows = self._draw(tokens)
 
     def _draw(self, tokens: CallTokens) -> _CallRows:
-        example_ids, places = torch.unique(tokens.example_ids, return_inverse=True)
+        example_ids, texts = torch.unique(tokens.example_ids, return_inverse=True)
         lengths = torch.zeros_like(example_ids)
-        lengths.scatter_reduce_(0, places, tokens.positions + 1, "amax")
-        n_draws = count_draws(self._sampler, len(self._heads), lengths)
+        lengths.scatter_reduce_(0, texts, tokens.positions + 1, "amax")
+        n_draws, n_texts = count_draws(self._sampler, len(self._heads), lengths), len(example_ids)
         draws, stream_ids = draws_of(tuple(self._heads), n_draws)
         sequences, positions = draw_positions(
             self._sampler,
             self._seed,
-            stream_ids.repeat_interleave(len(example_ids)),
+            stream_ids.repeat_interleave(n_texts),
             example_ids.repeat(n_draws),
             lengths.repeat(n_draws),
         )
-        # Texts and positions as one number each; what was drawn before this call is not in it.
-        numbers = (places << 32) + tokens.positions
-        in_order = numbers.argsort()
-        drawn = ((sequences % max(1, len(example_ids))) << 32) + positions
-        found = torch.searchsorted(numbers[in_order], drawn).clamp(max=max(0, numbers.numel() - 1))
-        is_read = numbers[in_order][found] == drawn
-        stops = torch.searchsorted(
-            (sequences // max(1, len(example_ids)))[is_read], torch.arange(1, n_draws + 1)
-        )
-        return _CallRows(
-            dict(draws),
-            stops.tolist(),
-            tokens,
-            in_order[found[is_read]],
-            self._sampler.buckets(tokens.positions),
-        )
+        # Text and position as one number, behind which none is larger.
+        drawn = ((sequences % max(1, n_texts)) << 32) + positions
+        read, order = ((texts << 32) + tokens.positions).sort()
+        read = torch.cat([read, torch.tensor([n_texts << 32])])
+        places = torch.searchsorted(read, drawn)
+        # Those before this call were drawn again, since all of a text are drawn from its start.
+        is_read = read[places] == drawn
+        stops = torch.searchsorted(sequences[is_read], n_texts * torch.arange(1, n_draws + 1))
+        buckets = self._sampler.buckets(tokens.positions)
+        return _CallRows(dict(draws), stops.tolist(), tokens, order[places[is_read]], buckets)
 
     def capture(
         self,
@@ -151,6 +146,9 @@ class CallSniffer:
             sliding_window: The layer's window; None for full attention.
         """
         assert self._rows is not None
+        if layer_idx in self._layers_seen:
+            raise RuntimeError(f"layer {layer_idx} has attended twice in one call")
+        self._layers_seen.add(layer_idx)
         length = query.shape[2]
         if key.shape[2] != length:
             new_keys = first_new_key(past_length, length, key.shape[2])
@@ -164,15 +162,24 @@ class CallSniffer:
                     self._gathered.append(_Gathered(stream, sliding_window, gather))
 
     def end_call(self) -> None:
-        """Hand the rows of the call to the sink."""
+        """Hand the rows of the call to the sink.
+
+        Raises:
+            RuntimeError: A layer has not attended.
+        """
         assert self._rows is not None
+        if missing := {layer_idx for layer_idx, _ in self._heads} - self._layers_seen:
+            raise RuntimeError(f"layer {min(missing)} has not attended in this call")
         numbers = self._rows.numbers()
         blocks = [gather.block(stream, window, 0) for stream, window, gather in self._gathered]
         self._staging.end()
         self._sink.take_rows(BatchRows(numbers[:0].long(), blocks, numbers))
-        self._rows, self._gathered = None, []
+        self._begin_anew()
 
     def drop_call(self) -> None:
         """Forget a call that has failed."""
-        self._rows, self._gathered = None, []
+        self._begin_anew()
         self._staging.clear()
+
+    def _begin_anew(self) -> None:
+        self._rows, self._gathered, self._layers_seen = None, [], set()

@@ -129,12 +129,15 @@ class Session:
         thread.call = thread.cache = None
         if call is None:
             return
-        if output is None:
-            thread.sniffer.drop_call()
-            self.texts.drop(call)
-            return
-        thread.sniffer.end_call()
-        self.texts.end(call, cache if cache is not None else cache_of(_named(output)))
+        try:
+            if output is not None:
+                thread.sniffer.end_call()
+                self.texts.end(call, cache if cache is not None else cache_of(_named(output)))
+                call = None
+        finally:
+            if call is not None:
+                thread.sniffer.drop_call()
+                self.texts.drop(call)
         self.on_call()
 
 
