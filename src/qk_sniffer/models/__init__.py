@@ -20,6 +20,7 @@ from qk_sniffer.models.frequencies import (
     frequencies_for,
     spans_of_like_frequencies,
 )
+from qk_sniffer.models.generating import watch_stopping
 from qk_sniffer.models.limits import (
     config_vocabulary,
     covered_positions,
@@ -77,5 +78,6 @@ __all__ = [
     "vocabulary_size",
     "watch_attention",
     "watch_caches",
+    "watch_stopping",
     "weights_digest",
 ]

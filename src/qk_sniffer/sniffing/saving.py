@@ -18,7 +18,7 @@ from qk_sniffer.sniffing.arguments import as_arguments
 from qk_sniffer.sniffing.memory import Rows, Stream
 from qk_sniffer.sniffing.place import token_strings
 from qk_sniffer.sniffing.session import Session
-from qk_sniffer.sniffing.texts import Text
+from qk_sniffer.sniffing.texts import Text, not_whole
 from qk_sniffer.storage import (
     JOURNAL_ALIGNMENT,
     JOURNAL_DIRECTORY,
@@ -60,7 +60,7 @@ def writing(session: Session, data_root: str | Path, *, overwrite: bool) -> Iter
     path = data_root_path(data_root)
     with _journal_in(session, path, overwrite=overwrite) as journal:
         writer = _Writer(session, journal)
-        session.on_call = writer.write_ended
+        session.on_call, session.texts.must_be_whole = writer.write_ended, True
         yield path
         writer.write_all()
 
@@ -112,8 +112,6 @@ class _Writer:
     def _write(self, texts: Sequence[Text]) -> None:
         session = self._session
         texts = [text for text in texts if not session.texts.is_left_out(text)]
-        for text in texts:
-            _require_whole(text)
         if texts:
             with self._lock:
                 rows = session.store.take(text.example_id for text in texts)
@@ -121,13 +119,9 @@ class _Writer:
 
 
 def _require_whole(text: Text) -> None:
-    if text.positions != list(range(len(text.positions))):
-        first = text.positions[0]
-        raise UserError(
-            f"data_root: text {text.source_id!r} was not read from position 0 on without gaps (it "
-            f"begins at {first}), and a data root holds whole texts; pass position_ids that count "
-            "each text from 0, or pad on the right"
-        )
+    for expected, position in enumerate(text.positions):
+        if position != expected:
+            raise not_whole(position, expected)
 
 
 @dataclass(frozen=True)

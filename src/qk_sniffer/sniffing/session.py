@@ -31,9 +31,10 @@ from qk_sniffer.models import (
     text_decoder,
     watch_attention,
     watch_caches,
+    watch_stopping,
 )
 from qk_sniffer.sniffing.memory import Intake, RowStore
-from qk_sniffer.sniffing.texts import Call, Texts
+from qk_sniffer.sniffing.texts import Call, Row, Texts
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Session:
         self.tokenizer = tokenizer
         self.about = _about(watched, settings)
         self.store = RowStore(self.streams, limit_bytes)
-        self.texts = Texts(*_ends_of_texts(watched.model))
+        self.texts = Texts(any(layer.sliding_window is not None for layer in attention.layers))
         self.on_call: Callable[[], None] = lambda: None
         """Called behind each call."""
         self._pre_rope = capture.capture_pre_rope
@@ -101,6 +102,7 @@ class Session:
                 callers=[self.watched.model],
             ),
             watch_caches(self.texts.follows),
+            watch_stopping(self._on_stop),
         ):
             yield
 
@@ -123,6 +125,19 @@ class Session:
             query, key = trace.unrotated(layer_idx, query, key, self.watched.attention.rotary)
         self._thread.sniffer.capture(layer_idx, query, key, past_length, self._windows[layer_idx])
 
+    def _on_stop(self, is_done: list[bool]) -> None:
+        rows = self._thread.rows
+        if len(rows) != len(is_done):
+            return
+        for row, ends in zip(rows, is_done, strict=True):
+            if ends and row.tokens_left is None:
+                # The one that it has just written is still to be read.
+                row.tokens_left = 1
+        if all(row.tokens_left is not None for row in rows):
+            # So has this generate, and another may go on with the cache.
+            for row in rows:
+                row.tokens_left = None
+
     def _on_end(self, output: Any) -> None:
         thread = self._thread
         call, cache = thread.call, thread.cache
@@ -133,7 +148,7 @@ class Session:
             if output is not None:
                 thread.sniffer.end_call()
                 self.texts.end(call, cache if cache is not None else cache_of(_named(output)))
-                call = None
+                thread.rows, call = call.rows, None
         finally:
             if call is not None:
                 thread.sniffer.drop_call()
@@ -148,6 +163,7 @@ class _Thread(threading.local):
         self.sniffer = CallSniffer(session.streams, sampler, seed, Intake(session.store))
         self.call: Call | None = None
         self.cache: Any = None
+        self.rows: list[Row] = []
 
 
 def _named(output: Any) -> Mapping[str, Any]:
@@ -163,14 +179,6 @@ def _about(watched: Watched, capture: dict[str, Any]) -> dict[str, Any]:
         "layers": [asdict(layer) for layer in watched.attention.layers],
         "notes": watched.attention.notes + (rotary.notes() if capture["capture_pre_rope"] else []),
     }
-
-
-def _ends_of_texts(model: PreTrainedModel) -> tuple[list[int], int | None]:
-    """The tokens with which ``generate`` ends a text, and the one with which it pads it."""
-    config = getattr(model, "generation_config", None)
-    ends = getattr(config, "eos_token_id", None)
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    return ends, getattr(config, "pad_token_id", None)
 
 
 def require_watchable(attention: AttentionMap, name: str) -> None:

@@ -1,8 +1,9 @@
 """The texts that the calls of a model read: new ones, and those that a cache continues."""
 
+import operator
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,33 +22,37 @@ class Text:
     """One text, as far as it was read.
 
     Attributes:
+        start: The first position that its tokens can attend to, which is 0 where tokens before them
+            were read elsewhere; None before the first.
         example_id: Its number.
         source_id: Its name.
         positions: Of its tokens, ascending.
         tokens: Their ids.
     """
 
-    example_id: int
-    source_id: str
+    start: int | None
+    example_id: int = -1
+    source_id: str = ""
     positions: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
 
 
-@dataclass
-class _Row:
+@dataclass(eq=False)
+class Row:
     """What a cache holds of one sequence.
 
     Attributes:
-        text: The text that is read last in it; None where there is only padding.
-        position: The last that was read; -1 before the first.
-        token: The token there.
-        has_ended: ``generate`` has ended this text, and pads it while others go on.
+        text: Its text.
+        places: (P,) bool, the places of its tokens.
+        position: The last position that was read; -1 before the first.
+        tokens_left: Tokens that ``generate`` still reads of the text before it pads it, while others go
+            on; None where it has not ended.
     """
 
-    text: Text | None = None
+    text: Text
+    places: Tensor
     position: int = -1
-    token: int | None = None
-    has_ended: bool = False
+    tokens_left: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,15 +82,13 @@ class Call:
         tokens: What it reads.
         parts: What it adds to each text.
         rows: What a cache holds of each sequence behind it.
-        n_places: Places of the cache behind it, padding included.
         new: The texts that begin in it.
         names: Theirs, as they were given.
     """
 
     tokens: CallTokens
     parts: list[_Part]
-    rows: list[_Row]
-    n_places: int
+    rows: list[Row]
     new: list[Text]
     names: list[int | str]
 
@@ -96,29 +99,28 @@ class Texts:
     A text that has a name has the example id that a run gives to it.
 
     Args:
-        eos_token_ids: Tokens with which ``generate`` ends a text.
-        pad_token_id: The token with which it then pads it; None for the first of those.
+        has_windows: Whether a layer of the model has a window, which counts places.
     """
 
-    def __init__(self, eos_token_ids: Sequence[int], pad_token_id: int | None) -> None:
+    def __init__(self, has_windows: bool) -> None:
         self.read: list[Text] = []
         """Those that a call has read to its end, and nobody has taken."""
-        self._eos_token_ids = frozenset(eos_token_ids)
-        self._pad_token_id = next(iter(eos_token_ids), None) if pad_token_id is None else pad_token_id
-        self._caches: WeakKeyDictionary[Any, tuple[int, list[_Row]]] = WeakKeyDictionary()
+        self.must_be_whole = False
+        """Whether texts are refused that are not read from position 0 on without gaps."""
+        self.has_windows = has_windows
+        self._caches: WeakKeyDictionary[Any, list[Row]] = WeakKeyDictionary()
         self._names: list[int | str] = []
         self._named: dict[int, str] = {}
         self._left_out: frozenset[int] = frozenset()
         self._lock = threading.Lock()
 
-    def name_next(self, names: Sequence[int | str]) -> None:
+    def name_next(self, names: Iterable[int | str]) -> None:
         """Name the texts that the next call begins.
 
         Raises:
             UserError: One is neither an integer nor a string, or has the example id of another text.
         """
-        if isinstance(names, str) or not all(isinstance(name, int | str) for name in names):
-            raise UserError(f"names: expected a list of strings or integers, got {names!r}")
+        names = _as_names(names)
         with self._lock:
             given: dict[int, str] = {}
             for name in names:
@@ -129,7 +131,7 @@ class Texts:
                         "choose another name"
                     )
                 given[number] = str(name)
-            self._names = list(names)
+            self._names = names
 
     def leave_out(self, example_ids: Iterable[int]) -> None:
         """Keep no rows of some texts, which were captured before."""
@@ -142,8 +144,7 @@ class Texts:
     def take_ended(self) -> list[Text]:
         """Forget the texts that no cache goes on with, and give them."""
         with self._lock:
-            rows = [row for _, rows in self._caches.values() for row in rows]
-            going_on = {id(row.text) for row in rows}
+            going_on = {id(row.text) for rows in self._caches.values() for row in rows}
             ended = [text for text in self.read if id(text) not in going_on]
             self.read = [text for text in self.read if id(text) in going_on]
             return ended
@@ -167,11 +168,13 @@ class Texts:
             past_length: Places that the cache holds already.
 
         Raises:
-            UserError: The cache holds other places than were read, or names are too few or too many.
+            UserError: The call can't be told from its texts: the cache holds other places than were
+                read, the mask changes what earlier calls have read, or positions begin anew; or names
+                are too few or too many.
         """
         with self._lock:
             rows = self._rows_of(cache, past_length, sequences.input_ids.shape[0])
-            return self._begin(sequences, rows, past_length)
+            return _Reader(self, sequences, past_length).read(rows)
 
     def end(self, call: Call, cache: Any) -> None:
         """Note what a call has read.
@@ -186,7 +189,7 @@ class Texts:
                 part.text.tokens += part.token_ids.tolist()
             self.read.extend(call.new)
             if cache is not None:
-                self._caches[cache] = (call.n_places, call.rows)
+                self._caches[cache] = call.rows
 
     def drop(self, call: Call) -> None:
         """Forget a call that has failed; its names and numbers are for the next."""
@@ -195,71 +198,165 @@ class Texts:
             for text in call.new:
                 del self._named[text.example_id]
 
-    def _rows_of(self, cache: Any, past_length: int, size: int) -> list[_Row]:
-        n_places, rows = self._caches.get(cache, (0, [])) if cache is not None else (0, [])
-        if past_length == 0 or not rows:
-            return [_Row() for _ in range(size)]
-        if n_places != past_length or len(rows) != size:
+    def _rows_of(self, cache: Any, past_length: int, size: int) -> list[Row] | None:
+        """What the cache of a call holds; None where nothing of it was read here."""
+        rows = None if cache is None or past_length == 0 else self._caches.get(cache)
+        if rows is not None and (len(rows) != size or len(rows[0].places) != past_length):
             raise UserError(
-                f"sniff: the cache holds {past_length} places of {size} sequences, and {n_places} of "
-                f"{len(rows)} were read; a cache that is changed between calls can't be followed"
+                f"sniff: the cache holds {past_length} places of {size} sequences, and "
+                f"{len(rows[0].places)} of {len(rows)} were read; a cache that is changed between "
+                "calls can't be followed"
             )
         return rows
 
-    def _begin(self, sequences: CallSequences, rows: Sequence[_Row], past_length: int) -> Call:
-        parts: list[_Part] = []
-        new: list[Text] = []
-        behind = []
-        for sequence, row in enumerate(rows):
-            columns, has_ended = self._columns(sequences, sequence, row)
-            position, text, token = row.position, row.text, row.token
-            for run in _ascending_runs(sequences.positions[sequence, columns]):
-                part = columns[run]
-                positions = sequences.positions[sequence, part]
-                if text is None or int(positions[0]) <= position:
-                    text = Text(*self._next_ids(new))
-                    new.append(text)
-                parts.append(
-                    _Part(text, sequence, part, positions, sequences.input_ids[sequence, part])
-                )
-                position, token = int(positions[-1]), int(parts[-1].token_ids[-1])
-            behind.append(_Row(text, position, token, has_ended))
-        if self._names and len(self._names) != len(new):
+    def take_names(self, new: Sequence[Text]) -> list[int | str]:
+        """Give new texts, in their order, the names that wait for them, or numbers.
+
+        Raises:
+            UserError: The names are too few or too many.
+        """
+        names = self._names
+        if names and len(names) != len(new):
             raise UserError(
-                f"names: {len(self._names)} names were given, and the call begins {len(new)} texts; "
-                "give one name for each"
+                f"names: {len(names)} names were given, and the call begins {len(new)} texts; give one "
+                "name for each"
             )
-        names, self._names = self._names, []
-        self._named |= {text.example_id: text.source_id for text in new}
-        n_places = past_length + sequences.input_ids.shape[1]
-        kept = [part for part in parts if not self.is_left_out(part.text)]
-        return Call(_tokens(kept), parts, behind, n_places, new, names)
-
-    def _columns(self, sequences: CallSequences, sequence: int, row: _Row) -> tuple[Tensor, bool]:
-        """The columns of a sequence's tokens, and whether ``generate`` has ended its text."""
-        token_ids = sequences.input_ids[sequence]
-        is_step = token_ids.numel() == 1 and row.text is not None
-        has_ended = row.has_ended or row.token in self._eos_token_ids
-        if is_step and has_ended and int(token_ids) == self._pad_token_id:
-            return torch.empty(0, dtype=torch.int64), True
-        return sequences.is_token[sequence].nonzero().squeeze(1), False
-
-    def _next_ids(self, new: Sequence[Text]) -> tuple[int, str]:
-        """Example id and name of the next text that begins, behind others of the same call."""
-        if len(new) < len(self._names):
-            name = self._names[len(new)]
-            return example_id(name), str(name)
-        taken = {text.example_id for text in new}
-        numbers = count(len(self._named) + len(new))
-        number = next(n for n in numbers if n not in taken and n not in self._named)
-        return number, str(number)
+        numbers = (n for n in count(len(self._named)) if n not in self._named)
+        for text, name in zip(new, names or numbers, strict=False):
+            text.example_id, text.source_id = example_id(name), str(name)
+            self._named[text.example_id] = text.source_id
+        self._names = []
+        return names
 
 
-def _ascending_runs(positions: Tensor) -> list[Tensor]:
-    """The indices of positions, split where they don't rise: packed texts begin anew there."""
-    borders = (positions.diff() <= 0).nonzero().squeeze(1) + 1
-    indices = torch.arange(positions.numel())
-    return [run for run in torch.tensor_split(indices, borders) if run.numel()]
+class _Reader:
+    """Finds the texts of one call."""
+
+    def __init__(self, texts: Texts, sequences: CallSequences, past_length: int) -> None:
+        self._texts = texts
+        self._sequences = sequences
+        self._past_length = past_length
+        self._parts: list[_Part] = []
+        self._new: list[Text] = []
+
+    def read(self, rows: list[Row] | None) -> Call:
+        texts = self._texts
+        size = self._sequences.input_ids.shape[0]
+        known = [None] * size if rows is None else rows
+        behind = [self._read_sequence(number, row) for number, row in enumerate(known)]
+        names = texts.take_names(self._new)
+        kept = [part for part in self._parts if not texts.is_left_out(part.text)]
+        return Call(_tokens(kept), self._parts, behind, self._new, names)
+
+    def _read_sequence(self, sequence: int, row: Row | None) -> Row:
+        mask = self._sequences.is_token[sequence]
+        before, now = mask[: self._past_length], mask[self._past_length :]
+        if row is None:
+            # Tokens that were read elsewhere are attended to, and were not captured.
+            row = Row(self._begin_text(start=0 if before.any() else None), before)
+        tokens_left = row.tokens_left if now.numel() == 1 else None
+        if tokens_left == 0:
+            now = torch.zeros_like(now)
+        columns, places = now.nonzero().squeeze(1), torch.cat([row.places, now])
+        if columns.numel():
+            _require_same(row.places, before)
+            if self._texts.has_windows:
+                _require_unbroken(places)
+        tokens_left = None if tokens_left is None else 0
+        return replace(
+            self._read_tokens(sequence, row, columns), places=places, tokens_left=tokens_left
+        )
+
+    def _read_tokens(self, sequence: int, row: Row, columns: Tensor) -> Row:
+        positions = self._sequences.positions[sequence, columns]
+        text, position = row.text, row.position
+        for number, run in enumerate(self._runs(positions)):
+            if number:
+                text, position = self._begin_text(), -1
+            _require_rising(positions[run], position)
+            if self._texts.must_be_whole:
+                _require_next(text, positions[run], position)
+            if text.start is None:
+                text.start = int(positions[run][0])
+            token_ids = self._sequences.input_ids[sequence, columns[run]]
+            self._parts.append(_Part(text, sequence, columns[run], positions[run], token_ids))
+            position = int(positions[run][-1])
+        return Row(text, row.places, position)
+
+    def _begin_text(self, start: int | None = None) -> Text:
+        self._new.append(Text(start))
+        return self._new[-1]
+
+    def _runs(self, positions: Tensor) -> list[Tensor]:
+        """The indices of the tokens of each text: packed ones end where positions don't follow."""
+        indices = torch.arange(positions.numel())
+        borders = torch.empty(0, dtype=torch.int64)
+        if self._sequences.keeps_apart:
+            borders = (positions.diff() != 1).nonzero().squeeze(1) + 1
+        return [run for run in torch.tensor_split(indices, borders) if run.numel()]
+
+
+def _require_same(read: Tensor, mask: Tensor) -> None:
+    """See that the places of a cache are masked as they were when they were read."""
+    if (read & ~mask).any():
+        raise UserError(
+            "sniff: attention_mask hides tokens that an earlier call has read; pass the mask of all "
+            "that the cache holds"
+        )
+    if (mask & ~read).any():
+        raise UserError(
+            "sniff: attention_mask lets tokens attend to padding that the cache holds; pass the mask "
+            "of all that the cache holds, with 0 for its padding"
+        )
+
+
+def _require_unbroken(places: Tensor) -> None:
+    """See that the tokens of a sequence lie side by side."""
+    tokens = places.nonzero().squeeze(1)
+    if int(tokens[-1] - tokens[0]) + 1 != tokens.numel():
+        raise UserError(
+            "sniff: there is padding between the tokens of a text, and this model's sliding window "
+            "counts it; pad on the left alone, and begin a new cache for the next turn"
+        )
+
+
+def _require_rising(positions: Tensor, last: int) -> None:
+    """See that the positions of a text ascend."""
+    if int(positions[0]) <= last or (positions.diff() <= 0).any():
+        raise UserError(
+            "sniff: position_ids begin anew within a sequence, and the model lets such texts attend to "
+            "each other where it has a cache or an attention_mask; pass use_cache=False and no mask"
+        )
+
+
+def _require_next(text: Text, positions: Tensor, last: int) -> None:
+    """See that a text has no gaps."""
+    if int(positions[0]) != last + 1 or (positions.diff() != 1).any():
+        raise not_whole(int(positions[0]), last + 1)
+
+
+def not_whole(position: int, expected: int) -> UserError:
+    """The error for a text that can't be in a data root."""
+    return UserError(
+        f"data_root: it holds whole texts, and one was read at position {position} where {expected} "
+        "must come; pad on the right, pass position_ids that count each text from 0, and begin it in "
+        "the block"
+    )
+
+
+def _as_names(names: Any) -> list[int | str]:
+    """Names as a list of strings and integers."""
+    found: list[int | str] = []
+    try:
+        if isinstance(names, str):
+            raise TypeError
+        for name in names:
+            if isinstance(name, bool):
+                raise TypeError
+            found.append(name if isinstance(name, str) else operator.index(name))
+    except TypeError:
+        raise UserError(f"names: expected a list of strings or integers, got {names!r}") from None
+    return found
 
 
 def _tokens(parts: Sequence[_Part]) -> CallTokens:
