@@ -1,6 +1,7 @@
 """``sniff``: calls of a loaded model, against a run, its own attention, and itself without it."""
 
 import inspect
+import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +22,9 @@ from transformers import (
     BitsAndBytesConfig,
     MambaConfig,
     PreTrainedModel,
+    StoppingCriteria,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import AttentionInterface
@@ -232,7 +236,7 @@ def test_positions_are_the_models_own_where_none_are_given() -> None:
     assert captured.head(0, 0).where(example=1).numpy()["position"].tolist() == [3, 4, 5]
     with torch.no_grad():
         expected = model_of("llama", "eager")(**inputs, output_attentions=True).attentions
-    found = captured.attention(2, 1, 1).among_kept
+    found = captured.attention(2, 1, 1).probabilities
     torch.testing.assert_close(found, expected[2][1, 1, 3:, 3:], atol=TOLERANCE, rtol=0)
 
 
@@ -539,7 +543,14 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         "names: 2 names were given, and the call begins 1 texts",
         lambda c: (c.names(["a", "b"]), model(tokens)),
     )
-    refused("names: expected a list of strings or integers, got 'ab'", lambda c: c.names("ab"))
+    for wrong in ("ab", None, [True], [1.5]):
+        refused("names: expected a list of strings or integers", lambda c, n=wrong: c.names(n))
+    refused("seed: expected an integer, got 'a'", seed="a")
+    refused("limit_bytes: expected an integer, got '4GB'", limit_bytes="4GB")
+    refused("layers: expected integers, got 'ab'", layers="ab")
+    refused("tokenizer: expected a loaded one, got 'x'", tokenizer="x")
+    refused("class path of a qk_sniffer.capture.Sampler subclass", sampler="foo")
+    refused("T5ForConditionalGeneration is no causal language model", model=tiny_t5())
     refused("names: 'a' has the example id", lambda c: c.names(["a", "a"]))
     embedded = model.get_input_embeddings()(tokens)
     refused("called with inputs_embeds and no input_ids", lambda _: model(inputs_embeds=embedded))
@@ -566,6 +577,11 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
 
     refused("data_root: it holds whole texts, and one was read at position 3 where 0", padded)
     assert not (tmp_path / "root").exists()
+
+
+def tiny_t5() -> PreTrainedModel:
+    sizes = dict(d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2)
+    return T5ForConditionalGeneration(T5Config(vocab_size=20, **sizes))
 
 
 def tiny_mamba() -> PreTrainedModel:
@@ -667,3 +683,201 @@ def test_many_calls_leave_few_tensors() -> None:
     parts = captured._session.store._parts.values()
     assert max(map(len, parts)) < 12
     assert_close(rows_of(captured, 0), alone(model, text[:, :-1]))
+
+
+def test_packed_texts_that_the_model_does_not_keep_apart_are_refused() -> None:
+    """With a cache or a mask transformers lets them attend to each other."""
+    model = model_of("llama")
+    tokens, positions = torch.arange(5, 17)[None], torch.arange(6).repeat(2)[None]
+    mask = torch.ones_like(tokens)
+    cases: list[dict[str, Any]] = [{}, {"attention_mask": mask, "use_cache": False}]
+    for case in cases:
+        with (
+            pytest.raises(UserError, match="position_ids begin anew within a sequence"),
+            torch.no_grad(),
+            sniff(model),
+        ):
+            model(input_ids=tokens, position_ids=positions, **case)
+    with torch.no_grad(), sniff(model) as captured:
+        cache = model(input_ids=tokens).past_key_values
+        with pytest.raises(UserError, match="position_ids begin anew"):
+            model(input_ids=tokens, position_ids=positions, past_key_values=cache)
+    assert captured.examples["n_tokens"].to_pylist() == [12]
+
+
+@pytest.mark.parametrize(
+    "ends", ["argument", "criterion", "pad is eos"], ids=["argument", "criterion", "pad"]
+)
+def test_a_text_has_ended_however_generate_is_told(ends: str) -> None:
+    model = model_of("llama")
+    inputs = tokens_of("a short one", "a text that has some more tokens")
+    del inputs["position_ids"]
+    width = inputs["input_ids"].shape[1]
+    first, second = model.generate(**inputs, max_new_tokens=9, eos_token_id=None)[:, width:].tolist()
+    end = next(token for token in first[1:4] if token not in second[:8] and token != first[0])
+    settings: dict[str, Any] = {"eos_token_id": end, "pad_token_id": 0}
+    if ends == "pad is eos":
+        settings["pad_token_id"] = end
+    if ends == "criterion":
+        settings = {"eos_token_id": None, "pad_token_id": 0, "stopping_criteria": [EndsAt(end)]}
+    with sniff(model) as captured:
+        texts = model.generate(**inputs, max_new_tokens=9, **settings)
+        model(input_ids=torch.tensor([[5, 6]]))
+    kept = len("a short one") + 1 + first.index(end)
+    assert captured.examples["n_tokens"].to_pylist() == [
+        kept,
+        len("a text that has some more tokens") + 8,
+        2,
+    ]
+    whole = torch.cat([texts[0, :width][inputs["attention_mask"][0].bool()], texts[0, width:]])[:kept]
+    assert_close(rows_of(captured, 0), alone(model, whole))
+
+
+class EndsAt(StoppingCriteria):
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return input_ids[:, -1] == self.token
+
+
+def test_tokens_that_are_read_one_by_one_are_all_kept() -> None:
+    """Also one that ends texts, behind another of them."""
+    model = model_of("llama")
+    tokens = torch.tensor([[5, 6, 1, 1, 7, 8]])
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad(), sniff(model) as captured:
+        for token in tokens.split(1, dim=1):
+            model(input_ids=token, past_key_values=cache)
+    assert_close(rows_of(captured, 0), alone(model, tokens))
+
+
+def test_a_model_that_was_changed_is_seen_anew() -> None:
+    """A layer that is exchanged, layers that change places, and another scale."""
+    model = model_of("llama", "eager")
+    tokens = torch.arange(5, 17)[None]
+    alone(model, tokens)
+    layers = model.model.layers
+
+    def exchange() -> None:
+        layers[1] = deepcopy(layers[2])
+        layers[1].self_attn.layer_idx = 1
+
+    def reverse() -> None:
+        model.model.layers = nn.ModuleList(reversed(layers))
+        for number, layer in enumerate(model.model.layers):
+            layer.self_attn.layer_idx = number
+
+    def rescale() -> None:
+        model.model.layers[0].self_attn.scaling *= 2
+
+    def cut() -> None:
+        model.model.layers = model.model.layers[:2]
+        model.config.num_hidden_layers = 2
+
+    for change in (exchange, reverse, rescale, cut):
+        change()
+        with torch.no_grad(), sniff(model) as captured:
+            expected = model(tokens, output_attentions=True, use_cache=False).attentions
+        assert list(captured.layers) == list(range(len(expected))), change
+        for layer, probabilities in enumerate(expected):
+            found = captured.attention(layer, 2, 0).probabilities
+            torch.testing.assert_close(found, probabilities[0, 2], atol=TOLERANCE, rtol=0)
+
+
+def test_masks_that_change_what_was_read_are_refused() -> None:
+    model, windowed = model_of("llama"), model_of("mistral")
+    tokens = torch.arange(5, 11).view(2, 3)
+    padded = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    longer = torch.ones(2, 3, dtype=torch.int64)
+
+    def call_twice(model: nn.Module, first: Tensor, second: Tensor | None) -> None:
+        with torch.no_grad(), sniff(model):
+            cache = model(input_ids=tokens, attention_mask=first).past_key_values
+            model(input_ids=tokens, attention_mask=second, past_key_values=cache)
+
+    hidden = torch.cat([padded, longer], dim=1)
+    hidden[0, 0] = 0
+    with pytest.raises(UserError, match="attention_mask hides tokens that an earlier call has read"):
+        call_twice(model, padded, hidden)
+    for second in (None, torch.ones(2, 6, dtype=torch.int64)):
+        with pytest.raises(UserError, match="lets tokens attend to padding that the cache holds"):
+            call_twice(model, padded, second)
+    right = padded.flip(1)
+    call_twice(model, right, torch.cat([right, longer], dim=1))
+    with pytest.raises(UserError, match="padding between the tokens of a text"):
+        call_twice(windowed, right, torch.cat([right, longer], dim=1))
+
+
+def test_chunks_of_a_prompt_are_numbered_by_their_sequences() -> None:
+    """A sequence whose first chunk is padding alone is the text that its place says."""
+    model = model_of("llama")
+    inputs = tokens_of("two", "a text that has some more tokens")
+    del inputs["position_ids"]
+    with sniff(model) as captured:
+        captured.names(np.array([7, 9]))
+        model.generate(**inputs, max_new_tokens=3, prefill_chunk_size=8)
+    assert_close(rows_of(captured, 7), rows_of_generate(model, "two"))
+    assert len(captured.head(0, 0).where(example=9)) == len("a text that has some more tokens") + 2
+
+
+def rows_of_generate(model: PreTrainedModel, text: str) -> dict[str, np.ndarray]:
+    with sniff(model) as captured:
+        model.generate(tokens_of(text)["input_ids"], max_new_tokens=3)
+    return rows_of(captured, 0)
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom", "biogpt", "xglm", "falcon", "gpt2", "llama"])
+def test_positions_are_those_of_the_vectors(family: str) -> None:
+    """Padded on the left without position_ids: as with the very positions that the rows have."""
+    model = model_of(family)
+    inputs = tokens_of("two", "some text")
+    del inputs["position_ids"]
+    inputs = accepted(model, inputs)
+    with torch.no_grad(), sniff(model) as captured:
+        model(**inputs)
+    found = rows_of(captured, 0)
+    counts_places = found["l00h00q position"][0] > 0
+    assert counts_places == (family not in ("opt", "bloom"))
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        positions = torch.from_numpy(found["l00h00q position"]).long()[None]
+        with torch.no_grad(), sniff(model) as again:
+            model(input_ids=inputs["input_ids"][:1, -3:], position_ids=positions, use_cache=False)
+        assert_close(
+            {k: v for k, v in found.items() if k.startswith("l00")},
+            {k: v for k, v in rows_of(again, 0).items() if k.startswith("l00")},
+        )
+
+
+def test_a_data_root_refuses_a_text_and_goes_on_with_others(tmp_path: Path) -> None:
+    model, root = model_of("llama"), tmp_path / "root"
+    padded = tokens_of("two", "some text")
+    del padded["position_ids"]
+    with torch.no_grad(), sniff(model, data_root=root) as captured:
+        model(torch.tensor([[5, 6, 7]]), use_cache=False)
+        with pytest.raises(
+            UserError, match="data_root: it holds whole texts, and one was read at position"
+        ):
+            model(**padded)
+        model(torch.tensor([[8, 9]]), use_cache=False)
+    assert captured.examples["n_tokens"].to_pylist() == [3, 2]
+    assert main(["verify", str(root)]) == 0
+
+
+def test_copies_and_other_processes(tmp_path: Path) -> None:
+    """A copy of a watched model is not watched; batches go to processes that are spawned."""
+    model = model_of("llama")
+    tokens = torch.arange(5, 17)[None]
+    with torch.no_grad(), sniff(model) as captured:
+        copy = deepcopy(model)
+        torch.save(model, tmp_path / "model.pt")
+        copy(tokens)
+        model(tokens)
+        copy(tokens)
+    assert captured.examples.num_rows == 1
+    head = captured.head(0, 0)
+    loader = DataLoader(head.batches(5), num_workers=1, multiprocessing_context="spawn")
+    read = torch.cat([batch["vector"] for batch in loader])
+    assert torch.equal(read, head.torch()["vector"])
+    with pytest.raises(UserError, match="captured: it can't be pickled; write it with"):
+        pickle.dumps(captured)

@@ -33,6 +33,7 @@ from qk_sniffer.models.passages import check_passages, read_in_passages
 from qk_sniffer.models.probe import (
     AttentionGeometry,
     AttentionMap,
+    is_probing,
     probe_attention,
     probe_quietly,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "depends_on_length",
     "forward_footprint",
     "frequencies_for",
+    "is_probing",
     "load_config",
     "load_model",
     "load_skeleton",

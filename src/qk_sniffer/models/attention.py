@@ -35,6 +35,11 @@ def transformers_model(model: Any) -> PreTrainedModel:
         raise UserError(
             f"model: {type(model).__name__} holds no model of transformers; load one of those"
         )
+    if inner.config.is_encoder_decoder or inner.main_input_name != "input_ids":
+        raise UserError(
+            f"model: {type(inner).__name__} is no causal language model, which reads a text from its "
+            "start; load one with AutoModelForCausalLM.from_pretrained"
+        )
     refuse_compiled(model)
     refuse_unsupported(name_of(inner), inner.config)
     return inner
@@ -112,16 +117,33 @@ def watch_attention(
         trace = stack.enter_context(trace_rotary(decoder)) if rotary else None
         forward = _Forward(decoder, on_layer, numbered_by_call, trace, on_begin, on_end)
         for module in {backbone, *callers}:
-            hook = module.register_forward_pre_hook(forward.begin, with_kwargs=True)
+            hook = module.register_forward_pre_hook(_Hook(forward.begin), with_kwargs=True)
             stack.callback(hook.remove)
-            hook = module.register_forward_hook(forward.end, always_call=True)
+            hook = module.register_forward_hook(_Hook(forward.end), always_call=True)
             stack.callback(hook.remove)
         # Hooks take time, and a first forward shows where each module attends.
         for layer_idx, layer in [] if forward.layer_of else forward.modules.layers:
-            hook = layer.register_forward_pre_hook(forward.entering(layer_idx))
+            hook = layer.register_forward_pre_hook(_Hook(forward.entering(layer_idx)))
             stack.callback(hook.remove)
         stack.enter_context(intercept_attention(forward.modules, forward.on_call))
         yield
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+class _Hook:
+    """A hook that does nothing in a copy of its module: a copy is not watched."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> None:
+        self._call(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (_nothing,)
 
 
 class _Forward(threading.local):

@@ -49,6 +49,11 @@ class DecoderModules:
         self._has_shared |= self._layer_of.setdefault(module, layer_idx) != layer_idx
 
 
+def forget_modules(decoder: nn.Module) -> None:
+    """Look for the modules of a decoder anew, where it has changed."""
+    _found.pop(decoder, None)
+
+
 _found: WeakKeyDictionary[nn.Module, DecoderModules] = WeakKeyDictionary()
 
 

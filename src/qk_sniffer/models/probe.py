@@ -1,5 +1,6 @@
 """What short forwards of a few tokens show of a backbone's attention."""
 
+import threading
 from collections import Counter
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from qk_sniffer.capture import AttentionLayer, active_sniffer
 from qk_sniffer.errors import UserError
-from qk_sniffer.models.attention import watch_attention
+from qk_sniffer.models.attention import text_decoder, watch_attention
 from qk_sniffer.models.calls import AttentionCall
+from qk_sniffer.models.decoder import forget_modules
 from qk_sniffer.models.notes import call_notes, in_layers
 from qk_sniffer.models.refusals import refuse_compiled
 from qk_sniffer.models.rotary import RotaryMap, RotaryTrace
@@ -52,6 +54,11 @@ class AttentionGeometry:
     dtype: torch.dtype
 
 
+_thread = threading.local()
+_signatures: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_CHANGING = ("training", "max_seq_len_cached", "_is_hf_initialized")
+"""What calls set on modules by themselves."""
+
 _maps: WeakKeyDictionary[nn.Module, AttentionMap] = WeakKeyDictionary()
 
 
@@ -79,22 +86,56 @@ def probe_attention(backbone: nn.Module, *, pre_rope: bool = False) -> Attention
     return attention
 
 
+def is_probing() -> bool:
+    """Whether this thread runs a model for ``probe_quietly``, which nobody is to capture."""
+    return getattr(_thread, "is_probing", False)
+
+
+def _forget_if_changed(backbone: nn.Module) -> None:
+    """Forget a backbone of which somebody has exchanged a module or set a number."""
+    signature = _signature(backbone)
+    if _signatures.get(backbone) != signature:
+        _maps.pop(backbone, None)
+        forget_modules(text_decoder(backbone))
+        _signatures[backbone] = signature
+
+
+def _signature(backbone: nn.Module) -> int:
+    """Of the modules of a backbone, and of what is set on them."""
+    owners = [*backbone.named_modules(), ("config", getattr(backbone, "config", None))]
+    plain = (int, float, str, type(None), list, tuple)
+    return hash(
+        tuple(
+            (name, id(owner), key, repr(value))
+            for name, owner in owners
+            for key, value in vars(owner).items()
+            if isinstance(value, plain) and key not in _CHANGING
+        )
+    )
+
+
 def probe_quietly(backbone: nn.Module, *, pre_rope: bool = False) -> AttentionMap:
     """Do as ``probe_attention`` does with a model that somebody is using.
 
-    Its modes, the state of RoPE, and the random numbers that follow stay as they were.
+    Its modes, the state of RoPE, and the random numbers that follow stay as they were. Where the model
+    was changed since it was last seen, it is probed anew.
     """
+    _forget_if_changed(backbone)
+    if backbone in _maps:
+        return probe_attention(backbone, pre_rope=pre_rope)
     modules = list(backbone.modules())
     training = [module for module in modules if module.training]
     rotary = [module for module in modules if "Rotary" in type(module).__name__]
     states = [(dict(vars(module)), dict(module._buffers)) for module in rotary]
     devices = {weight.device for weight in backbone.parameters() if weight.device.type == "cuda"}
     with torch.random.fork_rng(devices):
+        _thread.is_probing = True
         try:
             for module in training:
                 module.training = False
             return probe_attention(backbone, pre_rope=pre_rope)
         finally:
+            _thread.is_probing = False
             for module in training:
                 module.training = True
             for module, (attributes, buffers) in zip(rotary, states, strict=True):
@@ -158,7 +199,8 @@ class _Geometry:
             rotary=self.traces_rotary,
         )
         with active_sniffer(self), watch:
-            self._backbone(input_ids=input_ids, use_cache=False)
+            output = self._backbone(input_ids=input_ids, use_cache=False)
+        self._first_output = output[0][:, 0]
 
     def _on_layer(
         self, layer_idx: int, call: AttentionCall, past_length: int, trace: RotaryTrace | None
@@ -204,9 +246,11 @@ class _Probe(_Geometry):
 
     def run(self) -> AttentionMap:
         layers = self.layers()
-        first_query = self._first_query
+        first_query, first_output = self._first_query, self._first_output.float()
         self._forward(later_token=6)
-        if first_query is not None and _differs(first_query, self._first_query):
+        # The queries of one layer alone do not feel what it attends to.
+        attends_ahead = len(layers) == 1 and _differs(first_output, self._first_output.float())
+        if attends_ahead or (first_query is not None and _differs(first_query, self._first_query)):
             raise UserError(
                 f"model.name: {self._name} attends to later tokens, so its vectors would depend on "
                 "padding and batch; choose a causal language model, or make it one with "

@@ -27,6 +27,7 @@ class Attention:
         key_positions: (K,) int64, ascending.
         scores: (Q, K) float32: scaled, capped and biased q·k, which the softmax takes; -inf where the
             query does not attend to the key.
+        start: The first position that queries can attend to.
     """
 
     layer: AttentionLayer
@@ -34,12 +35,13 @@ class Attention:
     query_positions: Tensor
     key_positions: Tensor
     scores: Tensor
+    start: int = 0
 
     @cached_property
     def is_complete(self) -> Tensor:
         """(Q,) bool: whether every key that the query attends to is stored."""
         window, chunked = self.layer.sliding_window, self.layer.chunked
-        first = attended_from(self.query_positions, window, chunked=chunked)
+        first = attended_from(self.query_positions, window, chunked=chunked).clamp(min=self.start)
         attended = (self.scores > -torch.inf).sum(dim=1)
         return attended == self.query_positions - first + 1
 
@@ -79,6 +81,7 @@ def attention_of(
     key: Tensor,
     query_positions: Tensor,
     key_positions: Tensor,
+    start: int = 0,
 ) -> Attention:
     """The attention of some queries to some keys.
 
@@ -89,6 +92,7 @@ def attention_of(
         key: (K, head_dim) float32, of the key head that serves the query head.
         query_positions: (Q,) int64.
         key_positions: (K,) int64.
+        start: The first position that queries can attend to.
     """
     function = layer.scores
     assert function is not None
@@ -97,4 +101,4 @@ def attention_of(
         scores = scores + function.alibi_slopes[head] * key_positions
     allowed = attends(query_positions, key_positions, layer.sliding_window, chunked=layer.chunked)
     scores = scores.masked_fill(~allowed, -torch.inf)
-    return Attention(layer, head, query_positions, key_positions, scores)
+    return Attention(layer, head, query_positions, key_positions, scores, start)

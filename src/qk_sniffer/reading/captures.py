@@ -144,7 +144,8 @@ class Captures:
             wanted = "row" if queries is None else "one of these queries"
             raise UserError(f"{query.name}: no {wanted} of example {example} is stored there")
         positions = (q["position"].to(torch.int64), k["position"].to(torch.int64))
-        return attention_of(query.layer, head, q["vector"], k["vector"], *positions)
+        start = self._place.start_of(int(q["example_id"][0]))
+        return attention_of(query.layer, head, q["vector"], k["vector"], *positions, start)
 
     @cached_property
     def _model_layers(self) -> dict[int, AttentionLayer]:

@@ -42,6 +42,10 @@ class CapturePlace(ABC):
     def rows(self, name: str, head_dim: int) -> HeadRows:
         """The rows of a head, by its name."""
 
+    def start_of(self, example_id: int) -> int:
+        """The first position of a text that its tokens can attend to."""
+        return 0
+
 
 class _Files(CapturePlace):
     """A capture in files."""

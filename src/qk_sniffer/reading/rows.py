@@ -58,6 +58,10 @@ class TableRows(HeadRows):
     def __init__(self, table: Callable[[], pa.Table]) -> None:
         self._table = table
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A process that is spawned gets the rows, and not what makes them.
+        return _of_table, (self._table(),)
+
     def read(
         self, columns: list[str] | None = None, condition: ds.Expression | None = None
     ) -> pa.Table:
@@ -74,6 +78,10 @@ class TableRows(HeadRows):
     def groups(self, condition: ds.Expression | None) -> Sequence[HeadRows]:
         """All of them at once."""
         return [self]
+
+
+def _of_table(table: pa.Table) -> TableRows:
+    return TableRows(lambda: table)
 
 
 class FileRows(HeadRows):

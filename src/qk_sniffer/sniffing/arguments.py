@@ -1,6 +1,8 @@
 """Mistakes in the arguments of ``sniff``, which a run has in fields of its config."""
 
-from collections.abc import Callable
+import operator
+import re
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from qk_sniffer.errors import UserError
@@ -27,5 +29,30 @@ def as_arguments(make: Callable[[], T]) -> T:
     except UserError as error:
         text = str(error)
         for field, argument in _ARGUMENTS.items():
-            text = text.replace(field, argument)
+            text = re.sub(rf"(?<!\w){re.escape(field)}", argument, text)
         raise UserError(text) from None
+
+
+def integers(name: str, numbers: int | Iterable[int] | None) -> list[int] | None:
+    """One number or some as a list; None stays.
+
+    Raises:
+        UserError: They are something else.
+    """
+    if numbers is None:
+        return None
+    try:
+        some = numbers if isinstance(numbers, Iterable) else [numbers]
+        return [operator.index(number) for number in some]
+    except TypeError:
+        raise UserError(f"{name}: expected integers, got {numbers!r}") from None
+
+
+def require_integer(name: str, number: int) -> None:
+    """See that an argument is an integer.
+
+    Raises:
+        UserError: It is not.
+    """
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise UserError(f"{name}: expected an integer, got {number!r}")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -66,6 +67,9 @@ class Captured(Captures):
     def is_in(self, path: Path) -> None:
         """Note that a data root is finished, and read that from now on."""
         self._place = LocalPlace(path)
+
+    def __reduce__(self) -> Any:
+        raise UserError("captured: it can't be pickled; write it with captured.save(data_root)")
 
     def __repr__(self) -> str:
         try:

@@ -98,6 +98,11 @@ class MemoryPlace(CapturePlace):
         """Those of a head so far, at each reading."""
         return TableRows(partial(self._table, name))
 
+    def start_of(self, example_id: int) -> int:
+        """Where a text that is padded on the left begins, if its positions count the padding."""
+        starts = (text.start for text in self._texts.read if text.example_id == example_id)
+        return next(starts, None) or 0
+
     def _table(self, name: str) -> pa.Table:
         stream, number = self._heads[name]
         layer = stream.layer

@@ -26,6 +26,7 @@ from qk_sniffer.models import (
     AttentionMap,
     RotaryTrace,
     cache_of,
+    is_probing,
     name_of,
     sequences_of,
     text_decoder,
@@ -107,6 +108,8 @@ class Session:
             yield
 
     def _on_begin(self, arguments: Mapping[str, Any]) -> None:
+        if is_probing():
+            return
         thread, cache = self._thread, cache_of(arguments)
         past_length = 0 if cache is None else int(cache.get_seq_length())
         sequences = sequences_of(text_decoder(self.watched.backbone), arguments, past_length)
@@ -117,6 +120,8 @@ class Session:
     def _on_layer(
         self, layer_idx: int, call: AttentionCall, past_length: int, trace: RotaryTrace | None
     ) -> None:
+        if self._thread.call is None:
+            return
         query, key = call.query, call.key
         if trace is not None:
             length = query.shape[2]

@@ -1,6 +1,6 @@
 """``sniff``: the context manager that users call."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from qk_sniffer.config import CaptureConfig, SamplerConfig
 from qk_sniffer.errors import UserError
 from qk_sniffer.kinds import KINDS
 from qk_sniffer.models import decoder_backbone, probe_quietly, transformers_model
-from qk_sniffer.sniffing.arguments import as_arguments
+from qk_sniffer.sniffing.arguments import as_arguments, integers, require_integer
 from qk_sniffer.sniffing.captured import Captured
 from qk_sniffer.sniffing.saving import writing
 from qk_sniffer.sniffing.session import Session, Watched, require_watchable
@@ -24,8 +24,8 @@ LIMIT_BYTES = 4 * 2**30
 def sniff(
     model: nn.Module,
     *,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
+    layers: int | Iterable[int] | None = None,
+    heads: int | Iterable[int] | None = None,
     kinds: str = "qk",
     sampler: str = "all",
     base_rate: float = 1.0,
@@ -73,10 +73,18 @@ def sniff(
             a call: its texts are not known, its cache is changed between calls, as by beam search, or
             ``limit_bytes`` is reached.
     """
+    for name, number in (
+        ("seed", seed),
+        ("min_bucket_size", min_bucket_size),
+        ("limit_bytes", limit_bytes),
+    ):
+        require_integer(name, number)
+    if tokenizer is not None and not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise UserError(f"tokenizer: expected a loaded one, got {tokenizer!r}; use AutoTokenizer")
     capture = _capture_config(
         kinds,
-        layers=None if layers is None else list(layers),
-        heads=None if heads is None else list(heads),
+        layers=integers("layers", layers),
+        heads=integers("heads", heads),
         full_attention_only=full_attention_only,
         capture_pre_rope=pre_rope,
         capture_token_strings=tokenizer is not None,
