@@ -16,6 +16,8 @@ _LEAST_COHERENCE = 0.5
 """Of the angle and the phase of position, for points to turn with position."""
 _MOST_SPREAD = 0.5
 """Standard deviation of the radius over its mean; 0.52 in a cloud of normal noise, 0 on a circle."""
+_LEAST_TURNS = 2
+"""In the range of positions: points that turn less may just drift."""
 _FINENESS = 8
 """Frequencies of the periodogram for each turn in the range of positions."""
 
@@ -120,7 +122,7 @@ def _rotation(angles: Array, positions: npt.NDArray[np.int64]) -> tuple[float, f
     """How steadily angles turn with position, and the positions of one turn.
 
     The periodogram C(f) = |1/N Σ exp(i(angle - 2πfp))| is taken at frequencies f in either direction
-    that turn at least once in the range of positions.
+    that turn at least twice in the range of positions.
 
     Returns:
         The largest C, and 1/|f| there. C is 0 where chance reaches it: in noise the largest of M values
@@ -132,7 +134,7 @@ def _rotation(angles: Array, positions: npt.NDArray[np.int64]) -> tuple[float, f
     size = _FINENESS * span
     coherence = np.abs(np.fft.fft(sums[0] + 1j * sums[1], size)) / len(angles)
     frequencies = np.abs(np.fft.fftfreq(size))
-    coherence[frequencies < 1 / span] = 0
+    coherence[frequencies < _LEAST_TURNS / span] = 0
     best = int(coherence.argmax())
     is_chance = coherence[best] ** 2 < 2 * np.log(size) / len(angles)
     return (0.0, 0.0) if is_chance else (float(coherence[best]), 1 / float(frequencies[best]))

@@ -47,7 +47,7 @@ def attention_size(attention: AttentionMap) -> tuple[float, float]:
 
 def draw_attention(axes: Axes, attention: AttentionMap) -> None:
     """The share of each key by query; grey where a query does not attend."""
-    n_queries, n_keys = attention.shares.shape
+    n_keys = attention.shares.shape[1]
     is_light = is_bright(axes.get_facecolor())
     grey_behind(axes)
     image = axes.imshow(

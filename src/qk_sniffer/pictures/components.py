@@ -25,7 +25,9 @@ def draw_components(axes: Axes, components: TellingComponents, positions: npt.Ar
     # In a random order, so that no position covers the others.
     order = np.random.default_rng(0).permutation(len(places))
     x, y = components.coordinates[order].T
-    dots = axes.scatter(x, y, c=colours[order], s=7, alpha=0.9, linewidths=0, cmap=scale)
+    # The edges show the ends of a cyclic scale, which are as bright or as dark as a page.
+    edge = 0.0 if period is None else 0.3
+    dots = axes.scatter(x, y, c=colours[order], s=8, cmap=scale, edgecolors="0.5", linewidths=edge)
     first, second = (
         f"component {number} ({share:.0%} of variance)"
         for number, share in zip(components.numbers, components.shares, strict=True)
@@ -48,8 +50,8 @@ def describe_components(components: TellingComponents) -> str:
             f"against component {second}; colour is position"
         )
     return (
-        f"no component carries position and no two turn with it, so these are components {first} and "
-        f"{second}; colour is position"
+        f"no component tells position by itself and no pair turns steadily with it, so these are "
+        f"components {first} and {second}; colour is position"
     )
 
 

@@ -49,6 +49,7 @@ def draw_attention_by_distance(axes: Axes, curves: Curves) -> None:
     """
     _draw_means(axes, curves)
     axes.set(xlabel="distance from query to key", ylabel="mean probability of a key", yscale="log")
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def draw_attention_to_first(axes: Axes, curves: Curves) -> None:

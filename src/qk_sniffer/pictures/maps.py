@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from qk_sniffer.pictures.style import grey_behind, is_bright, number_axis
 
-_MOST_WRITTEN_CELLS = 120
+_MOST_WRITTEN_CELLS, _MOST_WRITTEN_COLUMNS = 120, 12
 
 
 def draw_rows(axes: Axes, layers: Sequence[int], buckets: Sequence[int], rows: npt.ArrayLike) -> None:
@@ -68,7 +68,7 @@ def _draw_cells(
     image = axes.imshow(values, aspect="auto", cmap="viridis", origin="lower", vmin=low, vmax=high)
     beyond = "min" if low is not None and np.nanmin(values, initial=low) < low else "neither"
     axes.figure.colorbar(image, ax=axes, label=label, extend=beyond)
-    if values.size <= _MOST_WRITTEN_CELLS and values.shape[1] <= 16:
+    if values.size <= _MOST_WRITTEN_CELLS and values.shape[1] <= _MOST_WRITTEN_COLUMNS:
         _write_cells(axes, values, form, image)
 
 

@@ -27,6 +27,8 @@ _MOST_KEYS = 60
 """Of a map, whose tokens are still to be read."""
 _MOST_TEXTS, _MOST_QUERIES = 8, 1_024
 """Of the means, which take all scores of a text at once."""
+_LEAST_PAIRS = 0.02
+"""Of those at the commonest distance, for the mean at another one."""
 
 
 def attention_section(
@@ -83,7 +85,7 @@ def means_section(captures: Captures, chosen: Sequence[Chosen], texts: list[int]
         "queries: how much a key gets by its distance from the query, and how much of each query the "
         "first token draws.",
     )
-    by_distance = {name: (np.arange(len(m.by_distance)), m.by_distance) for name, m in means.items()}
+    by_distance = {name: (found.distances, found.by_distance) for name, found in means.items()}
     draw = partial(draw_attention_by_distance, curves=by_distance)
     section.pictures.append(picture("attention-by-distance", "Attention by distance", draw))
     to_first = {name: (m.positions, m.to_first) for name, m in means.items() if len(m.positions)}
@@ -102,7 +104,10 @@ def _text(source: str, maps: list[AttentionMap]) -> str:
     if any(set(found.query_labels) != set(found.key_labels) for found in maps):
         text += " Rows and columns are different samples of positions."
     if any(found.measure != "probability" for found in maps):
-        text += " Not all keys were kept: a row shows how the query shares its attention among those that were."
+        text += (
+            " Not all keys were kept, so a row shows how the query shares its attention among those "
+            "that were."
+        )
     return text
 
 
@@ -136,11 +141,13 @@ class _Means:
     """What a head attends to on average.
 
     Attributes:
-        by_distance: (D,) mean probability of a key at each distance; NaN where there is none.
+        distances: (D,) from query to key.
+        by_distance: (D,) mean probability of a key there.
         positions: (N,) of the queries behind the first token that attend to it.
         to_first: (N,) its probability.
     """
 
+    distances: npt.NDArray[np.int64]
     by_distance: npt.NDArray[np.float64]
     positions: npt.NDArray[Any]
     to_first: npt.NDArray[Any]
@@ -162,9 +169,11 @@ def _means(captures: Captures, choice: Chosen, texts: list[int]) -> _Means | Non
         to_first.append(probabilities[meets_first, 0].numpy())
     if not positions:
         return None
-    reached = 1 + int(sums[1].nonzero()[0].max())
-    by_distance = sums[0, :reached] / sums[1, :reached]
-    return _Means(by_distance, np.concatenate(positions), np.concatenate(to_first))
+    # Of the largest distances a text has a pair or two, whose mean would be chance.
+    often = sums[1] > _LEAST_PAIRS * sums[1].max()
+    by_distance = sums[0, often] / sums[1, often]
+    distances = np.flatnonzero(often)
+    return _Means(distances, by_distance, np.concatenate(positions), np.concatenate(to_first))
 
 
 def _whole_texts(captures: Captures, choice: Chosen, texts: list[int]) -> list[int]:

@@ -18,8 +18,8 @@ Draw = Callable[[Axes], None]
 
 _COLOURS = {"light": ("#ffffff", "#1f2328"), "dark": ("#14181d", "#e6edf3")}
 """Of page and text."""
-_MAPS = {"light": "viridis", "dark": "plasma"}
-"""Whose ends show on the page."""
+_MAPS = {"light": "viridis", "dark": "cool"}
+"""Of dots, so that both ends show on the page."""
 _SIZE = 5.0, 3.8
 _DOTS_PER_INCH = 160
 _MOST_COLOURS = 256

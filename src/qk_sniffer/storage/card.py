@@ -125,10 +125,16 @@ def describe_run(manifest: Mapping[str, Any]) -> str:
     if sampler["type"] != "all":
         kept = f"sampler `{sampler['type']}`, base rate {sampler['base_rate']}, seed {sampler['seed']}"
     beyond = "" if (found := describe_beyond(manifest)) is None else f"; {found}"
+    facts = {
+        "revision": model.get("revision"),
+        "dtype": model.get("dtype"),
+        "attention": model.get("attn_implementation"),
+    }
+    known = "".join(f", {name} `{fact}`" for name, fact in facts.items() if fact is not None)
+    split = "" if data.get("split") is None else f", split `{data['split']}`"
     return f"""\
-- model: `{model.get("name")}`, revision `{model.get("revision")}`, dtype `{model.get("dtype")}`, \
-attention `{model.get("attn_implementation")}`
-- text: `{data.get("path")}`, split `{data.get("split")}`, {manifest["examples"]["rows"]:,} examples
+- model: `{model.get("name")}`{known}
+- text: `{data.get("path")}`{split}, {manifest["examples"]["rows"]:,} examples
 - tokens: {_limit(data.get("tokenizer", {}).get("max_length"))} of each text{beyond}
 - positions: {kept}, buckets from {capture["min_bucket_size"]:,}
 - {len(manifest["heads"]):,} heads, {count_rows(manifest):,} rows{non_finite}"""
