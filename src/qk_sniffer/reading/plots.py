@@ -7,7 +7,6 @@ from textwrap import fill
 from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.axes import Axes
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.geometry import telling_components
@@ -23,6 +22,8 @@ from qk_sniffer.pictures import (
 from qk_sniffer.reading.head import Head, Numbers, finite_rows
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from qk_sniffer.reading.captures import Captures
 
 _MOST_QUERIES = 40

@@ -172,8 +172,9 @@ def _means(captures: Captures, choice: Chosen, texts: list[int]) -> _Means | Non
     # Of the largest distances a text has a pair or two, whose mean would be chance.
     often = sums[1] > _LEAST_PAIRS * sums[1].max()
     by_distance = sums[0, often] / sums[1, often]
-    distances = np.flatnonzero(often)
-    return _Means(distances, by_distance, np.concatenate(positions), np.concatenate(to_first))
+    return _Means(
+        np.flatnonzero(often), by_distance, np.concatenate(positions), np.concatenate(to_first)
+    )
 
 
 def _whole_texts(captures: Captures, choice: Chosen, texts: list[int]) -> list[int]:
