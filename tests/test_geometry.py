@@ -54,6 +54,11 @@ def test_a_ring_is_drawn_with_its_period(period: float, direction: int) -> None:
     assert radius.std() < 0.3 * radius.mean()
 
 
+def test_points_that_turn_less_than_twice_may_just_drift() -> None:
+    found = telling_components(ring(320), POSITIONS)
+    assert (found.numbers, found.period) == ((1, 2), None)
+
+
 def test_noise_is_drawn_along_the_first_two_components() -> None:
     for seed in range(5):
         found = telling_components(noise(seed), POSITIONS)

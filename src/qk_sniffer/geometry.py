@@ -121,23 +121,23 @@ def _ring(points: Array, positions: npt.NDArray[np.int64]) -> tuple[int, int, fl
 def _rotation(angles: Array, positions: npt.NDArray[np.int64]) -> tuple[float, float]:
     """How steadily angles turn with position, and the positions of one turn.
 
-    The periodogram C(f) = |1/N Σ exp(i(angle - 2πfp))| is taken at frequencies f in either direction
-    that turn at least twice in the range of positions.
+    The periodogram is C(f) = |1/N Σ exp(i(angle - 2πfp))|, with f in either direction.
 
     Returns:
-        The largest C, and 1/|f| there. C is 0 where chance reaches it: in noise the largest of M values
-        of C² is some ln(M)/N. Source: K. V. Mardia, P. E. Jupp, "Directional Statistics", 2000, 6.3.
+        The largest C, and 1/|f| there; zeros where that turns less than twice in the range of
+        positions, or where chance reaches it: in noise the largest of M values of C² is some ln(M)/N.
+        Source: K. V. Mardia, P. E. Jupp, "Directional Statistics", 2000, 6.3.
     """
     offsets = positions - positions.min()
     span = int(offsets.max()) + 1
     sums = [np.bincount(offsets, wave(angles), span) for wave in (np.cos, np.sin)]
     size = _FINENESS * span
     coherence = np.abs(np.fft.fft(sums[0] + 1j * sums[1], size)) / len(angles)
-    frequencies = np.abs(np.fft.fftfreq(size))
-    coherence[frequencies < _LEAST_TURNS / span] = 0
     best = int(coherence.argmax())
-    is_chance = coherence[best] ** 2 < 2 * np.log(size) / len(angles)
-    return (0.0, 0.0) if is_chance else (float(coherence[best]), 1 / float(frequencies[best]))
+    frequency, found = abs(float(np.fft.fftfreq(size)[best])), float(coherence[best])
+    if frequency < _LEAST_TURNS / span or found**2 < 2 * np.log(size) / len(angles):
+        return 0.0, 0.0
+    return found, 1 / frequency
 
 
 def means_along(

@@ -27,7 +27,8 @@ def draw_components(axes: Axes, components: TellingComponents, positions: npt.Ar
     x, y = components.coordinates[order].T
     # The edges show the ends of a cyclic scale, which are as bright or as dark as a page.
     edge = 0.0 if period is None else 0.3
-    dots = axes.scatter(x, y, c=colours[order], s=8, cmap=scale, edgecolors="0.5", linewidths=edge)
+    area = np.clip(4_000 / len(places), 8, 30)
+    dots = axes.scatter(x, y, c=colours[order], s=area, cmap=scale, edgecolors="0.5", linewidths=edge)
     first, second = (
         f"component {number} ({share:.0%} of variance)"
         for number, share in zip(components.numbers, components.shares, strict=True)
