@@ -193,7 +193,7 @@ def test_norms_by_pair_of_coordinates() -> None:
 
 def test_the_bar_of_a_wide_map_is_on_a_phone() -> None:
     """A page shows 96 pixels of an inch, and a phone the leftmost 340 of a wide picture."""
-    labels = [f"{i} identifier…" for i in range(60)]
+    labels = [f"{i} an_identifi…" for i in range(12_300, 12_360)]
     content = AttentionMap(
         np.zeros((60, 60), np.float32), np.tri(60, dtype=bool), labels, labels, "probability"
     )

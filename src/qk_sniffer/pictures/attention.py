@@ -10,10 +10,10 @@ from matplotlib.colors import PowerNorm
 
 from qk_sniffer.pictures.style import MONOSPACE, drawable, grey_behind, is_bright
 
-_CELL = 0.15
+_CELL = 0.165
 """Width and height in inches of a cell whose label is legible."""
 _LARGEST = 14.0
-_BAR = 2.2
+_BAR = 1.9
 """Inches of the colour bar, which a narrow screen shows before it is scrolled."""
 _TICKS = [0, 0.05, 0.25, 0.5, 1]
 
@@ -58,7 +58,7 @@ def draw_attention(axes: Axes, attention: AttentionMap) -> None:
     )
     for axis, labels in ((axes.xaxis, attention.key_labels), (axes.yaxis, attention.query_labels)):
         some = range(0, len(labels), 1 + int(_CELL * len(labels) / _LARGEST))
-        axis.set_ticks(some, [drawable(labels[i]) for i in some], fontsize=6.5, family=MONOSPACE)
+        axis.set_ticks(some, [drawable(labels[i]) for i in some], fontsize=7.5, family=MONOSPACE)
     axes.tick_params(length=0)
     axes.tick_params("x", rotation=90)
     axes.set(xlabel="key", ylabel="query")
