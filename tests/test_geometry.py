@@ -74,6 +74,12 @@ def test_a_ring_whose_angle_has_no_part_in_position_is_noise() -> None:
     assert telling_components(vectors, POSITIONS).period is None
 
 
+def test_points_of_any_radius_are_no_ring() -> None:
+    vectors = ring(17.5)
+    vectors[:, 2:4] *= np.random.default_rng(4).exponential(size=(len(POSITIONS), 1))
+    assert telling_components(vectors, POSITIONS).period is None
+
+
 def test_constant_vectors_and_one_position_are_noise() -> None:
     for vectors, positions in ((np.ones((9, 4)), POSITIONS[:9]), (noise(), 0 * POSITIONS)):
         found = telling_components(vectors, positions)
