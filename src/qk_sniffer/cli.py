@@ -3,7 +3,6 @@
 import argparse
 import importlib.metadata
 import importlib.resources
-import importlib.util
 import re
 import sys
 import time

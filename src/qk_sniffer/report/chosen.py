@@ -24,17 +24,13 @@ class Chosen:
         name: Of the pair.
         heads: By kind, the chosen one first.
         rows: The rows of each that are measured, as ``Head.numpy`` has them.
-        about: Of each, what it is chosen for and its positional R².
+        titles: Of each, with its positional R² and what it is chosen for.
     """
 
     name: str
     heads: Mapping[Kind, Head]
     rows: Mapping[Kind, Rows]
-    about: Mapping[Kind, str]
-
-    def title(self, kind: Kind) -> str:
-        """Name of one of the heads, and what is said about it."""
-        return f"{KINDS[kind].plural.capitalize()} of {self.heads[kind].name} ({self.about[kind]})"
+    titles: Mapping[Kind, str]
 
 
 def head_of(captures: Captures, name: str) -> Head:
@@ -85,17 +81,21 @@ def _with_partner(
 ) -> Chosen:
     """A query head comes with its key head, where that was captured."""
     heads: dict[Kind, Head] = {head.kind: head}
+    told = _told(measures[head.kind].r2.of(head)) + f", {place}" * (place != "")
+    titles: dict[Kind, str] = {
+        head.kind: f"{KINDS[head.kind].plural.capitalize()} of {head.name} ({told})"
+    }
     name = head.name
-    notes = {head.kind: place}
     if head.kind == "q" and captures.settings["capture"]["capture_keys"]:
-        heads["k"] = captures.key_head(head.layer.layer_idx, head.head)
-        notes["k"] = f"which {head.name} meets"
-        name += f" with {heads['k'].name}"
+        key = heads["k"] = captures.key_head(head.layer.layer_idx, head.head)
+        told = _told(measures["k"].r2.of(key))
+        titles["k"] = f"Keys of {key.name}, which {head.name} meets ({told})"
+        name += f" with {key.name}"
     rows = {kind: measured_rows(one.where(example=texts))[0] for kind, one in heads.items()}
-    about = {kind: _about(measures[kind].r2.of(one), notes[kind]) for kind, one in heads.items()}
-    return Chosen(name, heads, rows, about)
+    return Chosen(name, heads, rows, titles)
 
 
-def _about(r2: float, note: str) -> str:
-    told = f"positional R² {r2:.2f}" if np.isfinite(r2) else "too few rows or texts for positional R²"
-    return f"{told}, {note}" if note else told
+def _told(r2: float) -> str:
+    if not np.isfinite(r2):
+        return "too few rows or texts for positional R²"
+    return f"positional R² {r2:.2f}"

@@ -20,6 +20,8 @@ from qk_sniffer.report.chosen import Chosen, Rows
 from qk_sniffer.report.page import Picture, Section
 from qk_sniffer.report.themes import picture
 
+_TOO_FEW = "it takes two texts, and more rows than a vector has coordinates"
+
 
 def components_section(chosen: Sequence[Chosen]) -> Section:
     """The principal components that show most of position."""
@@ -35,7 +37,7 @@ def components_section(chosen: Sequence[Chosen]) -> Section:
             if len(some) >= 2:
                 positions = rows["position"][some]
                 components = telling_components(rows["vector"][some], positions)
-                caption = f"{choice.title(kind)}: {describe_components(components)}"
+                caption = f"{choice.titles[kind]}: {describe_components(components)}"
                 draw = partial(draw_components, components=components, positions=positions)
                 section.pictures.append(picture(f"components-{number}{kind}", caption, draw))
     return section
@@ -57,9 +59,9 @@ def predictions_section(chosen: Sequence[Chosen]) -> Section:
                     draw_predictions, positions=rows["position"][some], predicted=predicted[some]
                 )
                 section.pictures.append(
-                    picture(f"predictions-{number}{kind}", choice.title(kind), draw)
+                    picture(f"predictions-{number}{kind}", choice.titles[kind], draw)
                 )
-    return section if section.pictures else _left_out(section, "it takes two texts and more rows")
+    return section if section.pictures else _left_out(section, _TOO_FEW)
 
 
 def chosen_norms_section(chosen: Sequence[Chosen]) -> Section:
@@ -67,8 +69,8 @@ def chosen_norms_section(chosen: Sequence[Chosen]) -> Section:
     section = Section(
         "Norms of these heads",
         "By position, where a first token that draws attention differs from the others; and by pair of "
-        "coordinates i and i + head_dim/2, which RoPE turns together in Llama and most others, the "
-        "fastest pair first.",
+        "coordinates i and i + head_dim/2, which RoPE turns together in Llama and models like it, "
+        "the fastest pair first.",
     )
     for number, choice in enumerate(chosen, start=1):
         section.pictures += _norms(choice, number)
@@ -76,7 +78,11 @@ def chosen_norms_section(chosen: Sequence[Chosen]) -> Section:
 
 
 def _norms(choice: Chosen, number: int) -> list[Picture]:
-    found = {_label(choice, kind): rows for kind, rows in choice.rows.items() if len(rows["position"])}
+    found = {
+        f"{KINDS[kind].plural} of {choice.heads[kind].name}": rows
+        for kind, rows in choice.rows.items()
+        if len(rows["position"])
+    }
     if not found:
         return []
     curves = {label: (rows["position"], _norm(rows)) for label, rows in found.items()}
@@ -93,10 +99,6 @@ def _norms(choice: Chosen, number: int) -> list[Picture]:
         draw = partial(draw_norms_by_pair, norms=pairs)
         pictures.append(picture(f"norms-by-pair-{number}", caption, draw))
     return pictures
-
-
-def _label(choice: Chosen, kind: Any) -> str:
-    return f"{KINDS[choice.heads[kind].kind].plural} of {choice.heads[kind].name}"
 
 
 def _norm(rows: Rows) -> Any:
