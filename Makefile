@@ -22,7 +22,7 @@ demo: $(INSTALLED) ## Capture the demo model on the demo text, without a hub, an
 
 pictures: demo ## Draw the README's pictures anew
 	cp data/demo/report/positional-r2-queries.png docs/assets/demo-positional-r2.png
-	cp data/demo/report/components-2q.png docs/assets/demo-components.png
+	cp data/demo/report/components-1q.png docs/assets/demo-components.png
 
 test: lint ## Run lint and all tests
 	$(BIN)/pytest -n 3 --dist worksteal

@@ -1,6 +1,7 @@
 """The notebooks, from top to bottom in kernels of their own, in a directory like a checkout."""
 
 import asyncio
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,8 @@ def test_it_runs_from_top_to_bottom(notebook: Path, outcomes: Outcomes) -> None:
     cells = [cell for cell in outcome.cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
     n_pictures = sum("image/png" in output.get("data", ()) for output in outputs)
-    assert n_pictures == sum(cell.source.count("plt.subplots(") for cell in cells) > 0
+    drawing = re.compile(r"plt\.subplots\(|\.plot\(\)|\.plot_attention\((?!.*axes=)")
+    assert n_pictures == sum(len(drawing.findall(cell.source)) for cell in cells) > 0
 
 
 @EACH

@@ -3,7 +3,6 @@
 import argparse
 import importlib.metadata
 import importlib.resources
-import importlib.util
 import re
 import sys
 import time
@@ -162,11 +161,6 @@ def _report(args: list[str]) -> int:
     )
     parser.add_argument("--example", help="source id of the text whose attention is drawn")
     options = parser.parse_args(args)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(
-            "report: the pictures need matplotlib; install it with `pip install 'qk-sniffer[report]'`"
-        )
-
     from qk_sniffer.report import write_report
     from qk_sniffer.storage import file_progress, owned
 

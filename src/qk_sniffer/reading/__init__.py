@@ -2,6 +2,6 @@
 
 from qk_sniffer.reading.attention import Attention, attention_of
 from qk_sniffer.reading.captures import Captures
-from qk_sniffer.reading.head import Head
+from qk_sniffer.reading.head import Head, finite_rows
 
-__all__ = ["Attention", "Captures", "Head", "attention_of"]
+__all__ = ["Attention", "Captures", "Head", "attention_of", "finite_rows"]

@@ -1,10 +1,12 @@
 """``Captures``: what a finished run holds, in a directory or on the Hub."""
 
+from __future__ import annotations
+
 import operator
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +23,9 @@ from qk_sniffer.storage import (
     parse_head_name,
     shown_names,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class Captures:
@@ -146,6 +151,37 @@ class Captures:
         positions = (q["position"].to(torch.int64), k["position"].to(torch.int64))
         start = self._place.start_of(int(q["example_id"][0]))
         return attention_of(query.layer, head, q["vector"], k["vector"], *positions, start)
+
+    def plot_attention(
+        self,
+        layer: int,
+        head: int,
+        example: int | str,
+        queries: Numbers | None = None,
+        axes: Axes | None = None,
+    ) -> Axes:
+        """Draw the attention of a query head in one text: a row for each query, a column for each key.
+
+        Colour is the probability, or where keys were not kept, the share among those that were. Grey
+        cells are not attended to: the key is behind the query, or outside the layer's window.
+
+        Args:
+            layer: Number of the layer.
+            head: Number of the query head.
+            example: Example id, or source id as a string.
+            queries: Positions of the queries; None takes the first 40 that are stored.
+            axes: Where to draw; None makes a figure on which the labels are legible.
+
+        Returns:
+            The axes.
+
+        Raises:
+            UserError: matplotlib is not installed, no key was kept that a query attends to, or as for
+                ``attention``.
+        """
+        from qk_sniffer.reading.plots import plot_attention
+
+        return plot_attention(self, layer, head, example, queries, axes)
 
     @cached_property
     def _model_layers(self) -> dict[int, AttentionLayer]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -21,6 +22,7 @@ from qk_sniffer.storage import head_name, head_schema
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
 
 _INT32 = range(-(2**31), 2**31)
 
@@ -153,6 +155,26 @@ class Head:
             self._rows, self._condition, self.layer.head_dim, batch_size, shuffle=shuffle
         )
 
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw the vectors along the two principal components that show most of position.
+
+        A dot is a token. It is coloured by position, or where the vectors turn on a ring, by the phase
+        of the turn; the title says which. Up to 4,000 rows are shown, evenly spread; all are read, so
+        choose some of a large head by ``where``.
+
+        Args:
+            axes: Where to draw; None makes a figure.
+
+        Returns:
+            The axes.
+
+        Raises:
+            UserError: matplotlib is not installed, or fewer than two rows are finite.
+        """
+        from qk_sniffer.reading.plots import plot_head
+
+        return plot_head(self, axes)
+
     def _integers(self, column: str, numbers: Any) -> range | list[int]:
         """The wanted values of a column, of any kind of integer; source ids become example ids."""
         if isinstance(numbers, range):
@@ -170,6 +192,14 @@ class Head:
         if isinstance(number, str) and column == "example_id":
             return self._example_id(number)
         return operator.index(number)
+
+
+def finite_rows(head: Head) -> tuple[dict[str, npt.NDArray[Any]], int]:
+    """A head's rows but those whose vectors have a NaN or an infinity, and how many these are."""
+    # Not as numpy() gives them, which reads the tokens too.
+    rows = {name: values.numpy() for name, values in head.torch().items()}
+    finite = np.isfinite(rows["vector"]).all(axis=1)
+    return {name: values[finite] for name, values in rows.items()}, int((~finite).sum())
 
 
 def _is_one_of(column: str, numbers: range | list[int]) -> ds.Expression:

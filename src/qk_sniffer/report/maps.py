@@ -4,21 +4,17 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from qk_sniffer.kinds import KINDS, Kind
+from qk_sniffer.pictures import draw_head_map, draw_rows
 from qk_sniffer.report.measures import HeadMap, Measures
-from qk_sniffer.report.page import Picture, Section
-from qk_sniffer.report.pictures import draw_head_map, draw_rows
-
-
-def picture(name: str, caption: str, draw: Callable[..., bytes], *, is_wide: bool = False) -> Picture:
-    """A picture for both pages."""
-    return Picture(name, caption, draw(theme="light"), draw(theme="dark"), is_wide)
+from qk_sniffer.report.page import Section
+from qk_sniffer.report.themes import picture
 
 
 def rows_section(measures: Mapping[Kind, Measures]) -> Section:
     """Rows by layer and bucket."""
     section = Section("Rows", "Rows that a head of each layer keeps in each bucket of positions.")
     for kind, found in measures.items():
-        draw = partial(draw_rows, found.norms.layers, found.buckets, found.rows)
+        draw = partial(draw_rows, layers=found.norms.layers, buckets=found.buckets, rows=found.rows)
         name = KINDS[kind].plural
         section.pictures.append(picture(f"rows-{name}", f"Rows of {name} by layer and bucket", draw))
     return section
@@ -56,12 +52,11 @@ def _text(form: str, measures: Mapping[Kind, Measures]) -> str:
 
 
 def _map_section(
-    section: Section, file: str, maps: dict[Kind, HeadMap], draw: Callable[..., bytes]
+    section: Section, file: str, maps: dict[Kind, HeadMap], draw: Callable[..., None]
 ) -> Section:
     """Add a map of each kind to a section."""
     for kind, head_map in maps.items():
         caption = f"{section.title} of the {KINDS[kind].plural} of each head"
-        section.pictures.append(
-            picture(f"{file}-{KINDS[kind].plural}", caption, partial(draw, head_map))
-        )
+        numbers = partial(draw, layers=head_map.layers, heads=head_map.heads, values=head_map.values)
+        section.pictures.append(picture(f"{file}-{KINDS[kind].plural}", caption, numbers))
     return section

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from qk_sniffer.geometry import positional_r2
 from qk_sniffer.kinds import Kind
-from qk_sniffer.reading import Captures, Head
+from qk_sniffer.reading import Captures, Head, finite_rows
 
 ROWS_MEASURED = 16_384
 """Rows of each head that are read, at least where there are as many, of whole texts."""
@@ -94,24 +94,22 @@ def measure(captures: Captures, texts: list[int], progress: Progress) -> dict[Ki
     return kinds
 
 
-def finite_rows(head: Head) -> tuple[dict[str, npt.NDArray[Any]], int]:
-    """A head's rows but those whose vectors have a NaN or an infinity, and how many these are."""
-    # Not as numpy() gives them, which reads the tokens too.
-    rows = {name: values.numpy() for name, values in head.torch().items()}
-    finite = np.isfinite(rows["vector"]).all(axis=1)
-    return {name: values[finite] for name, values in rows.items()}, int((~finite).sum())
+def measured_rows(head: Head) -> tuple[dict[str, npt.NDArray[Any]], int]:
+    """The rows of a head that are measured, and how many others are left out: they are not finite."""
+    rows, n_left_out = finite_rows(head)
+    # A text that was kept whole may have ten times as many.
+    step = max(1, len(rows["vector"]) // (2 * ROWS_MEASURED))
+    return {name: values[::step] for name, values in rows.items()}, n_left_out
 
 
 def _measure_head(head: Head) -> tuple[float, float, int]:
     """Mean norm, positional R², and rows that are not finite."""
-    rows, n_left_out = finite_rows(head)
-    if not len(rows["vector"]):
+    rows, n_left_out = measured_rows(head)
+    vectors = rows["vector"]
+    if not len(vectors):
         return float("nan"), float("nan"), n_left_out
-    # A text that was kept whole may have ten times as many.
-    some = slice(None, None, max(1, len(rows["vector"]) // (2 * ROWS_MEASURED)))
-    vectors = rows["vector"][some]
     norm = float(np.linalg.norm(vectors, axis=1).mean())
-    return norm, positional_r2(vectors, rows["position"][some], rows["example_id"][some]), n_left_out
+    return norm, positional_r2(vectors, rows["position"], rows["example_id"]), n_left_out
 
 
 def _rows_by_bucket(heads: list[Head]) -> tuple[list[int], npt.NDArray[np.int64]]:

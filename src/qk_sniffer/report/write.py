@@ -8,13 +8,9 @@ from pathlib import Path
 from qk_sniffer.errors import UserError
 from qk_sniffer.hub import Publication
 from qk_sniffer.reading import Captures
-from qk_sniffer.report.closeups import (
-    attention_section,
-    components_section,
-    head_of,
-    telling_heads,
-    with_partner,
-)
+from qk_sniffer.report.attention import attention_section, means_section
+from qk_sniffer.report.chosen import chosen_heads, head_of
+from qk_sniffer.report.closeups import chosen_norms_section, components_section, predictions_section
 from qk_sniffer.report.maps import norms_section, r2_section, rows_section
 from qk_sniffer.report.measures import Progress, measure, measured_texts
 from qk_sniffer.report.page import Section, bullets, paragraph, render_page
@@ -63,13 +59,16 @@ def write_report(
         directory.mkdir(exist_ok=True)
     texts = measured_texts(captures)
     measures = measure(captures, texts, progress)
-    chosen = [with_partner(captures, h) for h in wanted or telling_heads(captures, measures)]
+    chosen = chosen_heads(captures, measures, texts, wanted)
     sections = [
         rows_section(measures),
         r2_section(measures),
         norms_section(measures),
-        components_section(chosen, texts),
+        components_section(chosen),
+        predictions_section(chosen),
+        chosen_norms_section(chosen),
         attention_section(captures, chosen, texts, shown),
+        means_section(captures, chosen, texts),
     ]
     publication = Publication.read(data_root)
     place = None if publication is None else publication.place

@@ -125,13 +125,25 @@ def describe_run(manifest: Mapping[str, Any]) -> str:
     if sampler["type"] != "all":
         kept = f"sampler `{sampler['type']}`, base rate {sampler['base_rate']}, seed {sampler['seed']}"
     beyond = "" if (found := describe_beyond(manifest)) is None else f"; {found}"
+    about = {"revision": "revision", "dtype": "dtype", "attn_implementation": "attention"}
+    split = _known(data, {"split": "split"})
     return f"""\
-- model: `{model.get("name")}`, revision `{model.get("revision")}`, dtype `{model.get("dtype")}`, \
-attention `{model.get("attn_implementation")}`
-- text: `{data.get("path")}`, split `{data.get("split")}`, {manifest["examples"]["rows"]:,} examples
+- model: {_name(model.get("name"))}{_known(model, about)}
+- text: {_name(data.get("path"))}{split}, {manifest["examples"]["rows"]:,} examples
 - tokens: {_limit(data.get("tokenizer", {}).get("max_length"))} of each text{beyond}
 - positions: {kept}, buckets from {capture["min_bucket_size"]:,}
 - {len(manifest["heads"]):,} heads, {count_rows(manifest):,} rows{non_finite}"""
+
+
+def _name(path: str | None) -> str:
+    """A model or dataset; what is passed as an object has no path."""
+    return f"`{path}`" if path else "in memory"
+
+
+def _known(settings: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """The settings that have a value."""
+    values = {name: settings.get(field) for field, name in names.items()}
+    return "".join(f", {name} `{value}`" for name, value in values.items() if value is not None)
 
 
 def describe_non_finite(manifest: Mapping[str, Any]) -> str:

@@ -46,7 +46,8 @@ FILES = {
 
 REPORT_FILE = re.compile(
     rf"index\.html|((rows|positional-r2|norms)-({'|'.join(kind.plural for kind in KINDS.values())})|"
-    rf"components-\d+[{''.join(KINDS)}]|attention-\d+)\.png"
+    rf"(components|predictions)-\d+[{''.join(KINDS)}]|norms-by-(position|pair)-\d+|"
+    r"attention-(\d+|by-distance|to-first))\.png"
 )
 """Every name of a file that a report has; others in its directory are a person's own."""
 
