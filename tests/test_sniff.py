@@ -32,6 +32,7 @@ from transformers.modeling_utils import AttentionInterface
 from conftest import Run, byte_tokenizer
 from families import FAMILIES, tiny_model
 from qk_sniffer import Captures, sniff
+from qk_sniffer.capture import buffers
 from qk_sniffer.cli import main
 from qk_sniffer.errors import UserError
 from qk_sniffer.models import decoder_backbone
@@ -545,6 +546,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     )
     for wrong in ("ab", None, [True], [1.5]):
         refused("names: expected a list of strings or integers", lambda c, n=wrong: c.names(n))
+    refused("device: expected host or model, got 'cuda'", device="cuda")
     refused("seed: expected an integer, got 'a'", seed="a")
     refused("limit_bytes: expected an integer, got '4GB'", limit_bytes="4GB")
     refused("layers: expected integers, got 'ab'", layers="ab")
@@ -881,3 +883,27 @@ def test_copies_and_other_processes(tmp_path: Path) -> None:
     assert torch.equal(read, head.torch()["vector"])
     with pytest.raises(UserError, match="captured: it can't be pickled; write it with"):
         pickle.dumps(captured)
+
+
+@pytest.mark.parametrize("device", ["host", "model"])
+def test_vectors_may_come_in_many_buffers(
+    device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also in the middle of a layer; on the host or left where the model has them."""
+    model = model_of("gpt_oss")
+    tokens = torch.arange(5, 45)[None]
+    expected = alone(model, tokens)
+    monkeypatch.setattr(buffers, "BUFFER_BYTES", 4096)
+    with torch.no_grad(), sniff(model, device=device) as captured:  # type: ignore[arg-type]
+        model(tokens)
+        whole = model.generate(tokens[:, :7], max_new_tokens=4, do_sample=False)
+    assert_close(rows_of(captured, 0), expected)
+    head = captured.head(2, 1)
+    some = head.where(position=range(3, 6), example=1)
+    assert torch.equal(some.torch()["vector"], head.torch()["vector"][40 + 3 : 40 + 6])
+    assert torch.equal(some.torch()["vector"], torch.from_numpy(some.numpy()["vector"]))
+    assert some.torch()["position"].tolist() == [3, 4, 5]
+    assert_close(rows_of(captured, 1), alone(model, whole[:, :-1]))
+    assert captured.attention(2, 1, 0).probabilities.shape == (40, 40)
+    captured.save(tmp_path / "root")
+    assert contents(Captures(tmp_path / "root")) == contents(captured)

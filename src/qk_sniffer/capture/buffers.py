@@ -73,7 +73,7 @@ def needs_copy(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Portion:
-    """Consecutive bytes of vectors, on the host or on their way there.
+    """Consecutive bytes of vectors, on the host or on their way there, or where the model has them.
 
     Attributes:
         start: The number of the first in its sequence.
@@ -82,15 +82,19 @@ class Portion:
 
     start: int
     n_bytes: int
-    _host: Tensor
+    _bytes: Tensor
     _copied: Any
     _release: Callable[[], None]
 
     def wait(self) -> npt.NDArray[np.uint8]:
         """The bytes, once they have arrived; they are there until ``release``."""
+        return self.tensor().numpy()
+
+    def tensor(self) -> Tensor:
+        """The same as a tensor: (n_bytes,) uint8, on the device where they are."""
         if self._copied is not None:
             self._copied.synchronize()
-        return self._host[: self.n_bytes].numpy()
+        return self._bytes[: self.n_bytes]
 
     def release(self) -> None:
         """Give the memory back, for other bytes."""
@@ -102,10 +106,12 @@ class Staging:
 
     Args:
         take: Takes each portion, in the order of its bytes.
+        stays: Leave vectors on the device that has them, and copy none to the host.
     """
 
-    def __init__(self, take: Callable[[Portion], None]) -> None:
+    def __init__(self, take: Callable[[Portion], None], *, stays: bool = False) -> None:
         self._take = take
+        self._stays = stays
         # The last that came back is used first, so that no more are allocated than are needed.
         self._free: queue.LifoQueue[Buffer] = queue.LifoQueue()
         for _ in range(N_BUFFERS):
@@ -202,8 +208,11 @@ class Staging:
         self._buffer, self._used = None, 0
         if buffer is None:
             return
-        copied = self._copy(buffer, used) if needs_copy(self._device) else None
         release = partial(self._free.put, buffer)
+        if self._stays:
+            self._take(Portion(self.size - used, used, buffer.on(self._device), None, release))
+            return
+        copied = self._copy(buffer, used) if needs_copy(self._device) else None
         self._take(Portion(self.size - used, used, buffer.host(), copied, release))
 
     def _copy(self, buffer: Buffer, n_bytes: int) -> Any:

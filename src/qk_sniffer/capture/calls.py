@@ -80,16 +80,23 @@ class CallSniffer:
         sampler: Which positions are kept.
         seed: 64-bit seed of the random stream.
         sink: Takes the rows that are kept.
+        stays: Leave vectors on the device that has them.
     """
 
     def __init__(
-        self, streams: Iterable[CapturedStream], sampler: Sampler, seed: int, sink: Sink
+        self,
+        streams: Iterable[CapturedStream],
+        sampler: Sampler,
+        seed: int,
+        sink: Sink,
+        *,
+        stays: bool = False,
     ) -> None:
         self._heads: dict[Stream, tuple[int, ...]] = {
             (stream.layer.layer_idx, stream.kind): stream.heads for stream in streams
         }
         self._sampler, self._seed, self._sink = sampler, seed, sink
-        self._staging = Staging(sink.take_vectors)
+        self._staging = Staging(sink.take_vectors, stays=stays)
         self._gathers = Gathers(self._heads, self._staging)
         self._rows: _CallRows | None = None
         self._gathered: list[_Gathered] = []

@@ -69,7 +69,7 @@ class Attention:
         """
         function = self.layer.scores
         sinks = None if function is None else function.sinks
-        sink = None if sinks is None else torch.tensor([sinks[self.head]])
+        sink = None if sinks is None else torch.tensor([sinks[self.head]], device=self.scores.device)
         # Where no key is attended to, the softmax is 0 / 0.
         return softmax_with_sinks(self.scores, sink).nan_to_num(nan=0.0)
 

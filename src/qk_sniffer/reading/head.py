@@ -17,7 +17,7 @@ from torch import Tensor
 from qk_sniffer.capture import AttentionLayer
 from qk_sniffer.errors import UserError
 from qk_sniffer.kinds import Kind
-from qk_sniffer.reading.rows import NUMBERS, HeadBatches, HeadRows, arrays, tensors
+from qk_sniffer.reading.rows import NUMBERS, HeadBatches, HeadRows, arrays
 from qk_sniffer.storage import head_name, head_schema
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Head:
 
     def torch(self) -> dict[str, Tensor]:
         """What ``numpy`` gives, as tensors, without the strings."""
-        return tensors(self.arrow(["vector", *NUMBERS]), self.layer.head_dim)
+        return self._rows.tensors(self.layer.head_dim, self._condition)
 
     def pandas(self) -> pandas.DataFrame:
         """The rows as a data frame, with ``source_id``, the dataset's own id of the text.
@@ -197,7 +197,7 @@ class Head:
 def finite_rows(head: Head) -> tuple[dict[str, npt.NDArray[Any]], int]:
     """A head's rows but those whose vectors have a NaN or an infinity, and how many these are."""
     # Not as numpy() gives them, which reads the tokens too.
-    rows = {name: values.numpy() for name, values in head.torch().items()}
+    rows = {name: values.cpu().numpy() for name, values in head.torch().items()}
     finite = np.isfinite(rows["vector"]).all(axis=1)
     return {name: values[finite] for name, values in rows.items()}, int((~finite).sum())
 

@@ -102,8 +102,8 @@ def attention_map(
     keys = slice(first, last + 1 if most_keys is None else min(last + 1, first + most_keys))
     key = captures.key_head(layer, head).where(example=example)
     return AttentionMap(
-        attention.among_kept[:, keys].numpy(),
-        is_attended[:, keys].numpy(),
+        attention.among_kept[:, keys].cpu().numpy(),
+        is_attended[:, keys].cpu().numpy(),
         _labels(query.where(position=queries)),
         _labels(key)[keys],
         "probability" if attention.is_complete.all() else "share among the keys kept",

@@ -39,6 +39,15 @@ class HeadRows(ABC):
             UserError: The file is damaged, or a value is missing.
         """
 
+    def tensors(self, head_dim: int, condition: ds.Expression | None = None) -> dict[str, Tensor]:
+        """Vectors and numbers of some rows, as ``tensors`` gives them.
+
+        Args:
+            head_dim: Length of a vector.
+            condition: Which rows are read; None reads all.
+        """
+        return tensors(self.read(["vector", *NUMBERS], condition), head_dim)
+
     @abstractmethod
     def count(self, condition: ds.Expression | None) -> int:
         """How many rows fulfil a condition; None counts all."""

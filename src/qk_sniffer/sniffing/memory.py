@@ -23,7 +23,7 @@ class Rows:
     """Rows of one layer and kind.
 
     Attributes:
-        vectors: (n_heads, K, head_dim) in the model's dtype.
+        vectors: (n_heads, K, head_dim) in the model's dtype, on the host or the model's device.
         numbers: (3, K) int32: example id, position and bucket.
     """
 
@@ -32,7 +32,7 @@ class Rows:
 
 
 def _some(rows: Rows, chosen: Tensor) -> Rows:
-    return Rows(rows.vectors[:, chosen], rows.numbers[:, chosen])
+    return Rows(rows.vectors[:, chosen.to(rows.vectors.device)], rows.numbers[:, chosen])
 
 
 def _joined(parts: Sequence[Rows]) -> Rows:
@@ -136,7 +136,8 @@ class Intake:
 
     def __init__(self, store: RowStore) -> None:
         self._store = store
-        self._portions: list[Tensor] = []
+        self._portions: list[tuple[int, Tensor]] = []
+        """Bytes, and the number of the first of them."""
 
     def take_vectors(self, portion: Portion) -> None:
         """Copy some bytes.
@@ -148,18 +149,27 @@ class Intake:
             self._portions = []
         try:
             self._store.require_room(portion.start + portion.n_bytes)
-            self._portions.append(torch.from_numpy(portion.wait()).clone())
+            self._portions.append((portion.start, portion.tensor().clone()))
         finally:
             portion.release()
 
     def take_rows(self, rows: BatchRows) -> None:
         """Keep the rows that the bytes are."""
-        content = torch.cat([torch.empty(0, dtype=torch.uint8), *self._portions])
-        self._portions = []
         found = {}
         for block in rows.blocks:
             shape, dtype = (block.n_heads, block.n_rows, block.head_dim), getattr(torch, block.dtype)
             n_bytes = math.prod(shape) * dtype.itemsize
-            vectors = content[block.vectors : block.vectors + n_bytes].view(dtype).view(shape)
+            content = self._bytes(block.vectors, block.vectors + n_bytes)
+            vectors = content.view(dtype).view(shape)
             found[block.layer_idx, block.kind] = Rows(vectors, block.part_of(rows.numbers))
+        self._portions = []
         self._store.add(found)
+
+    def _bytes(self, start: int, stop: int) -> Tensor:
+        """Some bytes, which lie in one portion or in several of one device."""
+        parts = [
+            content[max(0, start - first) : stop - first]
+            for first, content in self._portions
+            if first < stop and start < first + content.numel()
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

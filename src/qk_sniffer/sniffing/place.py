@@ -1,6 +1,6 @@
 """What was captured in memory, as ``Captures`` reads it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.dataset as ds
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qk_sniffer.capture import CapturedStream
 from qk_sniffer.errors import UserError
 from qk_sniffer.reading.places import CapturePlace
-from qk_sniffer.reading.rows import HeadRows, TableRows
+from qk_sniffer.reading.rows import NUMBERS, HeadRows, TableRows
 from qk_sniffer.sniffing.memory import RowStore
 from qk_sniffer.sniffing.texts import Texts
 from qk_sniffer.storage import EXAMPLES_SCHEMA, head_name, head_schema
@@ -96,19 +99,32 @@ class MemoryPlace(CapturePlace):
 
     def rows(self, name: str, head_dim: int) -> HeadRows:
         """Those of a head so far, at each reading."""
-        return TableRows(partial(self._table, name))
+        return _StoredRows(partial(self._table, name), partial(self._tensors, name))
 
     def start_of(self, example_id: int) -> int:
         """Where a text that is padded on the left begins, if its positions count the padding."""
         starts = (text.start for text in self._texts.read if text.example_id == example_id)
         return next(starts, None) or 0
 
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        """Those of a head as tensors, where the vectors are."""
+        stream, number = self._heads[name]
+        rows = self._store.rows((stream.layer.layer_idx, stream.kind))
+        example_ids, positions, buckets = rows.numbers.to(rows.vectors.device)
+        vectors = rows.vectors[number].float()
+        return {
+            "vector": vectors,
+            "bucket": buckets,
+            "example_id": example_ids,
+            "position": positions,
+        }
+
     def _table(self, name: str) -> pa.Table:
         stream, number = self._heads[name]
         layer = stream.layer
         rows = self._store.rows((layer.layer_idx, stream.kind))
         example_ids, positions, buckets = (column.numpy() for column in rows.numbers)
-        vectors = rows.vectors[number].float().contiguous().numpy()
+        vectors = rows.vectors[number].float().cpu().contiguous().numpy()
         n_rows = len(positions)
         window = np.full(n_rows, layer.sliding_window or 0, np.int32)
         schema = head_schema(layer.head_dim)
@@ -136,6 +152,25 @@ class MemoryPlace(CapturePlace):
         }
         ids = [tokens[row] for row in zip(example_ids.tolist(), positions.tolist(), strict=True)]
         return pa.array(token_strings(self._tokenizer, ids), pa.string())
+
+
+class _StoredRows(TableRows):
+    """Rows in memory, whose tensors are made without a table."""
+
+    def __init__(self, table: Callable[[], pa.Table], tensors: Callable[[], dict[str, Tensor]]) -> None:
+        super().__init__(table)
+        self._tensors = tensors
+
+    def tensors(self, head_dim: int, condition: ds.Expression | None = None) -> dict[str, Tensor]:
+        """Some of them, on the device where they were kept."""
+        found = self._tensors()
+        if condition is None:
+            return {name: values.clone() for name, values in found.items()}
+        numbers = {name: pa.array(found[name].cpu().numpy()) for name in NUMBERS}
+        numbered = pa.table(numbers | {"row": pa.array(np.arange(len(found["position"])))})
+        rows = ds.dataset(numbered).to_table(columns=["row"], filter=condition)["row"].to_numpy()
+        chosen = torch.tensor(rows, device=found["vector"].device)
+        return {name: values[chosen] for name, values in found.items()}
 
 
 class UnfinishedPlace(CapturePlace):

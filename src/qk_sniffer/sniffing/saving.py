@@ -166,7 +166,7 @@ def _write(
 def _aligned(vectors: torch.Tensor, start: int) -> Iterator[npt.NDArray[np.uint8]]:
     if padding := -start % JOURNAL_ALIGNMENT:
         yield np.zeros(padding, np.uint8)
-    yield vectors.contiguous().view(torch.uint8).reshape(-1).numpy()
+    yield vectors.cpu().contiguous().view(torch.uint8).reshape(-1).numpy()
 
 
 def _example(session: Session, text: Text) -> Example:

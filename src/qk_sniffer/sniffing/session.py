@@ -61,6 +61,7 @@ class Session:
         capture: What is captured.
         tokenizer: Gives the token strings; None leaves them out.
         limit_bytes: The most that vectors may take in memory.
+        stays: Keep vectors on the device that has them.
 
     Raises:
         UserError: The model has no such layer or head.
@@ -72,6 +73,7 @@ class Session:
         capture: CaptureConfig,
         tokenizer: PreTrainedTokenizerBase | None,
         limit_bytes: int,
+        stays: bool,
     ) -> None:
         self.watched = watched
         settings = asdict(capture)
@@ -86,7 +88,7 @@ class Session:
         """Called behind each call."""
         self._pre_rope = capture.capture_pre_rope
         self._windows = {layer.layer_idx: layer.sliding_window for layer in attention.layers}
-        self._thread = _Thread(self, sampler_of(settings), capture.sampler.seed)
+        self._thread = _Thread(self, sampler_of(settings), capture.sampler.seed, stays)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -164,8 +166,9 @@ class Session:
 class _Thread(threading.local):
     """What each thread has of its own while it calls the model."""
 
-    def __init__(self, session: Session, sampler: Sampler, seed: int) -> None:
-        self.sniffer = CallSniffer(session.streams, sampler, seed, Intake(session.store))
+    def __init__(self, session: Session, sampler: Sampler, seed: int, stays: bool) -> None:
+        sink = Intake(session.store)
+        self.sniffer = CallSniffer(session.streams, sampler, seed, sink, stays=stays)
         self.call: Call | None = None
         self.cache: Any = None
         self.rows: list[Row] = []

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -35,6 +35,7 @@ def sniff(
     full_attention_only: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     limit_bytes: int = LIMIT_BYTES,
+    device: Literal["host", "model"] = "host",
     data_root: str | Path | None = None,
     overwrite: bool = False,
 ) -> Iterator[Captured]:
@@ -59,6 +60,8 @@ def sniff(
         full_attention_only: Leave out layers with a sliding window.
         tokenizer: Gives the column token_str; None leaves it empty.
         limit_bytes: The most that captured vectors may take in memory.
+        device: Where they are kept: on the host, or where the model has them. ``torch`` and
+            ``attention`` give tensors there.
         data_root: A directory to which texts are written as they end, and which is a finished data root
             behind the block. A block that was interrupted goes on in the same directory: texts that
             it has are not captured again.
@@ -79,6 +82,8 @@ def sniff(
         ("limit_bytes", limit_bytes),
     ):
         require_integer(name, number)
+    if device not in ("host", "model"):
+        raise UserError(f"device: expected host or model, got {device!r}")
     if tokenizer is not None and not hasattr(tokenizer, "convert_ids_to_tokens"):
         raise UserError(f"tokenizer: expected a loaded one, got {tokenizer!r}; use AutoTokenizer")
     capture = _capture_config(
@@ -92,7 +97,7 @@ def sniff(
         sampler=as_arguments(lambda: SamplerConfig(sampler, base_rate, seed)),
     )
     watched = _watched(model, pre_rope)
-    session = as_arguments(lambda: Session(watched, capture, tokenizer, limit_bytes))
+    session = as_arguments(lambda: Session(watched, capture, tokenizer, limit_bytes, device == "model"))
     captured = Captured(session)
     if data_root is None:
         with session.watching():
