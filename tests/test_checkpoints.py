@@ -107,12 +107,24 @@ def test_a_broken_checkpoint_is_one_line(
     assert error_line(capsys).startswith(message.format(model))
 
 
-def test_an_adapter_beside_a_whole_model_is_none(
-    write_run: WriteRun, model_dir: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize("has_peft", [False, True])
+def test_an_adapter_without_weights_beside_a_whole_model(
+    has_peft: bool,
+    write_run: WriteRun,
+    model_dir: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """It is none where PEFT is not installed, and where it is, PEFT misses the weights."""
     model = Path(shutil.copytree(model_dir("llama"), tmp_path / "model"))
     adapter()(model)
-    assert main(write_run(model={"name": str(model)})) == 0
+    if not has_peft:
+        for module in ("integrations.peft", "models.auto.auto_factory"):
+            monkeypatch.setattr(f"transformers.{module}.is_peft_available", lambda *_, **__: False)
+    assert main(write_run(model={"name": str(model)})) == (2 if has_peft else 0)
+    if has_peft:
+        assert error_line(capsys).startswith(f"model.name: {model} can't be loaded")
 
 
 def test_an_adapter_is_told_by_estimate_too(

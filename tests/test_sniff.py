@@ -45,7 +45,8 @@ NO_ROPE = ("gpt2", "bloom", "opt")
 
 
 def model_of(family: str, implementation: str | None = None) -> PreTrainedModel:
-    model = tiny_model(FAMILIES[family]) if family in FAMILIES else tiny_causal_lm(family)
+    # A model may change its config, and others are made of the same.
+    model = tiny_model(deepcopy(FAMILIES[family])) if family in FAMILIES else tiny_causal_lm(family)
     if implementation is not None:
         model.set_attn_implementation(implementation)
     return model.eval()
