@@ -174,14 +174,21 @@ def test_generate_is_one_text(family: str, sampled: bool) -> None:
             torch.testing.assert_close(found, expected[1][0, 2], atol=TOLERANCE, rtol=0)
 
 
-def test_a_text_that_generate_pads_has_ended() -> None:
-    """A batch of prompts of which one ends early: what it is padded with is no row."""
-    model = model_of("llama")
+def prompts_of_which_one_ends(model: PreTrainedModel) -> tuple[dict[str, Tensor], list[int], int]:
+    """Two prompts, what is written behind the first, and a token there that the other lacks."""
     inputs = tokens_of("a short one", "a text that has some more tokens")
     del inputs["position_ids"]
     width = inputs["input_ids"].shape[1]
     first, second = model.generate(**inputs, max_new_tokens=9, eos_token_id=None)[:, width:].tolist()
     end = next(token for token in first[1:4] if token not in second[:8] and token != first[0])
+    return inputs, first, end
+
+
+def test_a_text_that_generate_pads_has_ended() -> None:
+    """A batch of prompts of which one ends early: what it is padded with is no row."""
+    model = model_of("llama")
+    inputs, first, end = prompts_of_which_one_ends(model)
+    width = inputs["input_ids"].shape[1]
     model.generation_config.eos_token_id = end
     with sniff(model) as captured:
         texts = model.generate(**inputs, max_new_tokens=9)
@@ -713,11 +720,8 @@ def test_packed_texts_that_the_model_does_not_keep_apart_are_refused() -> None:
 )
 def test_a_text_has_ended_however_generate_is_told(ends: str) -> None:
     model = model_of("llama")
-    inputs = tokens_of("a short one", "a text that has some more tokens")
-    del inputs["position_ids"]
+    inputs, first, end = prompts_of_which_one_ends(model)
     width = inputs["input_ids"].shape[1]
-    first, second = model.generate(**inputs, max_new_tokens=9, eos_token_id=None)[:, width:].tolist()
-    end = next(token for token in first[1:4] if token not in second[:8] and token != first[0])
     settings: dict[str, Any] = {"eos_token_id": end, "pad_token_id": 0}
     if ends == "pad is eos":
         settings["pad_token_id"] = end

@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from bench.loops import quiet_trainer
 from families import LLAMA_1B, QWEN3_8B, SMOLLM2_135M
 from qk_sniffer.callback import SnifferCallback
 from qk_sniffer.capture import Sniffer
@@ -161,14 +162,8 @@ def module_of(case: Case, device: torch.device) -> SnifferModule:
 def run_loop(module: SnifferModule, case: Case, device: torch.device, *callbacks: Callback) -> Loop:
     """A loop over the texts."""
     loop = Loop(device)
-    trainer = pl.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        callbacks=[loop, *callbacks],
-    )
+    accelerator = "gpu" if device.type == "cuda" else "cpu"
+    trainer = quiet_trainer(loop, *callbacks, accelerator=accelerator)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.predict(module, batches_of(case), return_predictions=False)
     return loop

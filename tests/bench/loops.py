@@ -83,19 +83,24 @@ def timed(task: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
+def quiet_trainer(*callbacks: Callback, accelerator: str = "cpu") -> pl.Trainer:
+    """A trainer of one device that keeps and shows nothing."""
+    return pl.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=list(callbacks),
+    )
+
+
 def predict(
     data: TextDataModule, *callbacks: Callback, module: SnifferModule | None = None
 ) -> tuple[float, float]:
     """Seconds of the loop and of what follows it: closing, and writing the Parquet files."""
     timer = LoopTimer()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        callbacks=[timer, *callbacks],
-    )
+    trainer = quiet_trainer(timer, *callbacks)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.predict(module or model(), datamodule=data, return_predictions=False)
     close = time.perf_counter() - timer.started - timer.seconds

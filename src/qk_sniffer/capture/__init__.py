@@ -14,11 +14,12 @@ from qk_sniffer.capture.heads import (
     AttentionLayer,
     CapturedHeads,
     CapturedStream,
+    Stream,
     captured_streams,
     heads_to_capture,
     select_heads,
 )
-from qk_sniffer.capture.positions import compute_positions, first_new_key
+from qk_sniffer.capture.positions import compute_positions, own_keys
 from qk_sniffer.capture.rows import BatchRows, Block
 from qk_sniffer.capture.sampling import (
     SAMPLERS,
@@ -57,6 +58,7 @@ __all__ = [
     "ScoreFunction",
     "Segment",
     "Sniffer",
+    "Stream",
     "active_sniffer",
     "attended_from",
     "attends",
@@ -67,10 +69,10 @@ __all__ = [
     "count_draws",
     "draw_positions",
     "expected_rows_by_bucket",
-    "first_new_key",
     "get_active_sniffer",
     "heads_to_capture",
     "keep_probabilities",
+    "own_keys",
     "sampler_of",
     "select_heads",
     "softmax_with_sinks",

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from qk_sniffer.capture.buffers import Staging
 from qk_sniffer.capture.gathers import Gather, Gathers
-from qk_sniffer.capture.heads import CapturedStream
-from qk_sniffer.capture.plan import KeptRows, Stream, draws_of
-from qk_sniffer.capture.positions import first_new_key
+from qk_sniffer.capture.heads import CapturedStream, Stream
+from qk_sniffer.capture.plan import KeptRows, draws_of
+from qk_sniffer.capture.positions import own_keys
 from qk_sniffer.capture.rows import BatchRows, Sink
 from qk_sniffer.capture.sampling import Sampler, count_draws, draw_positions
-from qk_sniffer.kinds import Kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +91,7 @@ class CallSniffer:
         *,
         stays: bool = False,
     ) -> None:
-        self._heads: dict[Stream, tuple[int, ...]] = {
-            (stream.layer.layer_idx, stream.kind): stream.heads for stream in streams
-        }
+        self._heads = {stream.key: stream.heads for stream in streams}
         self._sampler, self._seed, self._sink = sampler, seed, sink
         self._staging = Staging(sink.take_vectors, stays=stays)
         self._gathers = Gathers(self._heads, self._staging)
@@ -156,17 +153,9 @@ class CallSniffer:
         if layer_idx in self._layers_seen:
             raise RuntimeError(f"layer {layer_idx} has attended twice in one call")
         self._layers_seen.add(layer_idx)
-        length = query.shape[2]
-        if key.shape[2] != length:
-            new_keys = first_new_key(past_length, length, key.shape[2])
-            key = key[:, :, new_keys : new_keys + length]
-        states: tuple[tuple[Kind, Tensor], ...] = (("q", query), ("k", key))
-        for kind, vectors in states:
-            stream = layer_idx, kind
-            if stream in self._heads:
-                gather = self._gathers.gather(stream, vectors.detach(), self._rows)
-                if gather is not None:
-                    self._gathered.append(_Gathered(stream, sliding_window, gather))
+        key = own_keys(key, past_length, query.shape[2])
+        for stream, gather in self._gathers.gather_call(layer_idx, query, key, self._rows):
+            self._gathered.append(_Gathered(stream, sliding_window, gather))
 
     def end_call(self) -> None:
         """Hand the rows of the call to the sink.

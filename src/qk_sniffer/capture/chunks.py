@@ -1,6 +1,5 @@
 """Captured rows in memory: what a sniffer hands on, as tensors."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +62,7 @@ class Chunks(list[Chunk]):
 
 def _chunk(blocks: list[Block], rows: BatchRows, content: Tensor) -> Chunk:
     """One chunk of the blocks of a layer and kind."""
-    vectors = torch.cat([_vectors(block, content) for block in blocks], dim=1)
+    vectors = torch.cat([block.vectors_in(content) for block in blocks], dim=1)
     numbers = torch.cat([block.part_of(rows.numbers) for block in blocks], dim=1)
     places = {example_id: place for place, example_id in enumerate(rows.example_ids.tolist())}
     order = torch.tensor([places[example_id] for example_id in numbers[0].tolist()])
@@ -79,9 +78,3 @@ def _chunk(blocks: list[Block], rows: BatchRows, content: Tensor) -> Chunk:
         buckets,
         blocks[-1].sliding_window,
     )
-
-
-def _vectors(block: Block, content: Tensor) -> Tensor:
-    shape, dtype = (block.n_heads, block.n_rows, block.head_dim), getattr(torch, block.dtype)
-    n_bytes = math.prod(shape) * dtype.itemsize
-    return content[block.vectors : block.vectors + n_bytes].view(dtype).view(shape)

@@ -7,7 +7,7 @@ first of them comes, and the others are left one call of torch.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from qk_sniffer.capture.buffers import ALIGNMENT, Staging, upload
-from qk_sniffer.capture.plan import KeptRows, Stream
+from qk_sniffer.capture.heads import Stream
+from qk_sniffer.capture.plan import KeptRows
 from qk_sniffer.capture.rows import Block
+from qk_sniffer.kinds import Kind
 
 
 class Layout(NamedTuple):
@@ -146,6 +148,25 @@ class Gathers:
         self._fits: bool | None = None
         self._widest = 0
         self._head_steps: dict[tuple[torch.device, tuple[int, ...], int], Tensor] = {}
+
+    def gather_call(
+        self, layer_idx: int, query: Tensor, key: Tensor, passage: KeptRows
+    ) -> Iterator[tuple[Stream, Gather]]:
+        """Lay down the kept vectors of one attention call, and give what there are.
+
+        Args:
+            layer_idx: The layer.
+            query: (B, num_attention_heads, S, head_dim).
+            key: (B, num_key_value_heads, S, head_dim), those of the queries' own tokens.
+            passage: The kept rows of the forward.
+        """
+        states: tuple[tuple[Kind, Tensor], ...] = (("q", query), ("k", key))
+        for kind, vectors in states:
+            stream = layer_idx, kind
+            if stream in self._heads:
+                plain = vectors.detach() if vectors.requires_grad else vectors
+                if (gather := self.gather(stream, plain, passage)) is not None:
+                    yield stream, gather
 
     def gather(self, stream: Stream, states: Tensor, passage: KeptRows) -> Gather | None:
         """Lay down the kept vectors of all captured heads, head by head; None where there are none.

@@ -60,6 +60,10 @@ class CapturedHeads:
         return self.query if kind == "q" else self.key
 
 
+Stream = tuple[int, Kind]
+"""A layer and kind."""
+
+
 @dataclass(frozen=True)
 class CapturedStream:
     """The captured heads of one layer and kind, which keep the same rows."""
@@ -67,6 +71,11 @@ class CapturedStream:
     layer: AttentionLayer
     kind: Kind
     heads: tuple[int, ...]
+
+    @property
+    def key(self) -> Stream:
+        """What names it."""
+        return self.layer.layer_idx, self.kind
 
 
 def captured_streams(

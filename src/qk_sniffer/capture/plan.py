@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from qk_sniffer.capture.buffers import upload
+from qk_sniffer.capture.heads import Stream
 from qk_sniffer.capture.sampling import Sampler, count_draws, draw_positions
-from qk_sniffer.kinds import Kind, random_stream
-
-Stream = tuple[int, Kind]
-"""A layer and kind."""
+from qk_sniffer.kinds import random_stream
 
 Batch = tuple[list[int], list[int]]
 """Example ids and tokens of the sequences of a batch."""

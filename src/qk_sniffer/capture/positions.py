@@ -52,6 +52,20 @@ def compute_positions(
     return queries, keys
 
 
+def own_keys(key: Tensor, start: int, query_length: int) -> Tensor:
+    """The keys of the queries' own tokens: (B, num_key_value_heads, Q, head_dim).
+
+    Args:
+        key: (B, num_key_value_heads, K, head_dim) of an attention call.
+        start: Tokens in the cache before it.
+        query_length: Q.
+    """
+    if key.shape[2] == query_length:
+        return key
+    first = first_new_key(start, query_length, key.shape[2])
+    return key[:, :, first : first + query_length]
+
+
 def first_new_key(start: int, query_length: int, key_length: int) -> int:
     """Index, among the keys of an attention call, of the first query's own token.
 

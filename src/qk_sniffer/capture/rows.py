@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from qk_sniffer.capture.buffers import Portion
@@ -36,6 +37,23 @@ class Block(NamedTuple):
     head_dim: int
     vectors: int
     rows: int
+
+    def vectors_in(self, content: Tensor, first: int = 0) -> Tensor:
+        """Its vectors: (n_heads, K, head_dim), a view.
+
+        Args:
+            content: (N,) uint8, some of the bytes that are handed on together.
+            first: The number of the first of them.
+        """
+        start = self.vectors - first
+        flat = content[start : start + self.n_bytes].view(getattr(torch, self.dtype))
+        return flat.view(self.n_heads, self.n_rows, self.head_dim)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its vectors."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return self.n_heads * self.n_rows * self.head_dim * dtype.itemsize
 
     def part_of(self, numbers: Tensor) -> Tensor:
         """Example id, position and bucket of each of its rows: (3, K).

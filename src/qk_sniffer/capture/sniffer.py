@@ -17,12 +17,11 @@ from torch import Tensor
 
 from qk_sniffer.capture.buffers import Staging
 from qk_sniffer.capture.gathers import Gather, Gathers
-from qk_sniffer.capture.heads import CapturedStream
-from qk_sniffer.capture.plan import BatchPlan, Passage, Plans, Stream
-from qk_sniffer.capture.positions import first_new_key
+from qk_sniffer.capture.heads import CapturedStream, Stream
+from qk_sniffer.capture.plan import BatchPlan, Passage, Plans
+from qk_sniffer.capture.positions import own_keys
 from qk_sniffer.capture.rows import BatchRows, Block, Sink
 from qk_sniffer.capture.sampling import Sampler
-from qk_sniffer.kinds import Kind
 
 
 class _PendingChunk(NamedTuple):
@@ -101,9 +100,7 @@ class Sniffer:
         expected: Iterable[tuple[Sequence[int], Sequence[int]]] = (),
     ) -> None:
         self.pre_rope = pre_rope
-        self._heads: dict[Stream, tuple[int, ...]] = {
-            (stream.layer.layer_idx, stream.kind): stream.heads for stream in streams
-        }
+        self._heads = {stream.key: stream.heads for stream in streams}
         self._plans = Plans(tuple(self._heads), sampler, seed, expected)
         self._sink = sink
         self._staging = Staging(sink.take_vectors)
@@ -192,16 +189,9 @@ class Sniffer:
                 f"{tokens.stop - 1} came after {read[sequences.start]} tokens of the same batch"
             )
         read[sequences.start : sequences.stop] = [tokens.stop] * len(sequences)
-        if key.shape[2] != length:
-            new_keys = first_new_key(tokens.start, length, key.shape[2])
-            key = key[:, :, new_keys : new_keys + length]
-        states: tuple[tuple[Kind, Tensor], ...] = (("q", query), ("k", key))
-        for kind, vectors in states:
-            stream = layer_idx, kind
-            if stream in self._heads:
-                plain = vectors.detach() if vectors.requires_grad else vectors
-                if (gather := self._gathers.gather(stream, plain, passage)) is not None:
-                    self._pending.append(_PendingChunk(passage, stream, sliding_window, gather))
+        key = own_keys(key, tokens.start, length)
+        for stream, gather in self._gathers.gather_call(layer_idx, query, key, passage):
+            self._pending.append(_PendingChunk(passage, stream, sliding_window, gather))
 
     def _passage_at(self, positions: Tensor) -> Passage:
         """The rows that a forward reads, whose layers mostly give the very same positions."""

@@ -10,7 +10,7 @@ from qk_sniffer.models.attention import (
 )
 from qk_sniffer.models.caches import watch_caches
 from qk_sniffer.models.calls import AttentionCall
-from qk_sniffer.models.capturing import capture_attention
+from qk_sniffer.models.capturing import capture_attention, states_of
 from qk_sniffer.models.check import check_capture
 from qk_sniffer.models.checkpoint import Quantization, stored_quantization
 from qk_sniffer.models.footprint import Footprint, forward_footprint
@@ -74,6 +74,7 @@ __all__ = [
     "require_known_tokens",
     "sequences_of",
     "spans_of_like_frequencies",
+    "states_of",
     "stored_quantization",
     "text_decoder",
     "transformers_model",

@@ -7,10 +7,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from qk_sniffer.capture import compute_positions, first_new_key, get_active_sniffer
+from qk_sniffer.capture import compute_positions, get_active_sniffer, own_keys
 from qk_sniffer.models.attention import watch_attention
 from qk_sniffer.models.calls import AttentionCall
-from qk_sniffer.models.probe import probe_attention
+from qk_sniffer.models.probe import AttentionMap, probe_attention
 from qk_sniffer.models.rotary import RotaryTrace
 
 
@@ -37,19 +37,36 @@ def capture_attention(backbone: nn.Module) -> Iterator[None]:
     ) -> None:
         if layer_idx in attention.captures_itself:
             return
-        query, key = call.query, call.key
-        length = query.shape[2]
-        positions = _positions(past_length, length, key.shape[2])
-        if trace is not None:
-            first = first_new_key(past_length, length, key.shape[2])
-            key = key[:, :, first : first + length]
-            query, key = trace.unrotated(layer_idx, query, key, attention.rotary)
+        positions = _positions(past_length, call.query.shape[2], call.key.shape[2])
+        query, key = states_of(layer_idx, call, past_length, trace, attention)
         sniffer.capture(layer_idx, query, key, positions, windows[layer_idx])
 
     with watch_attention(
         backbone, report, numbered_by_call=attention.numbered_by_call, rotary=sniffer.pre_rope
     ):
         yield
+
+
+def states_of(
+    layer_idx: int,
+    call: AttentionCall,
+    past_length: int,
+    trace: RotaryTrace | None,
+    attention: AttentionMap,
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys of an attention call, before RoPE where it was traced.
+
+    Args:
+        layer_idx: The layer.
+        call: The call.
+        past_length: Tokens in the cache before it.
+        trace: Rotations of the layer; None gives the call's own.
+        attention: What a probe saw in the model.
+    """
+    if trace is None:
+        return call.query, call.key
+    key = own_keys(call.key, past_length, call.query.shape[2])
+    return trace.unrotated(layer_idx, call.query, key, attention.rotary)
 
 
 @lru_cache(maxsize=1)

@@ -40,6 +40,10 @@ class AttentionMap:
     numbered_by_call: bool
     rotary: RotaryMap
 
+    def notes_of(self, *, pre_rope: bool) -> list[str]:
+        """What a reader of the vectors must know, of those before RoPE or behind it."""
+        return self.notes + (self.rotary.notes() if pre_rope else [])
+
 
 @dataclass(frozen=True)
 class AttentionGeometry:

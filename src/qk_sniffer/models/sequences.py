@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qk_sniffer.errors import UserError
 from qk_sniffer.models.attention import cache_of
 from qk_sniffer.models.calls import modeling_globals
+from qk_sniffer.models.decoder import decoder_modules
 
 _BY_MASK = {"bloom", "opt"}
 _BY_TOKENS = "create_position_ids_from_input_ids"
@@ -113,7 +114,7 @@ def _positions(
 def _counts_of(decoder: nn.Module) -> Literal["places", "mask", "tokens"]:
     """What a decoder counts where no position_ids are given; most count every place."""
     config, names = getattr(decoder, "config", None), modeling_globals(type(decoder))
-    kinds = {type(module) for module in decoder.modules()}
+    kinds = {type(decoder), *decoder_modules(decoder).kinds}
     if any(hasattr(kind, _BY_TOKENS) for kind in kinds) or _BY_TOKENS in names:
         return "tokens"
     by_mask = getattr(config, "model_type", None) in _BY_MASK

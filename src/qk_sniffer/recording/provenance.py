@@ -115,7 +115,7 @@ def describe(
         "versions": _versions(),
         "settings": settings,
         "layers": layers,
-        "notes": attention.notes + (attention.rotary.notes() if capture["capture_pre_rope"] else []),
+        "notes": attention.notes_of(pre_rope=capture["capture_pre_rope"]),
         "streams": streams,
         "n_positions": covered_positions(getattr(backbone, "config", None)),
     }

@@ -1,6 +1,5 @@
 """Captured rows in memory."""
 
-import math
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,14 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qk_sniffer.capture import BatchRows, CapturedStream, Portion
+from qk_sniffer.capture import BatchRows, CapturedStream, Portion, Stream
 from qk_sniffer.errors import UserError
-from qk_sniffer.kinds import Kind
 
 _SMALL_BYTES = 2**20
-
-Stream = tuple[int, Kind]
-"""A layer and kind."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +54,7 @@ class RowStore:
 
     def __init__(self, streams: Iterable[CapturedStream], limit_bytes: int) -> None:
         self._parts: dict[Stream, list[Rows]] = {
-            (stream.layer.layer_idx, stream.kind): [
+            stream.key: [
                 Rows(
                     torch.empty(len(stream.heads), 0, stream.layer.head_dim),
                     torch.empty(3, 0, dtype=torch.int32),
@@ -157,10 +152,8 @@ class Intake:
         """Keep the rows that the bytes are."""
         found = {}
         for block in rows.blocks:
-            shape, dtype = (block.n_heads, block.n_rows, block.head_dim), getattr(torch, block.dtype)
-            n_bytes = math.prod(shape) * dtype.itemsize
-            content = self._bytes(block.vectors, block.vectors + n_bytes)
-            vectors = content.view(dtype).view(shape)
+            content = self._bytes(block.vectors, block.vectors + block.n_bytes)
+            vectors = block.vectors_in(content, block.vectors)
             found[block.layer_idx, block.kind] = Rows(vectors, block.part_of(rows.numbers))
         self._portions = []
         self._store.add(found)

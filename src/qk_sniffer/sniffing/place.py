@@ -69,8 +69,7 @@ class MemoryPlace(CapturePlace):
         """
         self.require_texts()
         heads = {
-            name: {"rows": self._store.n_rows((stream.layer.layer_idx, stream.kind))}
-            for name, (stream, _) in self._heads.items()
+            name: {"rows": self._store.n_rows(stream.key)} for name, (stream, _) in self._heads.items()
         }
         return {**self._about, "examples": {"rows": len(self._texts.read)}, "heads": heads}
 
@@ -109,7 +108,7 @@ class MemoryPlace(CapturePlace):
     def _tensors(self, name: str) -> dict[str, Tensor]:
         """Those of a head as tensors, where the vectors are."""
         stream, number = self._heads[name]
-        rows = self._store.rows((stream.layer.layer_idx, stream.kind))
+        rows = self._store.rows(stream.key)
         example_ids, positions, buckets = rows.numbers.to(rows.vectors.device)
         vectors = rows.vectors[number].float()
         return {
@@ -122,7 +121,7 @@ class MemoryPlace(CapturePlace):
     def _table(self, name: str) -> pa.Table:
         stream, number = self._heads[name]
         layer = stream.layer
-        rows = self._store.rows((layer.layer_idx, stream.kind))
+        rows = self._store.rows(stream.key)
         example_ids, positions, buckets = (column.numpy() for column in rows.numbers)
         vectors = rows.vectors[number].float().cpu().contiguous().numpy()
         n_rows = len(positions)

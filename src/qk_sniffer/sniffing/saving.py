@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qk_sniffer.capture import Block
+from qk_sniffer.capture import Block, Stream
 from qk_sniffer.config import OutputConfig
 from qk_sniffer.errors import UserError
 from qk_sniffer.processes import ALONE
 from qk_sniffer.sniffing.arguments import as_arguments
-from qk_sniffer.sniffing.memory import Rows, Stream
+from qk_sniffer.sniffing.memory import Rows
 from qk_sniffer.sniffing.place import token_strings
 from qk_sniffer.sniffing.session import Session
 from qk_sniffer.sniffing.texts import Text, not_whole
@@ -145,7 +145,7 @@ def _write(
     blocks, numbers = [], []
     n_bytes = n_numbers = 0
     for stream in session.streams:
-        key = stream.layer.layer_idx, stream.kind
+        key = stream.key
         vectors = rows[key].vectors
         n_heads, n_rows, head_dim = vectors.shape
         if n_rows == 0:

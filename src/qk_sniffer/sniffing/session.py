@@ -14,7 +14,6 @@ from qk_sniffer.capture import (
     CapturedHeads,
     Sampler,
     captured_streams,
-    first_new_key,
     heads_to_capture,
     sampler_of,
 )
@@ -29,6 +28,7 @@ from qk_sniffer.models import (
     is_probing,
     name_of,
     sequences_of,
+    states_of,
     text_decoder,
     watch_attention,
     watch_caches,
@@ -124,12 +124,7 @@ class Session:
     ) -> None:
         if self._thread.call is None:
             return
-        query, key = call.query, call.key
-        if trace is not None:
-            length = query.shape[2]
-            first = first_new_key(past_length, length, key.shape[2])
-            key = key[:, :, first : first + length]
-            query, key = trace.unrotated(layer_idx, query, key, self.watched.attention.rotary)
+        query, key = states_of(layer_idx, call, past_length, trace, self.watched.attention)
         self._thread.sniffer.capture(layer_idx, query, key, past_length, self._windows[layer_idx])
 
     def _on_stop(self, is_done: list[bool]) -> None:
@@ -181,11 +176,10 @@ def _named(output: Any) -> Mapping[str, Any]:
 
 def _about(watched: Watched, capture: dict[str, Any]) -> dict[str, Any]:
     """Settings, layers and notes, as a manifest has them."""
-    name, rotary = name_of(watched.model), watched.attention.rotary
     return {
-        "settings": {"model": {"name": name}, "data": {}, "capture": capture},
+        "settings": {"model": {"name": name_of(watched.model)}, "data": {}, "capture": capture},
         "layers": [asdict(layer) for layer in watched.attention.layers],
-        "notes": watched.attention.notes + (rotary.notes() if capture["capture_pre_rope"] else []),
+        "notes": watched.attention.notes_of(pre_rope=capture["capture_pre_rope"]),
     }
 
 
