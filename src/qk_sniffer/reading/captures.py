@@ -197,10 +197,10 @@ class Captures:
             n_rows,
             self._place.rows(name, self._model_layers[layer].head_dim),
             self.example_id,
-            self._source_ids,
+            self.source_ids,
         )
 
-    def _source_ids(self) -> dict[int, str]:
+    def source_ids(self) -> dict[int, str]:
         """The dataset's own ids of the texts, by example id."""
         texts = self.examples
         return dict(zip(texts["example_id"].to_pylist(), texts["source_id"].to_pylist(), strict=True))

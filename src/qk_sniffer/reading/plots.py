@@ -64,7 +64,8 @@ def plot_attention(
     axes = axes or new_axes(attention_size(content))
     draw_attention(axes, content)
     key = captures.key_head(layer, head)
-    axes.set_title(f'{query.name} to {key.name} in "{_source_id(captures, example)}"', loc="left")
+    source = example if isinstance(example, str) else captures.source_ids()[example]
+    axes.set_title(f'{query.name} to {key.name} in "{source}"', loc="left")
     return axes
 
 
@@ -120,11 +121,3 @@ def _readable(token: str | None) -> str:
     """A token in few characters; tokenizers mark spaces and line breaks in their own ways."""
     text = re.sub(r"[Ġ▁ ]", "·", re.sub(r"[Ċ\n]", "↵", token or ""))
     return text if len(text) <= _LONGEST_TOKEN else text[: _LONGEST_TOKEN - 1] + "…"
-
-
-def _source_id(captures: Captures, example: int | str) -> str:
-    if isinstance(example, str):
-        return example
-    texts = captures.examples
-    names = dict(zip(texts["example_id"].to_pylist(), texts["source_id"].to_pylist(), strict=True))
-    return str(names[example])

@@ -53,8 +53,8 @@ def attention_section(
         return Section("Attention", f"Not shown: {error}.")
     if not maps:
         return Section("Attention", f"Not shown: {_why_none(chosen)}.")
-    ids = captures.examples.to_pylist()
-    source = next(row["source_id"] for row in ids if row["example_id"] == shown)
+    assert shown is not None
+    source = captures.source_ids()[shown]
     section = Section("Attention", _text(source, list(maps.values())))
     for number, content in maps.items():
         query, key = (head.name for head in chosen[number - 1].heads.values())

@@ -119,23 +119,17 @@ class MemoryPlace(CapturePlace):
         }
 
     def _table(self, name: str) -> pa.Table:
-        stream, number = self._heads[name]
-        layer = stream.layer
-        rows = self._store.rows(stream.key)
-        example_ids, positions, buckets = (column.numpy() for column in rows.numbers)
-        vectors = rows.vectors[number].float().cpu().contiguous().numpy()
-        n_rows = len(positions)
+        rows = {column: values.cpu().numpy() for column, values in self._tensors(name).items()}
+        layer, n_rows = self._heads[name][0].layer, len(rows["position"])
         window = np.full(n_rows, layer.sliding_window or 0, np.int32)
         schema = head_schema(layer.head_dim)
         columns = [
-            pa.array(buckets),
-            pa.array(example_ids),
-            pa.array(positions),
+            *(pa.array(rows[column]) for column in NUMBERS),
             pa.FixedSizeListArray.from_arrays(
-                pa.array(vectors.reshape(-1)), type=schema.field("vector").type
+                pa.array(rows["vector"].reshape(-1)), type=schema.field("vector").type
             ),
             pa.array(window, mask=np.full(n_rows, layer.sliding_window is None)),
-            self._token_strings(example_ids, positions),
+            self._token_strings(rows["example_id"], rows["position"]),
         ]
         return pa.Table.from_arrays(columns, schema=schema)
 
