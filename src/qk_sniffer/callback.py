@@ -2,7 +2,6 @@
 
 import logging
 import time
-from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
@@ -86,7 +85,7 @@ class SnifferCallback(pl.Callback):
         self.check = check
         self.own_data_root = OwnDataRoot(output)
         self.data_root = self.own_data_root.path
-        self._sampler = sampler_of(asdict(capture))
+        self._sampler = sampler_of(capture.as_settings())
         self._ranks = ALONE
         self._has_joined = False
         self._earlier: EarlierRun | None = None
@@ -307,7 +306,7 @@ class SnifferCallback(pl.Callback):
         module = trainer.lightning_module
         check_heads = getattr(module, "check_heads", None)
         if check_heads is not None:
-            ranks.first(lambda: check_heads(asdict(self.capture)))
+            ranks.first(lambda: check_heads(self.capture.as_settings()))
         run_settings = settings(module, TextsAhead(trainer).data, self.capture)
         self._earlier = ranks.first(lambda: self.own_data_root.pull_earlier_run(run_settings))
 

@@ -112,7 +112,7 @@ class CallSniffer:
         example_ids, texts = torch.unique(tokens.example_ids, return_inverse=True)
         lengths = torch.zeros_like(example_ids)
         lengths.scatter_reduce_(0, texts, tokens.positions + 1, "amax")
-        n_draws, n_texts = count_draws(self._sampler, len(self._heads), lengths), len(example_ids)
+        n_draws, n_texts = count_draws(self._sampler, self._heads, lengths), len(example_ids)
         draws, stream_ids = draws_of(tuple(self._heads), n_draws)
         sequences, positions = draw_positions(
             self._sampler,

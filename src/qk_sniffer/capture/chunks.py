@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qk_sniffer.capture.buffers import Portion
 from qk_sniffer.capture.rows import BatchRows, Block
-from qk_sniffer.kinds import Kind
+from qk_sniffer.kinds import Part
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Chunk:
 
     Attributes:
         layer_idx: Layer in the text decoder, from 0.
-        kind: Queries or keys.
+        kind: Queries, keys, values, outputs, or the statistics of each query.
         vectors: (n_heads, K, head_dim) in the dtype of the model.
         example_ids: (K,) int32.
         positions: (K,) int32, absolute.
@@ -27,7 +27,7 @@ class Chunk:
     """
 
     layer_idx: int
-    kind: Kind
+    kind: Part
     vectors: Tensor
     example_ids: Tensor
     positions: Tensor
@@ -53,7 +53,7 @@ class Chunks(list[Chunk]):
         """Add the chunks of a batch."""
         content = torch.cat([torch.empty(0, dtype=torch.uint8), *self._portions])
         self._portions.clear()
-        blocks: dict[tuple[int, Kind], list[Block]] = {}
+        blocks: dict[tuple[int, Part], list[Block]] = {}
         for block in rows.blocks:
             blocks.setdefault((block.layer_idx, block.kind), []).append(block)
         for parts in blocks.values():

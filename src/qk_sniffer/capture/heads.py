@@ -8,7 +8,7 @@ from typing import Any
 from qk_sniffer.capture.attention import ScoreFunction
 from qk_sniffer.capture.random import philox4x32
 from qk_sniffer.errors import UserError
-from qk_sniffer.kinds import KINDS, Kind
+from qk_sniffer.kinds import PARTS, SOFTMAX_COLUMNS, Part
 
 
 def known_fields(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,7 +22,8 @@ class AttentionLayer:
 
     With ``chunked`` the window is a block: position p attends from ``p - p % sliding_window`` on.
     Otherwise it slides: from ``p - sliding_window + 1`` on. ``scores`` is None where queries and keys
-    alone don't explain the layer's attention.
+    alone don't explain the layer's attention. ``value_head_dim`` is the width of values and outputs;
+    None where they are as wide as queries and keys.
     """
 
     layer_idx: int
@@ -32,6 +33,7 @@ class AttentionLayer:
     sliding_window: int | None = None
     chunked: bool = False
     scores: ScoreFunction | None = None
+    value_head_dim: int | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "AttentionLayer":
@@ -41,6 +43,12 @@ class AttentionLayer:
         if scores is not None:
             known["scores"] = ScoreFunction(**known_fields(ScoreFunction, scores))
         return cls(**known)
+
+    def width(self, part: Part) -> int:
+        """Numbers in a vector of a kind, or statistics of a query."""
+        if part == "softmax":
+            return len(SOFTMAX_COLUMNS)
+        return self.head_dim if part in "qk" else self.value_head_dim or self.head_dim
 
     def key_head(self, head: int) -> int:
         """The key head that serves a query head, by grouped-query attention."""
@@ -55,21 +63,21 @@ class CapturedHeads:
     query: tuple[int, ...]
     key: tuple[int, ...]
 
-    def of(self, kind: Kind) -> tuple[int, ...]:
-        """Those of a kind."""
-        return self.query if kind == "q" else self.key
+    def of(self, part: Part) -> tuple[int, ...]:
+        """Those of a part."""
+        return self.query if PARTS[part].heads == "num_attention_heads" else self.key
 
 
-Stream = tuple[int, Kind]
-"""A layer and kind."""
+Stream = tuple[int, Part]
+"""A layer and part."""
 
 
 @dataclass(frozen=True)
 class CapturedStream:
-    """The captured heads of one layer and kind, which keep the same rows."""
+    """The captured heads of one layer and part, which keep the same rows."""
 
     layer: AttentionLayer
-    kind: Kind
+    kind: Part
     heads: tuple[int, ...]
 
     @property
@@ -77,19 +85,24 @@ class CapturedStream:
         """What names it."""
         return self.layer.layer_idx, self.kind
 
+    @property
+    def width(self) -> int:
+        """Numbers in each of its vectors."""
+        return self.layer.width(self.kind)
+
 
 def captured_streams(
-    heads: Mapping[int, CapturedHeads], kinds: Iterable[Kind] = tuple(KINDS)
+    heads: Mapping[int, CapturedHeads], parts: Iterable[Part] = ("q", "k")
 ) -> list[CapturedStream]:
     """What is captured of each layer, in the order in which a model calls them.
 
     Args:
         heads: The captured heads, by layer.
-        kinds: The kinds that are captured.
+        parts: What is captured of each attention call.
     """
     return [
-        CapturedStream(captured.layer, kind, captured.of(kind))
-        for captured, kind in product(heads.values(), kinds)
+        CapturedStream(captured.layer, part, captured.of(part))
+        for captured, part in product(heads.values(), parts)
     ]
 
 

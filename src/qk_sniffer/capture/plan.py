@@ -14,7 +14,7 @@ from torch import Tensor
 from qk_sniffer.capture.buffers import upload
 from qk_sniffer.capture.heads import Stream
 from qk_sniffer.capture.sampling import Sampler, count_draws, draw_positions
-from qk_sniffer.kinds import random_stream
+from qk_sniffer.kinds import random_stream, random_streams
 
 Batch = tuple[list[int], list[int]]
 """Example ids and tokens of the sequences of a batch."""
@@ -72,7 +72,7 @@ class Plans:
     def _draw(self, batches: Sequence[Batch]) -> Iterator["BatchPlan"]:
         lengths = [torch.tensor(lengths, dtype=torch.int64) for _, lengths in batches]
         ids = [torch.tensor(example_ids, dtype=torch.int64) for example_ids, _ in batches]
-        n_draws = count_draws(self._sampler, len(self._streams), torch.cat(lengths))
+        n_draws = count_draws(self._sampler, self._streams, torch.cat(lengths))
         draws, stream_ids = draws_of(self._streams, n_draws)
         sizes = [len(batch_ids) for batch_ids in ids]
         sequences, positions = draw_positions(
@@ -150,10 +150,11 @@ class BatchPlan:
 
 @lru_cache(maxsize=16)
 def draws_of(streams: tuple[Stream, ...], n_draws: int) -> tuple[Mapping[Stream, int], Tensor]:
-    """The draw of each layer and kind, and what names the random stream of each draw: (n_draws,)."""
-    ids = [random_stream(layer_idx, kind) for layer_idx, kind in streams[:n_draws]]
-    draws = {stream: min(number, n_draws - 1) for number, stream in enumerate(streams)}
-    return draws, torch.tensor(ids, dtype=torch.int64)
+    """The draw of each layer and part, and what names the random stream of each draw: (n_draws,)."""
+    ids = random_streams(streams)
+    numbers = {stream_id: min(number, n_draws - 1) for number, stream_id in enumerate(ids)}
+    draws = {stream: numbers[random_stream(*stream)] for stream in streams}
+    return draws, torch.tensor(ids[:n_draws], dtype=torch.int64)
 
 
 class KeptRows(ABC):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qk_sniffer.capture.buffers import Portion
-from qk_sniffer.kinds import Kind
+from qk_sniffer.kinds import Part
 
 
 class Block(NamedTuple):
@@ -18,7 +18,7 @@ class Block(NamedTuple):
 
     Attributes:
         layer_idx: Layer in the text decoder, from 0.
-        kind: Queries or keys.
+        kind: Queries, keys, values, outputs, or the statistics of each query.
         sliding_window: The window that the layer used; None attends to all earlier tokens.
         dtype: Number format of the vectors, the model's, by its name in torch.
         n_heads: Captured heads.
@@ -29,7 +29,7 @@ class Block(NamedTuple):
     """
 
     layer_idx: int
-    kind: Kind
+    kind: Part
     sliding_window: int | None
     dtype: str
     n_heads: int

@@ -9,7 +9,7 @@ A longer sequence keeps the same positions as its prefix.
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from functools import lru_cache
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qk_sniffer.capture.random import WORD, Words, mix
 from qk_sniffer.errors import UserError, did_you_mean
+from qk_sniffer.kinds import Part, random_streams
 
 Rows = npt.NDArray[np.int64]
 """Kept rows, each (sequence << 32) + position."""
@@ -209,14 +210,15 @@ def longest_of(lengths: Tensor) -> int:
     return int(lengths.max()) if lengths.numel() else 0
 
 
-def count_draws(sampler: Sampler, n_streams: int, lengths: Tensor) -> int:
-    """How many layers and kinds draw rows of their own; those that keep every position share theirs.
+def count_draws(sampler: Sampler, streams: Iterable[tuple[int, Part]], lengths: Tensor) -> int:
+    """How many draws some layers and parts make; those that keep every position share one.
 
     Args:
         sampler: Gives the segments and their probabilities.
-        n_streams: Layers and kinds.
+        streams: The layers and parts.
         lengths: (S,) int64, tokens in each sequence.
     """
+    n_streams = len(random_streams(streams))
     segments = sampler.segments(longest_of(lengths))
     keeps_all = all(segment.probability >= 1 for segment in segments)
     return min(1, n_streams) if keeps_all else n_streams

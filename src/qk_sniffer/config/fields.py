@@ -5,13 +5,17 @@ The string under each field is its help text on the command line.
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from qk_sniffer.config.local_or_hub import is_address
 from qk_sniffer.errors import UserError
+
+_LATER_FIELDS = ("capture_values", "capture_outputs", "capture_softmax", "local_positions")
+"""Fields that came later: settings have them only where they are used, so that earlier data roots go on."""
 
 _BRANCH = re.compile(r"(?!refs/)(?!.*(\.\.|\.lock$))\w([\w.-]*\w)?(/\w([\w.-]*\w)?)*", re.ASCII)
 
@@ -62,6 +66,14 @@ class CaptureConfig:
     """Capture the query vectors."""
     capture_keys: bool = True
     """Capture the key vectors."""
+    capture_values: bool = False
+    """Capture the value vectors, of the positions that the keys keep."""
+    capture_outputs: bool = False
+    """Capture each query head's output before the output projection, where the queries are kept."""
+    capture_softmax: bool = False
+    """Add statistics of each kept query's softmax over all its keys to the files of the queries."""
+    local_positions: int = 64
+    """Positions that the statistic local_prob counts, up to the query's own and with it."""
     layers: list[int] | None = None
     """Layers to capture, counted from 0; null captures all."""
     heads: list[int] | None = None
@@ -81,8 +93,18 @@ class CaptureConfig:
 
     def __post_init__(self) -> None:
         _require(
-            self.capture_queries or self.capture_keys,
-            "sniffer.capture.capture_queries: set it or capture_keys to true, or nothing is captured",
+            self.capture_queries or self.capture_keys or self.capture_values or self.capture_outputs,
+            "sniffer.capture.capture_queries: set it, capture_keys, capture_values or capture_outputs "
+            "to true, or nothing is captured",
+        )
+        _require(
+            self.capture_queries or not self.capture_softmax,
+            "sniffer.capture.capture_softmax: the statistics are columns in the files of the queries; "
+            "set capture_queries to true, or capture_softmax to false",
+        )
+        _require(
+            self.local_positions > 0,
+            f"sniffer.capture.local_positions: must be at least 1, got {self.local_positions}",
         )
         _require(
             0 < self.min_bucket_size <= 2**31,
@@ -100,6 +122,14 @@ class CaptureConfig:
                 indices is None or len(indices) > 0,
                 f"sniffer.capture.{name}: the list is empty; set it to null to capture all",
             )
+
+    def as_settings(self) -> dict[str, Any]:
+        """The section as JSON takes it, without the fields of later versions that are not used."""
+        plain = CaptureConfig()
+        unused = {name for name in _LATER_FIELDS if getattr(self, name) == getattr(plain, name)}
+        if not self.capture_softmax:
+            unused.add("local_positions")
+        return {name: value for name, value in asdict(self).items() if name not in unused}
 
 
 @dataclass

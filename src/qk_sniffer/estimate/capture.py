@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +23,7 @@ from qk_sniffer.capture import (
 from qk_sniffer.config import CaptureConfig
 from qk_sniffer.estimate.texts import Texts
 from qk_sniffer.models import AttentionGeometry
-from qk_sniffer.recording import described_streams
+from qk_sniffer.recording import described_streams, stream_keys
 from qk_sniffer.storage import head_files_bytes, journal_bytes
 
 _PLANNED_ROW = 64
@@ -53,12 +53,12 @@ class Capture:
         Raises:
             UserError: A layer or head does not exist, or none is left.
         """
-        return heads_to_capture(asdict(self.config), self.geometry.layers)
+        return heads_to_capture(self.config.as_settings(), self.geometry.layers)
 
     @cached_property
     def streams(self) -> list[dict[str, Any]]:
         """The heads of each layer and kind."""
-        return described_streams(asdict(self.config), self.heads)
+        return described_streams(self.config.as_settings(), self.heads)
 
     @property
     def dtype(self) -> str:
@@ -123,7 +123,7 @@ class Capture:
     @property
     def _n_draws(self) -> int:
         """Layers and kinds with rows of their own."""
-        return count_draws(self.sampler, len(self.streams), self.texts.lengths)
+        return count_draws(self.sampler, stream_keys(self.streams), self.texts.lengths)
 
     def left_out(self) -> list[tuple[str, list[int]]]:
         """Why layers with attention are not captured, and which."""

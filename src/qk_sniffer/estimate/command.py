@@ -1,7 +1,6 @@
 """``qk-sniffer estimate``: the config of ``predict``, read as predict reads it, and nothing run."""
 
 import time
-from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,7 +93,7 @@ def estimate(args: list[str], *, timed: bool) -> str:
         seconds_to_load = _load(module, device)
         geometry = attention_geometry(module.backbone)
     settings = sniffer.capture
-    sampler = sampler_of(asdict(settings))
+    sampler = sampler_of(settings.as_settings())
     capture = Capture(settings, geometry, texts, sampler)
     timing = None
     if timed:

@@ -3,7 +3,13 @@
 from qk_sniffer.recording.advertisements import leave_out_advertisements
 from qk_sniffer.recording.own_data_root import OwnDataRoot
 from qk_sniffer.recording.progress import ProgressReport, progress_bar
-from qk_sniffer.recording.provenance import describe, described_streams, fingerprint, settings
+from qk_sniffer.recording.provenance import (
+    describe,
+    described_streams,
+    fingerprint,
+    settings,
+    stream_keys,
+)
 from qk_sniffer.recording.recorder import Recorder
 from qk_sniffer.recording.space import require_space
 from qk_sniffer.recording.texts_ahead import TextsAhead
@@ -23,4 +29,5 @@ __all__ = [
     "progress_bar",
     "require_space",
     "settings",
+    "stream_keys",
 ]

@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ import lightning.pytorch as pl
 import xxhash
 from torch import nn
 
-from qk_sniffer.capture import CapturedHeads, captured_streams
+from qk_sniffer.capture import CapturedHeads, Stream, captured_streams
 from qk_sniffer.config import CaptureConfig
-from qk_sniffer.kinds import kinds_of
+from qk_sniffer.kinds import parts_of
 from qk_sniffer.models import AttentionMap, covered_positions, weights_digest
 from qk_sniffer.storage import SCHEMA_VERSION
 
@@ -44,7 +44,7 @@ def settings(
     return {
         "model": _plain(module.hparams),
         "data": _plain(getattr(data, "hparams", {})),
-        "capture": asdict(capture),
+        "capture": capture.as_settings(),
     }
 
 
@@ -66,7 +66,7 @@ def fingerprint(settings: Mapping[str, Any]) -> dict[str, Any]:
 def described_streams(
     capture: Mapping[str, Any], heads: Mapping[int, CapturedHeads]
 ) -> list[dict[str, Any]]:
-    """The captured heads of each layer and kind, with their head_dim, as JSON takes them.
+    """The captured heads of each layer and part, with their width, as JSON takes them.
 
     Args:
         capture: The section capture.
@@ -77,10 +77,15 @@ def described_streams(
             "layer_idx": stream.layer.layer_idx,
             "kind": stream.kind,
             "heads": list(stream.heads),
-            "head_dim": stream.layer.head_dim,
+            "head_dim": stream.width,
         }
-        for stream in captured_streams(heads, kinds_of(capture))
+        for stream in captured_streams(heads, parts_of(capture))
     ]
+
+
+def stream_keys(streams: Iterable[Mapping[str, Any]]) -> list[Stream]:
+    """Layer and part of what ``described_streams`` gives."""
+    return [(stream["layer_idx"], stream["kind"]) for stream in streams]
 
 
 def describe(

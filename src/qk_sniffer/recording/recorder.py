@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from qk_sniffer.config import CaptureConfig
 from qk_sniffer.data import BatchFields
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter
-from qk_sniffer.kinds import kinds_of
+from qk_sniffer.kinds import parts_of
 from qk_sniffer.storage import Example, JournalWriter
 
 
@@ -60,7 +59,7 @@ class Recorder:
         self._tokenizer = tokenizer if capture.capture_token_strings else None
         self._journal = JournalWriter(journal, header, rank)
         self._sniffer = Sniffer(
-            captured_streams(heads, kinds_of(asdict(capture))),
+            captured_streams(heads, parts_of(capture.as_settings())),
             sampler,
             capture.sampler.seed,
             self,

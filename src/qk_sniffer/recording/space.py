@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qk_sniffer.capture import Sampler, count_draws, expected_rows_by_bucket
+from qk_sniffer.recording.provenance import stream_keys
 from qk_sniffer.storage import check_space, head_files_bytes, journal_bytes
 
 
@@ -34,7 +35,7 @@ def require_space(
         return
     name = str(dtype).removeprefix("torch.")
     rows = sum(expected_rows_by_bucket(sampler, lengths).values())
-    n_draws = count_draws(sampler, len(streams), lengths)
+    n_draws = count_draws(sampler, stream_keys(streams), lengths)
     check_space(
         data_root,
         journal_bytes(streams, name, rows, n_draws=n_draws),

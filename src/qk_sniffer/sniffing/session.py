@@ -19,7 +19,7 @@ from qk_sniffer.capture import (
 )
 from qk_sniffer.config import CaptureConfig
 from qk_sniffer.errors import UserError
-from qk_sniffer.kinds import kinds_of
+from qk_sniffer.kinds import parts_of
 from qk_sniffer.models import (
     AttentionCall,
     AttentionMap,
@@ -76,10 +76,10 @@ class Session:
         stays: bool,
     ) -> None:
         self.watched = watched
-        settings = asdict(capture)
+        settings = capture.as_settings()
         attention = watched.attention
         self.heads: dict[int, CapturedHeads] = heads_to_capture(settings, attention.layers)
-        self.streams = captured_streams(self.heads, kinds_of(settings))
+        self.streams = captured_streams(self.heads, parts_of(settings))
         self.tokenizer = tokenizer
         self.about = _about(watched, settings)
         self.store = RowStore(self.streams, limit_bytes)

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from qk_sniffer.kinds import Kind
+from qk_sniffer.kinds import Part
 from qk_sniffer.storage.commits import (
     COMMITS_FILE,
     HEADER_FILE,
@@ -100,8 +100,8 @@ class Block(Protocol):
         """Layer in the text decoder."""
 
     @property
-    def kind(self) -> Kind:
-        """Queries or keys."""
+    def kind(self) -> Part:
+        """Queries, keys, values, outputs, or the statistics of each query."""
 
     @property
     def sliding_window(self) -> int | None:

@@ -5,7 +5,7 @@ from typing import cast
 
 import pyarrow as pa
 
-from qk_sniffer.kinds import KINDS, Kind
+from qk_sniffer.kinds import KINDS, Kind, Part
 
 SCHEMA_VERSION = 1
 DATA_FILE = "data.parquet"
@@ -66,7 +66,7 @@ def temporary_name(name: str) -> str:
     return f".{name}.tmp"
 
 
-def head_name(layer_idx: int, head: int, kind: Kind) -> str:
+def head_name(layer_idx: int, head: int, kind: Part) -> str:
     """Directory and dataset config of one head, such as l00h05q; keys count key-value heads."""
     return f"l{layer_idx:02d}h{head:02d}{kind}"
 

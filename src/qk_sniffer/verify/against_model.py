@@ -18,7 +18,7 @@ from qk_sniffer.config import explain
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter
-from qk_sniffer.kinds import kinds_of
+from qk_sniffer.kinds import parts_of
 from qk_sniffer.models import check_capture
 from qk_sniffer.module import SnifferModule
 from qk_sniffer.storage import (
@@ -131,7 +131,7 @@ class _Comparison(pl.Callback):
         """Make a sniffer like that of the run."""
         self._backbone = cast(nn.Module, pl_module.backbone)
         self._sniffer = Sniffer(
-            captured_streams(self._heads, kinds_of(self._capture)),
+            captured_streams(self._heads, parts_of(self._capture)),
             sampler_of(self._capture),
             self._capture["sampler"]["seed"],
             self._chunks,
