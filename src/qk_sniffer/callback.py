@@ -15,6 +15,7 @@ from qk_sniffer.config import CaptureConfig, OutputConfig
 from qk_sniffer.data import batch_fields
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter
+from qk_sniffer.kinds import parts_of
 from qk_sniffer.models import (
     begin_batch_of_like_frequencies,
     check_capture,
@@ -319,8 +320,9 @@ class SnifferCallback(pl.Callback):
     ) -> tuple[dict[str, Any], dict[int, CapturedHeads]]:
         """The header of the journal, the same in all processes, and the captured heads by layer."""
         config = self.capture
-        attention = probe_attention(self._backbone, pre_rope=config.capture_pre_rope)
         run_settings = settings(pl_module, TextsAhead(trainer).data, config)
+        parts = parts_of(run_settings["capture"])
+        attention = probe_attention(self._backbone, parts, pre_rope=config.capture_pre_rope)
         heads = heads_to_capture(run_settings["capture"], attention.layers)
         return describe(run_settings, self._backbone, attention, heads), heads
 

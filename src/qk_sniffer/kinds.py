@@ -49,6 +49,9 @@ PARTS: dict[Part, CapturedPart] = {
 SOFTMAX_COLUMNS = ("lse", "entropy", "max_prob", "argmax_position", "sink_prob", "local_prob")
 """The statistics of a query; argmax_position is an int32, the others are float32."""
 
+LOCAL_POSITIONS = 64
+"""Positions that the statistic local_prob counts, where a config says nothing."""
+
 
 def kinds_of(capture: Mapping[str, Any]) -> list[Kind]:
     """The kinds of vectors that a config captures.

@@ -16,6 +16,7 @@ from qk_sniffer.capture.heads import (
     CapturedStream,
     Stream,
     captured_streams,
+    described_layers,
     heads_to_capture,
     select_heads,
 )
@@ -38,9 +39,12 @@ from qk_sniffer.capture.sniffer import (
     active_sniffer,
     get_active_sniffer,
 )
+from qk_sniffer.capture.softmax import MOST_KEY_NUMBERS, MOST_SCORES, SoftmaxInput
 
 __all__ = [
     "BUFFER_BYTES",
+    "MOST_KEY_NUMBERS",
+    "MOST_SCORES",
     "N_BUFFERS",
     "SAMPLERS",
     "AttentionLayer",
@@ -58,6 +62,7 @@ __all__ = [
     "ScoreFunction",
     "Segment",
     "Sniffer",
+    "SoftmaxInput",
     "Stream",
     "active_sniffer",
     "attended_from",
@@ -67,6 +72,7 @@ __all__ = [
     "captured_streams",
     "compute_positions",
     "count_draws",
+    "described_layers",
     "draw_positions",
     "expected_rows_by_bucket",
     "get_active_sniffer",

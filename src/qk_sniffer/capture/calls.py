@@ -15,10 +15,12 @@ from torch import Tensor
 from qk_sniffer.capture.buffers import Staging
 from qk_sniffer.capture.gathers import Gather, Gathers
 from qk_sniffer.capture.heads import CapturedStream, Stream
-from qk_sniffer.capture.plan import KeptRows, draws_of
+from qk_sniffer.capture.plan import KeptQueries, KeptRows, draws_of
 from qk_sniffer.capture.positions import own_keys
 from qk_sniffer.capture.rows import BatchRows, Sink
 from qk_sniffer.capture.sampling import Sampler, count_draws, draw_positions
+from qk_sniffer.capture.softmax import SoftmaxInput, SoftmaxStatistics
+from qk_sniffer.kinds import LOCAL_POSITIONS, Kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +32,17 @@ class CallTokens:
         columns: (N,) its place among the tokens of the call.
         example_ids: (N,) its text; the int32 ids.
         positions: (N,) its position there; those of a text ascend.
+        n_before: (N,) places of cache and call before it, from the first of its text on.
+        key_positions: (B, P) positions at all places of cache and call, -1 for padding; None where
+            those of each sequence follow each other, but for padding on either side.
     """
 
     sequences: Tensor
     columns: Tensor
     example_ids: Tensor
     positions: Tensor
+    n_before: Tensor
+    key_positions: Tensor | None = None
 
 
 class _CallRows(KeptRows):
@@ -56,6 +63,17 @@ class _CallRows(KeptRows):
 
     def _places(self) -> tuple[Tensor, Tensor]:
         return self._tokens.sequences[self._kept], self._tokens.columns[self._kept]
+
+    def queries(self, stream: Stream) -> KeptQueries:
+        """The kept queries of a layer."""
+        tokens, kept = self._tokens, self._kept[self.rows_of(stream)]
+        return KeptQueries(
+            tokens.sequences[kept].numpy(),
+            tokens.columns[kept].numpy(),
+            tokens.positions[kept].numpy(),
+            tokens.n_before[kept].numpy(),
+            tokens.key_positions,
+        )
 
     def numbers(self) -> Tensor:
         """Example id, position and bucket of each row: (3 K,) int32, as ``Passage.numbers``."""
@@ -79,6 +97,7 @@ class CallSniffer:
         sampler: Which positions are kept.
         seed: 64-bit seed of the random stream.
         sink: Takes the rows that are kept.
+        local_positions: Positions that the statistic local_prob counts.
         stays: Leave vectors on the device that has them.
     """
 
@@ -89,15 +108,21 @@ class CallSniffer:
         seed: int,
         sink: Sink,
         *,
+        local_positions: int = LOCAL_POSITIONS,
         stays: bool = False,
     ) -> None:
+        streams = list(streams)
         self._heads = {stream.key: stream.heads for stream in streams}
+        self._softmax = SoftmaxStatistics(streams, local_positions)
+        self._has_results = any(stream.kind in ("v", "o") for stream in streams)
         self._sampler, self._seed, self._sink = sampler, seed, sink
         self._staging = Staging(sink.take_vectors, stays=stays)
         self._gathers = Gathers(self._heads, self._staging)
         self._rows: _CallRows | None = None
         self._gathered: list[_Gathered] = []
+        self._n_tokens = 0
         self._layers_seen: set[int] = set()
+        self._results_seen: set[int] = set()
 
     def begin_call(self, tokens: CallTokens) -> None:
         """Draw the rows of a call.
@@ -139,6 +164,7 @@ class CallSniffer:
         key: Tensor,
         past_length: int,
         sliding_window: int | None = None,
+        softmax: SoftmaxInput | None = None,
     ) -> None:
         """Gather the kept rows of one attention call.
 
@@ -148,13 +174,49 @@ class CallSniffer:
             key: (B, num_key_value_heads, K, head_dim), K > Q where a cache holds other tokens.
             past_length: Tokens in the cache before the call, padding included.
             sliding_window: The layer's window; None for full attention.
+            softmax: What its softmax takes, where its statistics are wanted.
         """
         assert self._rows is not None
         if layer_idx in self._layers_seen:
             raise RuntimeError(f"layer {layer_idx} has attended twice in one call")
         self._layers_seen.add(layer_idx)
+        self._n_tokens = query.shape[2]
         key = own_keys(key, past_length, query.shape[2])
-        for stream, gather in self._gathers.gather_call(layer_idx, query, key, self._rows):
+        for stream, gather in self._gathers.gather_call(layer_idx, {"q": query, "k": key}, self._rows):
+            self._gathered.append(_Gathered(stream, sliding_window, gather))
+        if softmax is not None:
+            values = self._softmax.of(layer_idx, softmax, self._rows)
+            if values is not None:
+                stream = layer_idx, "softmax"
+                gather = self._gathers.lay_down(stream, values, self._rows)
+                self._gathered.append(_Gathered(stream, sliding_window, gather))
+
+    def capture_result(
+        self,
+        layer_idx: int,
+        value: Tensor | None,
+        output: Tensor | None,
+        past_length: int,
+        sliding_window: int | None = None,
+    ) -> None:
+        """Gather the kept values and outputs of the attention call that the layer has captured.
+
+        Args:
+            layer_idx: Layer in the text decoder.
+            value: (B, num_key_value_heads, K, value_head_dim), as the keys of the call; None for none.
+            output: (B, Q, num_attention_heads, value_head_dim), before the output projection; None for
+                none.
+            past_length: Tokens in the cache before the call, padding included.
+            sliding_window: The layer's window; None for full attention.
+        """
+        assert self._rows is not None
+        self._results_seen.add(layer_idx)
+        states: dict[Kind, Tensor] = {}
+        if value is not None:
+            states["v"] = own_keys(value, past_length, self._n_tokens)
+        if output is not None:
+            states["o"] = output.transpose(1, 2)
+        for stream, gather in self._gathers.gather_call(layer_idx, states, self._rows):
             self._gathered.append(_Gathered(stream, sliding_window, gather))
 
     def end_call(self) -> None:
@@ -164,7 +226,8 @@ class CallSniffer:
             RuntimeError: A layer has not attended.
         """
         assert self._rows is not None
-        if missing := {layer_idx for layer_idx, _ in self._heads} - self._layers_seen:
+        seen = self._layers_seen & self._results_seen if self._has_results else self._layers_seen
+        if missing := {layer_idx for layer_idx, _ in self._heads} - seen:
             raise RuntimeError(f"layer {min(missing)} has not attended in this call")
         numbers = self._rows.numbers()
         blocks = [gather.block(stream, window, 0) for stream, window, gather in self._gathered]
@@ -178,4 +241,5 @@ class CallSniffer:
         self._staging.clear()
 
     def _begin_anew(self) -> None:
-        self._rows, self._gathered, self._layers_seen = None, [], set()
+        self._rows, self._gathered = None, []
+        self._layers_seen, self._results_seen = set(), set()

@@ -150,18 +150,16 @@ class Gathers:
         self._head_steps: dict[tuple[torch.device, tuple[int, ...], int], Tensor] = {}
 
     def gather_call(
-        self, layer_idx: int, query: Tensor, key: Tensor, passage: KeptRows
+        self, layer_idx: int, states: Mapping[Kind, Tensor], passage: KeptRows
     ) -> Iterator[tuple[Stream, Gather]]:
         """Lay down the kept vectors of one attention call, and give what there are.
 
         Args:
             layer_idx: The layer.
-            query: (B, num_attention_heads, S, head_dim).
-            key: (B, num_key_value_heads, S, head_dim), those of the queries' own tokens.
+            states: Vectors of some kinds, (B, n_heads, S, width), those of the queries' own tokens.
             passage: The kept rows of the forward.
         """
-        states: tuple[tuple[Kind, Tensor], ...] = (("q", query), ("k", key))
-        for kind, vectors in states:
+        for kind, vectors in states.items():
             stream = layer_idx, kind
             if stream in self._heads:
                 plain = vectors.detach() if vectors.requires_grad else vectors
@@ -194,6 +192,26 @@ class Gathers:
             prepared = self._prepared.pop(stream)
         gather, shape, strides, places, room = prepared
         torch.index_select(states.as_strided(shape, strides), 0, places, out=room)
+        return gather
+
+    def lay_down(self, stream: Stream, values: Tensor, passage: KeptRows) -> Gather:
+        """Lay down what was computed of all kept rows of a layer.
+
+        Args:
+            stream: Layer and part.
+            values: (n_heads, K, width), K > 0.
+            passage: The kept rows of the forward.
+        """
+        layout = Layout(values.device, values.dtype, values[None].shape, values[None].stride())
+        if not self._fits_together([stream], layout.row_bytes, layout.device, passage):
+            # What is prepared and not gathered would be handed on without its vectors.
+            self._prepared = {}
+        gather = self._described(stream, layout, passage, self._staging.align())
+        rows, done = values.flatten(0, 1), 0
+        while done < len(rows):
+            room = self._staging.room(layout.device, layout.dtype, len(rows) - done, layout.width)
+            room.copy_(rows[done : done + len(room)])
+            done += len(room)
         return gather
 
     def _begin(self, passage: KeptRows) -> None:

@@ -1,14 +1,14 @@
 """Which heads of which layers are captured: filters, grouped-query attention and random draws."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 from typing import Any
 
 from qk_sniffer.capture.attention import ScoreFunction
 from qk_sniffer.capture.random import philox4x32
 from qk_sniffer.errors import UserError
-from qk_sniffer.kinds import PARTS, SOFTMAX_COLUMNS, Part
+from qk_sniffer.kinds import PARTS, SOFTMAX_COLUMNS, Part, parts_of
 
 
 def known_fields(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,6 +104,22 @@ def captured_streams(
         CapturedStream(captured.layer, part, captured.of(part))
         for captured, part in product(heads.values(), parts)
     ]
+
+
+def described_layers(
+    layers: Iterable[AttentionLayer], capture: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The geometry of all layers as JSON takes it, with the width of values where they are captured.
+
+    Args:
+        layers: The layers.
+        capture: The section capture.
+    """
+    described = [asdict(layer) for layer in layers]
+    if {"v", "o"}.isdisjoint(parts_of(capture)):
+        for layer in described:
+            del layer["value_head_dim"]
+    return described
 
 
 def select_heads(

@@ -19,6 +19,8 @@ from qk_sniffer.kinds import random_stream, random_streams
 Batch = tuple[list[int], list[int]]
 """Example ids and tokens of the sequences of a batch."""
 
+Numbers = npt.NDArray[np.int64]
+
 BATCHES_AT_ONCE, TOKENS_AT_ONCE = 16, 2**16
 """How much is drawn at once: a draw takes the host as long for some rows as for many."""
 
@@ -157,6 +159,36 @@ def draws_of(streams: tuple[Stream, ...], n_draws: int) -> tuple[Mapping[Stream,
     return draws, torch.tensor(ids[:n_draws], dtype=torch.int64)
 
 
+@dataclass(frozen=True, eq=False)
+class KeptQueries:
+    """The kept queries of one layer in a forward, on the host.
+
+    Attributes:
+        sequences: (N,) their sequences among those of the forward.
+        columns: (N,) their places among its tokens.
+        positions: (N,) their positions.
+        n_before: (N,) places before theirs, from the first of their text on.
+        key_positions: (B, P) int64, the positions at all places of cache and forward, -1 for padding;
+            None where those of a text follow each other.
+    """
+
+    sequences: Numbers
+    columns: Numbers
+    positions: Numbers
+    n_before: Numbers
+    key_positions: Tensor | None = None
+
+    def ordered(self, order: Numbers) -> "KeptQueries":
+        """The same in another order."""
+        return KeptQueries(
+            self.sequences[order],
+            self.columns[order],
+            self.positions[order],
+            self.n_before[order],
+            self.key_positions,
+        )
+
+
 class KeptRows(ABC):
     """The rows that each layer and kind keeps of one forward, sorted by draw.
 
@@ -175,6 +207,15 @@ class KeptRows(ABC):
     @abstractmethod
     def _places(self) -> tuple[Tensor, Tensor]:
         """Where the rows of all draws lie in the states: (K,) int64 sequence and token each."""
+
+    @abstractmethod
+    def queries(self, stream: Stream) -> KeptQueries:
+        """The kept queries of a layer."""
+
+    def rows_of(self, stream: Stream) -> slice:
+        """Where the rows of a layer and part are among those of all draws."""
+        draw = self.draws[stream]
+        return slice(self.stops[draw] - self.sizes[draw], self.stops[draw])
 
     def steps_on_host(self, per_sequence: int, per_token: int) -> npt.NDArray[np.int64]:
         """Where the rows of all draws lie in states of the forward: (K,) int64.
@@ -244,6 +285,14 @@ class Passage(KeptRows):
     def _places(self) -> tuple[Tensor, Tensor]:
         sequences, positions = self._sequences_and_positions()
         return sequences - self.sequences.start, positions - self.tokens.start
+
+    def queries(self, stream: Stream) -> KeptQueries:
+        """The kept queries of a layer, whose texts begin at the first place of their sequences."""
+        rows = self.rows_of(stream)
+        sequences, positions = (part[rows].numpy() for part in self._sequences_and_positions())
+        return KeptQueries(
+            sequences - self.sequences.start, positions - self.tokens.start, positions, positions
+        )
 
     def sizes_within(self, lengths: Tensor) -> list[int]:
         """Rows of each draw that come before the end of their sequence.

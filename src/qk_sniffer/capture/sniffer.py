@@ -6,7 +6,7 @@ buffer. A buffer is handed on when it is full, in the middle of a batch or of a 
 waits for a device.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from operator import attrgetter
@@ -22,6 +22,8 @@ from qk_sniffer.capture.plan import BatchPlan, Passage, Plans
 from qk_sniffer.capture.positions import own_keys
 from qk_sniffer.capture.rows import BatchRows, Block, Sink
 from qk_sniffer.capture.sampling import Sampler
+from qk_sniffer.capture.softmax import SoftmaxInput, SoftmaxStatistics
+from qk_sniffer.kinds import LOCAL_POSITIONS, Kind, Part
 
 
 class _PendingChunk(NamedTuple):
@@ -61,6 +63,11 @@ class CapturesAttention(Protocol):
     pre_rope: bool
     """Whether it wants them as they are before the rotary embedding."""
 
+    @property
+    def parts(self) -> Collection[Part]:
+        """What it wants of a call."""
+        return ()
+
     def capture(
         self,
         layer_idx: int,
@@ -68,8 +75,19 @@ class CapturesAttention(Protocol):
         key: Tensor,
         positions: Tensor,
         sliding_window: int | None = None,
+        softmax: SoftmaxInput | None = None,
     ) -> None:
         """Take one attention call; the arguments are those of ``Sniffer.capture``."""
+
+    def capture_result(
+        self,
+        layer_idx: int,
+        value: Tensor | None,
+        output: Tensor | None,
+        sliding_window: int | None = None,
+    ) -> None:
+        """Take the values and outputs of a call, where they are wanted; see ``Sniffer``."""
+        return None
 
 
 class Sniffer:
@@ -80,10 +98,11 @@ class Sniffer:
     cache, in several: passages of a prompt, or tokens that it generates.
 
     Args:
-        streams: The captured heads of each layer and kind, in the order in which the model calls them.
+        streams: The captured heads of each layer and part, in the order in which the model calls them.
         sampler: Which positions are kept.
         seed: 64-bit seed of the random stream.
         sink: Takes the rows that are kept.
+        local_positions: Positions that the statistic local_prob counts.
         pre_rope: Ask for the vectors as they are before the rotary embedding.
         expected: Example ids and lengths of batches to come, which are then drawn some at a time;
             others may come instead.
@@ -96,11 +115,15 @@ class Sniffer:
         seed: int,
         sink: Sink,
         *,
+        local_positions: int = LOCAL_POSITIONS,
         pre_rope: bool = False,
         expected: Iterable[tuple[Sequence[int], Sequence[int]]] = (),
     ) -> None:
         self.pre_rope = pre_rope
+        streams = list(streams)
         self._heads = {stream.key: stream.heads for stream in streams}
+        self.parts = frozenset(stream.kind for stream in streams)
+        self._softmax = SoftmaxStatistics(streams, local_positions)
         self._plans = Plans(tuple(self._heads), sampler, seed, expected)
         self._sink = sink
         self._staging = Staging(sink.take_vectors)
@@ -112,6 +135,8 @@ class Sniffer:
         self._pending: list[_PendingChunk] = []
         self._sequences = range(0)
         self._tokens_read: dict[int, list[int]] = {}
+        self._has_results = bool({"v", "o"} & self.parts)
+        self._results_read: dict[int, list[int]] = {}
         self.rows_kept = 0
         """Rows flushed so far, over all heads."""
 
@@ -126,6 +151,10 @@ class Sniffer:
         self._plan = self._plans.next(example_ids, sequence_lengths)
         self._sequences = range(len(sequence_lengths))
         self._tokens_read = {layer_idx: [0] * len(sequence_lengths) for layer_idx, _ in self._heads}
+        if self._has_results:
+            self._results_read = {
+                layer_idx: list(read) for layer_idx, read in self._tokens_read.items()
+            }
 
     def read_part(self, start: int, stop: int) -> None:
         """Let the next forwards read some sequences of the batch alone, and from their first token.
@@ -137,7 +166,7 @@ class Sniffer:
             stop: The one after the last.
         """
         self._sequences, self._passage = range(start, stop), None
-        for read in self._tokens_read.values():
+        for read in (*self._tokens_read.values(), *self._results_read.values()):
             read[start:stop] = [0] * (stop - start)
         self._pending = [
             chunk
@@ -157,6 +186,7 @@ class Sniffer:
         key: Tensor,
         positions: Tensor,
         sliding_window: int | None = None,
+        softmax: SoftmaxInput | None = None,
     ) -> None:
         """Gather the kept rows of one attention call; enqueues work and waits for nothing.
 
@@ -167,6 +197,7 @@ class Sniffer:
                 in ``compute_positions``; keys of earlier tokens were captured by an earlier call.
             positions: (Q,) absolute positions of the queries, consecutive, int64 on the CPU.
             sliding_window: The layer's window; None for full attention.
+            softmax: What its softmax takes, where its statistics are wanted.
 
         Raises:
             RuntimeError: No batch has begun, or the tokens don't follow those that the layer's last
@@ -190,8 +221,46 @@ class Sniffer:
             )
         read[sequences.start : sequences.stop] = [tokens.stop] * len(sequences)
         key = own_keys(key, tokens.start, length)
-        for stream, gather in self._gathers.gather_call(layer_idx, query, key, passage):
+        for stream, gather in self._gathers.gather_call(layer_idx, {"q": query, "k": key}, passage):
             self._pending.append(_PendingChunk(passage, stream, sliding_window, gather))
+        if (
+            softmax is not None
+            and (values := self._softmax.of(layer_idx, softmax, passage)) is not None
+        ):
+            stream = layer_idx, "softmax"
+            gather = self._gathers.lay_down(stream, values, passage)
+            self._pending.append(_PendingChunk(passage, stream, sliding_window, gather))
+
+    def capture_result(
+        self,
+        layer_idx: int,
+        value: Tensor | None,
+        output: Tensor | None,
+        sliding_window: int | None = None,
+    ) -> None:
+        """Gather the kept values and outputs of the attention call that the layer has captured.
+
+        Args:
+            layer_idx: Layer in the text decoder.
+            value: (B, num_key_value_heads, K, value_head_dim), as the keys of the call; None for none.
+            output: (B, Q, num_attention_heads, value_head_dim), before the output projection; None for
+                none.
+            sliding_window: The layer's window; None for full attention.
+        """
+        read, passage = self._results_read.get(layer_idx), self._passage
+        if read is None:
+            return
+        assert passage is not None
+        states: dict[Kind, Tensor] = {}
+        if value is not None:
+            states["v"] = own_keys(value, passage.tokens.start, len(passage.tokens))
+        if output is not None:
+            states["o"] = output.transpose(1, 2)
+        for stream, gather in self._gathers.gather_call(layer_idx, states, passage):
+            self._pending.append(_PendingChunk(passage, stream, sliding_window, gather))
+        read[passage.sequences.start : passage.sequences.stop] = [passage.tokens.stop] * len(
+            passage.sequences
+        )
 
     def _passage_at(self, positions: Tensor) -> Passage:
         """The rows that a forward reads, whose layers mostly give the very same positions."""
@@ -241,7 +310,7 @@ class Sniffer:
 
     def _require_read(self, lengths: list[int]) -> None:
         """See that every layer has read all tokens of the batch."""
-        for layer_idx, read in self._tokens_read.items():
+        for layer_idx, read in (*self._tokens_read.items(), *self._results_read.items()):
             if read == lengths:
                 continue
             for tokens_read, length in zip(read, lengths, strict=True):
@@ -269,7 +338,7 @@ class Sniffer:
     def _end_batch(self) -> None:
         self._plan = self._passage = self._positions = None
         self._pending = []
-        self._tokens_read = {}
+        self._tokens_read, self._results_read = {}, {}
 
     def close(self) -> None:
         """Drop what a batch that was never flushed left behind."""

@@ -13,9 +13,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from qk_sniffer.config.local_or_hub import is_address
 from qk_sniffer.errors import UserError
+from qk_sniffer.kinds import LOCAL_POSITIONS
 
 _LATER_FIELDS = ("capture_values", "capture_outputs", "capture_softmax", "local_positions")
-"""Fields that came later: settings have them only where they are used, so that earlier data roots go on."""
+"""Fields that came later: settings have them where they are used, so that earlier data roots go on."""
 
 _BRANCH = re.compile(r"(?!refs/)(?!.*(\.\.|\.lock$))\w([\w.-]*\w)?(/\w([\w.-]*\w)?)*", re.ASCII)
 
@@ -72,7 +73,7 @@ class CaptureConfig:
     """Capture each query head's output before the output projection, where the queries are kept."""
     capture_softmax: bool = False
     """Add statistics of each kept query's softmax over all its keys to the files of the queries."""
-    local_positions: int = 64
+    local_positions: int = LOCAL_POSITIONS
     """Positions that the statistic local_prob counts, up to the query's own and with it."""
     layers: list[int] | None = None
     """Layers to capture, counted from 0; null captures all."""

@@ -1,5 +1,6 @@
 """How a model is loaded and its attention reached; the one room that knows transformers' insides."""
 
+from qk_sniffer.models.adapters import OnResult
 from qk_sniffer.models.attention import (
     cache_of,
     decoder_backbone,
@@ -37,7 +38,9 @@ from qk_sniffer.models.probe import (
     probe_attention,
     probe_quietly,
 )
+from qk_sniffer.models.results import own_width
 from qk_sniffer.models.rotary import RotaryTrace
+from qk_sniffer.models.scores import softmax_input
 from qk_sniffer.models.sequences import CallSequences, sequences_of
 from qk_sniffer.models.skeleton import attention_geometry, load_skeleton
 
@@ -48,6 +51,7 @@ __all__ = [
     "CallSequences",
     "Footprint",
     "ModelSource",
+    "OnResult",
     "Quantization",
     "RotaryTrace",
     "attention_geometry",
@@ -68,11 +72,13 @@ __all__ = [
     "load_skeleton",
     "model_overlays",
     "name_of",
+    "own_width",
     "probe_attention",
     "probe_quietly",
     "read_in_passages",
     "require_known_tokens",
     "sequences_of",
+    "softmax_input",
     "spans_of_like_frequencies",
     "states_of",
     "stored_quantization",

@@ -119,8 +119,9 @@ def adapter_name(kind: type) -> str:
     return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
 
 
-OnResult = Callable[[Tensor | None, Tensor | None], None]
-"""Takes an attention's output (B, Q, H, D) and its probabilities (B, H, Q, K), where there are any."""
+OnResult = Callable[[Tensor | None, Tensor | None, Tensor | None], None]
+"""Takes an attention's output (B, Q, H, D), its probabilities (B, H, Q, K) and its values
+(B, Hkv, K, D), where there are any."""
 
 OnScores = Callable[[Tensor, Tensor, dict[str, Any]], OnResult | None]
 
@@ -139,12 +140,12 @@ _SOFTMAXES: tuple[Any, ...] = (F.softmax, torch.softmax, torch.Tensor.softmax)
 
 
 class ScoreTrace(TorchFunctionMode):
-    """Reports the operands of q·kᵀ of the attention that is computed within its block.
+    """Reports the operands of q·kᵀ, and the product of probabilities and values, within its block.
 
     Args:
         batch_size: Sequences in the batch, B, for operands that merge it with the heads.
         on_scores: Called with (B, H, Q, D) queries, (B, H, K, D) keys and, where the whole attention
-            is one call, its value; what it returns is called with output and probabilities.
+            is one call, its value; what it returns is called with the result.
     """
 
     def __init__(self, batch_size: int, on_scores: OnScores) -> None:
@@ -153,19 +154,33 @@ class ScoreTrace(TorchFunctionMode):
         self._on_scores = on_scores
         self._on_result: OnResult | None = None
         self._reported = False
+        self._probabilities: Tensor | None = None
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if error[0] is None:
+            # No product of two batched tensors has followed.
+            self._end(None, self._probabilities, None)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         whole = func is F.scaled_dot_product_attention
-        if not self._reported and (whole or func in _PRODUCTS):
-            operands = [a for a in _flat((*args, *kwargs.values())) if isinstance(a, Tensor)]
+        if not whole and func not in _PRODUCTS:
+            result = func(*args, **kwargs)
+            if self._on_result is not None and func in _SOFTMAXES:
+                self._probabilities = self._split(result)
+            return result
+        operands = [a for a in _flat((*args, *kwargs.values())) if isinstance(a, Tensor)]
+        if not self._reported:
             self._report(whole, operands)
         result = func(*args, **kwargs)
-        if self._on_result is not None and (whole or func in _SOFTMAXES):
-            on_result, self._on_result = self._on_result, None
-            on_result(result.transpose(1, 2) if whole else None, None if whole else self._split(result))
+        if whole:
+            self._end(result.transpose(1, 2), None, operands[2])
+        elif self._probabilities is not None and _are_batched(operands):
+            output, value = self._split(result), self._split(operands[-1])
+            self._end(output.transpose(1, 2), self._probabilities, value)
         return result
 
     def _report(self, whole: bool, operands: list[Tensor]) -> None:
@@ -173,19 +188,29 @@ class ScoreTrace(TorchFunctionMode):
             query, key, value = operands[:3]
             extra = {"value": value}
         else:
-            query, key_transposed = operands[-2:]
-            if min(query.dim(), key_transposed.dim()) < 3:  # a projection by a weight
+            if not _are_batched(operands):
                 return
+            query, key_transposed = operands[-2:]
             query, key = self._split(query), self._split(key_transposed.transpose(-1, -2))
             extra = {}
         self._reported = True
         self._on_result = self._on_scores(query, key, extra)
+
+    def _end(self, output: Tensor | None, probabilities: Tensor | None, value: Tensor | None) -> None:
+        on_result, self._on_result, self._probabilities = self._on_result, None, None
+        if on_result is not None:
+            on_result(output, probabilities, value)
 
     def _split(self, states: Tensor) -> Tensor:
         """(B·H, S, D) as (B, H, S, D)."""
         if states.dim() > 3:
             return states
         return states.reshape((self._batch_size, -1, *states.shape[1:]))
+
+
+def _are_batched(operands: list[Tensor]) -> bool:
+    """Whether a product is of two batched tensors, and not a projection by a weight."""
+    return min(operand.dim() for operand in operands[-2:]) >= 3
 
 
 def _flat(args: tuple[Any, ...]) -> Iterator[Any]:

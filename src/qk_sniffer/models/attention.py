@@ -96,6 +96,7 @@ def watch_attention(
     rotary: bool = False,
     on_begin: OnBegin = refuse_left_padding,
     on_end: Callable[[Any], None] | None = None,
+    on_repeat: Callable[[], None] | None = None,
     callers: Iterable[nn.Module] = (),
 ) -> Iterator[None]:
     """Call ``on_layer`` before every self-attention of the text decoder, within a block.
@@ -109,13 +110,15 @@ def watch_attention(
         rotary: Trace rotations.
         on_begin: Called before each forward.
         on_end: Called behind it with its output; with None where it has failed.
+        on_repeat: Called where a module attends again with the query of its last call, which
+            ``on_layer`` is not told.
         callers: Modules that may run the decoder without the backbone; the outermost of them and the
             backbone that is called makes the forward.
     """
     decoder = text_decoder(backbone)
     with ExitStack() as stack:
         trace = stack.enter_context(trace_rotary(decoder)) if rotary else None
-        forward = _Forward(decoder, on_layer, numbered_by_call, trace, on_begin, on_end)
+        forward = _Forward(decoder, on_layer, numbered_by_call, trace, on_begin, on_end, on_repeat)
         for module in {backbone, *callers}:
             hook = module.register_forward_pre_hook(_Hook(forward.begin), with_kwargs=True)
             stack.callback(hook.remove)
@@ -157,13 +160,14 @@ class _Forward(threading.local):
         trace: RotaryTrace | None,
         on_begin: OnBegin,
         on_end: Callable[[Any], None] | None,
+        on_repeat: Callable[[], None] | None,
     ) -> None:
         self.modules = decoder_modules(decoder)
         self.layer_of = dict(self.modules.layer_of)
         self._on_layer = on_layer
         self._numbered_by_call = numbered_by_call
         self._trace = trace
-        self._on_begin, self._on_end = on_begin, on_end
+        self._on_begin, self._on_end, self._on_repeat = on_begin, on_end, on_repeat
         self._entered: list[nn.Module] = []
         self._restart()
 
@@ -214,6 +218,8 @@ class _Forward(threading.local):
             self.modules.attends(call.module, layer_idx)
         # Differential attention calls once for each half of the values, with the same query and key.
         if self._last_query() is call.query:
+            if self._on_repeat is not None:
+                self._on_repeat()
             return None
         self._last_query = ref(call.query)
         layer_idx = self._n_calls if self._numbered_by_call else layer_idx

@@ -73,6 +73,16 @@ class AttentionCall(NamedTuple):
             return self.arguments["sliding_window"], False
         return _unpassed_window(self.module)
 
+    @property
+    def mask(self) -> Tensor | None:
+        """What says of each query and key whether the one attends to the other, or what is added.
+
+        (B or 1, H or 1, Q, K); None where the call leaves that to its kernel or its module.
+        """
+        mask = self.arguments.get("attention_mask")
+        is_whole = self.adapter is None and isinstance(mask, Tensor) and mask.dim() == 4
+        return mask if is_whole else None
+
 
 def _unpassed_window(module: nn.Module) -> tuple[int | None, bool]:
     """The window of a module that leaves it to the mask, and whether it is a chunk."""
@@ -142,7 +152,7 @@ def _reporting_interface(
                 on_result = on_call(AttentionCall(module, query, key, arguments))
             result = attention(module, query, key, value, attention_mask, **kwargs)
             if on_result is not None:
-                on_result(*result)
+                on_result(result[0], result[1], value)
             return result
 
         return reporting

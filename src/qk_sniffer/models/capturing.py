@@ -7,11 +7,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from qk_sniffer.capture import compute_positions, get_active_sniffer, own_keys
+from qk_sniffer.capture import AttentionLayer, compute_positions, get_active_sniffer, own_keys
+from qk_sniffer.models.adapters import OnResult
 from qk_sniffer.models.attention import watch_attention
 from qk_sniffer.models.calls import AttentionCall
 from qk_sniffer.models.probe import AttentionMap, probe_attention
+from qk_sniffer.models.results import own_width
 from qk_sniffer.models.rotary import RotaryTrace
+from qk_sniffer.models.scores import softmax_input
 
 
 @contextmanager
@@ -29,17 +32,28 @@ def capture_attention(backbone: nn.Module) -> Iterator[None]:
     if sniffer is None:
         yield
         return
-    attention = probe_attention(backbone, pre_rope=sniffer.pre_rope)
-    windows = {layer.layer_idx: layer.sliding_window for layer in attention.layers}
+    attention = probe_attention(backbone, sniffer.parts, pre_rope=sniffer.pre_rope)
+    layers = {layer.layer_idx: layer for layer in attention.layers}
+    wants_softmax, wants_result = "softmax" in sniffer.parts, not {"v", "o"}.isdisjoint(sniffer.parts)
 
     def report(
         layer_idx: int, call: AttentionCall, past_length: int, trace: RotaryTrace | None
-    ) -> None:
+    ) -> OnResult | None:
         if layer_idx in attention.captures_itself:
-            return
+            return None
+        layer = layers[layer_idx]
         positions = _positions(past_length, call.query.shape[2], call.key.shape[2])
         query, key = states_of(layer_idx, call, past_length, trace, attention)
-        sniffer.capture(layer_idx, query, key, positions, windows[layer_idx])
+        softmax = softmax_input(call, layer, past_length) if wants_softmax else None
+        sniffer.capture(layer_idx, query, key, positions, layer.sliding_window, softmax)
+        return report_result(layer, call) if wants_result else None
+
+    def report_result(layer: AttentionLayer, call: AttentionCall) -> OnResult:
+        def on_result(output: Tensor | None, _: Tensor | None, value: Tensor | None) -> None:
+            value, output = (own_width(call.module, states) for states in (value, output))
+            sniffer.capture_result(layer.layer_idx, value, output, layer.sliding_window)
+
+        return on_result
 
     with watch_attention(
         backbone, report, numbered_by_call=attention.numbered_by_call, rotary=sniffer.pre_rope

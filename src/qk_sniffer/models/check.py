@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from qk_sniffer.capture import (
     AttentionLayer,
+    CapturesAttention,
+    SoftmaxInput,
     active_sniffer,
     attends,
     capped,
@@ -81,7 +83,7 @@ class _Seen:
 
 
 @dataclass
-class _Collector:
+class _Collector(CapturesAttention):
     """Stands in for the sniffer and keeps some layers whole."""
 
     layers: set[int]
@@ -96,6 +98,7 @@ class _Collector:
         key: Tensor,
         positions: Tensor,
         sliding_window: int | None = None,
+        softmax: SoftmaxInput | None = None,
     ) -> None:
         if layer_idx in self.layers:
             self.captured[layer_idx] = query.clone(), key.clone()
@@ -107,7 +110,9 @@ class _Collector:
             return None
         seen = self.seen[layer_idx] = _Seen(call)
 
-        def on_result(output: Tensor | None, probabilities: Tensor | None) -> None:
+        def on_result(
+            output: Tensor | None, probabilities: Tensor | None, value: Tensor | None
+        ) -> None:
             seen.output, seen.probabilities = output, probabilities
 
         return on_result

@@ -2,19 +2,23 @@
 
 import threading
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from qk_sniffer.capture import AttentionLayer, active_sniffer
+from qk_sniffer.capture import AttentionLayer, CapturesAttention, SoftmaxInput, active_sniffer
 from qk_sniffer.errors import UserError
+from qk_sniffer.kinds import Part
+from qk_sniffer.models.adapters import OnResult
 from qk_sniffer.models.attention import text_decoder, watch_attention
 from qk_sniffer.models.calls import AttentionCall
-from qk_sniffer.models.decoder import forget_modules
+from qk_sniffer.models.decoder import decoder_modules, forget_modules
 from qk_sniffer.models.notes import call_notes, in_layers
 from qk_sniffer.models.refusals import refuse_compiled
+from qk_sniffer.models.results import ProjectionTrace, ResultMap, own_width
 from qk_sniffer.models.rotary import RotaryMap, RotaryTrace
 from qk_sniffer.models.scores import score_function
 
@@ -32,6 +36,7 @@ class AttentionMap:
         numbered_by_call: Layers are numbered by the order of their calls, because a decoder layer
             attends more than once.
         rotary: How vectors before RoPE are found.
+        results: Which values, outputs and statistics can be captured.
     """
 
     layers: list[AttentionLayer]
@@ -39,10 +44,11 @@ class AttentionMap:
     captures_itself: frozenset[int]
     numbered_by_call: bool
     rotary: RotaryMap
+    results: ResultMap
 
-    def notes_of(self, *, pre_rope: bool) -> list[str]:
-        """What a reader of the vectors must know, of those before RoPE or behind it."""
-        return self.notes + (self.rotary.notes() if pre_rope else [])
+    def notes_of(self, parts: Collection[Part], *, pre_rope: bool) -> list[str]:
+        """What a reader of some parts must know, with vectors before RoPE or behind it."""
+        return [*self.notes, *(self.rotary.notes() if pre_rope else []), *self.results.notes(parts)]
 
 
 @dataclass(frozen=True)
@@ -66,17 +72,20 @@ _CHANGING = ("training", "max_seq_len_cached", "_is_hf_initialized")
 _maps: WeakKeyDictionary[nn.Module, AttentionMap] = WeakKeyDictionary()
 
 
-def probe_attention(backbone: nn.Module, *, pre_rope: bool = False) -> AttentionMap:
+def probe_attention(
+    backbone: nn.Module, parts: Collection[Part] = ("q", "k"), *, pre_rope: bool = False
+) -> AttentionMap:
     """The self-attention layers of a backbone, seen in two forwards of a few tokens.
 
     The answer is kept for as long as the backbone lives.
 
     Args:
         backbone: As ``decoder_backbone`` gives it.
+        parts: What is wanted of an attention call.
         pre_rope: The vectors before RoPE are wanted.
 
     Raises:
-        UserError: No attention is reached, it is not causal, or the vectors before RoPE can't be told.
+        UserError: No attention is reached, it is not causal, or what is wanted can't be told.
     """
     if backbone not in _maps:
         refuse_compiled(backbone)
@@ -87,6 +96,7 @@ def probe_attention(backbone: nn.Module, *, pre_rope: bool = False) -> Attention
             f"sniffer.capture.capture_pre_rope: this architecture {attention.rotary.problem}, so its "
             "vectors before RoPE can't be told; set it to false"
         )
+    attention.results.require(parts)
     return attention
 
 
@@ -118,7 +128,9 @@ def _signature(backbone: nn.Module) -> int:
     )
 
 
-def probe_quietly(backbone: nn.Module, *, pre_rope: bool = False) -> AttentionMap:
+def probe_quietly(
+    backbone: nn.Module, parts: Collection[Part], *, pre_rope: bool = False
+) -> AttentionMap:
     """Do as ``probe_attention`` does with a model that somebody is using.
 
     Its modes, the state of RoPE, and the random numbers that follow stay as they were. Where the model
@@ -126,7 +138,7 @@ def probe_quietly(backbone: nn.Module, *, pre_rope: bool = False) -> AttentionMa
     """
     _forget_if_changed(backbone)
     if backbone in _maps:
-        return probe_attention(backbone, pre_rope=pre_rope)
+        return probe_attention(backbone, parts, pre_rope=pre_rope)
     modules = list(backbone.modules())
     training = [module for module in modules if module.training]
     rotary = [module for module in modules if "Rotary" in type(module).__name__]
@@ -137,7 +149,7 @@ def probe_quietly(backbone: nn.Module, *, pre_rope: bool = False) -> AttentionMa
         try:
             for module in training:
                 module.training = False
-            return probe_attention(backbone, pre_rope=pre_rope)
+            return probe_attention(backbone, parts, pre_rope=pre_rope)
         finally:
             _thread.is_probing = False
             for module in training:
@@ -161,7 +173,7 @@ def see_geometry(backbone: nn.Module) -> AttentionGeometry:
     return AttentionGeometry(geometry.layers(), geometry.dtype)
 
 
-class _Geometry:
+class _Geometry(CapturesAttention):
     """A short forward, and the shapes of the attention calls that it makes; no value matters."""
 
     pre_rope = False
@@ -201,6 +213,7 @@ class _Geometry:
             self._on_layer,
             numbered_by_call=self._numbered_by_call,
             rotary=self.traces_rotary,
+            on_repeat=self._on_repeat,
         )
         with active_sniffer(self), watch:
             output = self._backbone(input_ids=input_ids, use_cache=False)
@@ -208,9 +221,24 @@ class _Geometry:
 
     def _on_layer(
         self, layer_idx: int, call: AttentionCall, past_length: int, trace: RotaryTrace | None
-    ) -> None:
+    ) -> OnResult:
+        number = len(self._layers)
         self._layers.append(_layer(layer_idx, call.query, call.key, *call.window))
         self.dtype = call.query.dtype
+
+        def on_result(output: Tensor | None, _: Tensor | None, value: Tensor | None) -> None:
+            self._on_result(number, call, output, own_width(call.module, value))
+
+        return on_result
+
+    def _on_result(
+        self, number: int, call: AttentionCall, output: Tensor | None, value: Tensor | None
+    ) -> None:
+        if value is not None and value.shape[3] != call.key.shape[3]:
+            self._layers[number] = replace(self._layers[number], value_head_dim=value.shape[3])
+
+    def _on_repeat(self) -> None:
+        pass
 
     def capture(
         self,
@@ -219,6 +247,7 @@ class _Geometry:
         key: Tensor,
         positions: Tensor,
         sliding_window: int | None = None,
+        softmax: SoftmaxInput | None = None,
     ) -> None:
         """Note a layer that a modeling file reports itself; the arguments are the sniffer's."""
         self._own_layers[layer_idx] = _layer(layer_idx, query, key, sliding_window)
@@ -245,7 +274,8 @@ class _Probe(_Geometry):
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__(backbone)
         self._notes: dict[str, list[int]] = {}
-        self._rotary = RotaryMap()
+        self._rotary, self._results = RotaryMap(), ResultMap()
+        self._projections = ProjectionTrace(self._results)
         self._first_query: Tensor | None = None
 
     def run(self) -> AttentionMap:
@@ -268,22 +298,44 @@ class _Probe(_Geometry):
             frozenset(self._own_layers),
             self._numbered_by_call,
             self._rotary_map(),
+            self._result_map(),
         )
 
     def _forward(self, later_token: int = 4) -> None:
         self._notes.clear()
-        super()._forward(later_token)
+        modules = decoder_modules(text_decoder(self._backbone)).all
+        with self._projections.watching(modules):
+            super()._forward(later_token)
 
     def _on_layer(
         self, layer_idx: int, call: AttentionCall, past_length: int, trace: RotaryTrace | None
-    ) -> None:
-        super()._on_layer(layer_idx, call, past_length, trace)
+    ) -> OnResult:
+        on_result = super()._on_layer(layer_idx, call, past_length, trace)
         self._layers[-1] = replace(self._layers[-1], scores=score_function(call))
         self._first_query = call.query[:, :, 0].float()
         for note in call_notes(call):
             self._notes.setdefault(note, []).append(layer_idx)
         if trace is not None:
             trace.learn(layer_idx, call.query, call.key, self._rotary)
+        self._results.learn_call(layer_idx, call)
+        return on_result
+
+    def _on_result(
+        self, number: int, call: AttentionCall, output: Tensor | None, value: Tensor | None
+    ) -> None:
+        super()._on_result(number, call, output, value)
+        self._results.learn_result(call, output, value)
+        self._projections.see(self._layers[number].layer_idx, output)
+
+    def _on_repeat(self) -> None:
+        self._results.learn_repeat()
+
+    def _result_map(self) -> ResultMap:
+        results = self._results
+        if self._own_layers:
+            text = "reports its vectors itself"
+            results.problems = dict.fromkeys(("v", "o", "softmax"), text)
+        return results
 
     def _rotary_map(self) -> RotaryMap:
         rotary = self._rotary

@@ -3,13 +3,47 @@
 import torch
 from torch import Tensor
 
-from qk_sniffer.capture import ScoreFunction
+from qk_sniffer.capture import AttentionLayer, ScoreFunction, SoftmaxInput
 from qk_sniffer.models.adapters import adapter_name
 from qk_sniffer.models.calls import AttentionCall
 from qk_sniffer.models.notes import picks_keys
 
 _ROUNDED_BIAS = ("modeling_falcon.FalconAttention",)
 """Whose ALiBi is slope · position rounded to bfloat16, which shows in long texts only."""
+
+
+def softmax_problem(call: AttentionCall) -> str | None:
+    """Why the softmax of a call can't be told, to follow "this architecture"; None where it can."""
+    if call.adapter is not None and not call.adapter.complete:
+        return "adds terms to its scores that its queries and keys don't tell"
+    if call.arguments.get("block_indices") is not None:
+        return "attends to blocks of keys that an indexer picks"
+    if call.sinks is not None and call.sinks.numel() != call.query.shape[1]:
+        return "has learned sinks that are not one for each head"
+    return None
+
+
+def softmax_input(call: AttentionCall, layer: AttentionLayer, past_length: int) -> SoftmaxInput:
+    """What the softmax of a call takes.
+
+    Args:
+        call: The call.
+        layer: Its layer.
+        past_length: Places of the cache before it.
+    """
+    sinks = call.sinks
+    return SoftmaxInput(
+        call.query,
+        call.key,
+        past_length,
+        call.scaling,
+        call.arguments.get("softcap") or None,
+        call.bias,
+        call.mask,
+        None if sinks is None else sinks.reshape(-1),
+        layer.sliding_window,
+        layer.chunked,
+    )
 
 
 def score_function(call: AttentionCall) -> ScoreFunction | None:

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import xxhash
 from torch import nn
 
-from qk_sniffer.capture import CapturedHeads, Stream, captured_streams
+from qk_sniffer.capture import CapturedHeads, Stream, captured_streams, described_layers
 from qk_sniffer.config import CaptureConfig
 from qk_sniffer.kinds import parts_of
 from qk_sniffer.models import AttentionMap, covered_positions, weights_digest
@@ -108,7 +108,7 @@ def describe(
     """
     capture = settings["capture"]
     streams = described_streams(capture, heads)
-    layers = [asdict(layer) for layer in attention.layers]
+    layers = described_layers(attention.layers, capture)
     shapes = [{name: layer[name] for name in layer if name != "scores"} for layer in layers]
     geometry = json.dumps([streams, shapes], sort_keys=True)
     return {
@@ -120,7 +120,7 @@ def describe(
         "versions": _versions(),
         "settings": settings,
         "layers": layers,
-        "notes": attention.notes_of(pre_rope=capture["capture_pre_rope"]),
+        "notes": attention.notes_of(parts_of(capture), pre_rope=capture["capture_pre_rope"]),
         "streams": streams,
         "n_positions": covered_positions(getattr(backbone, "config", None)),
     }

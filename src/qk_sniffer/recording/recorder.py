@@ -63,6 +63,7 @@ class Recorder:
             sampler,
             capture.sampler.seed,
             self,
+            local_positions=capture.local_positions,
             pre_rope=capture.capture_pre_rope,
             expected=((ids.tolist(), self._to_keep(ids, lengths)) for ids, lengths in expected),
         )

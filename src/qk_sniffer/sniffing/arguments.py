@@ -13,6 +13,7 @@ _ARGUMENTS = {
     "sniffer.capture.sampler.type": "sampler",
     "sniffer.capture.sampler.": "",
     "sniffer.capture.capture_pre_rope": "pre_rope",
+    "sniffer.capture.capture_softmax": "softmax",
     "sniffer.capture.": "",
     "sniffer.output.": "",
 }

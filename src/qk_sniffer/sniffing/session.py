@@ -3,10 +3,10 @@
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qk_sniffer.capture import (
@@ -14,6 +14,7 @@ from qk_sniffer.capture import (
     CapturedHeads,
     Sampler,
     captured_streams,
+    described_layers,
     heads_to_capture,
     sampler_of,
 )
@@ -23,11 +24,14 @@ from qk_sniffer.kinds import parts_of
 from qk_sniffer.models import (
     AttentionCall,
     AttentionMap,
+    OnResult,
     RotaryTrace,
     cache_of,
     is_probing,
     name_of,
+    own_width,
     sequences_of,
+    softmax_input,
     states_of,
     text_decoder,
     watch_attention,
@@ -87,8 +91,9 @@ class Session:
         self.on_call: Callable[[], None] = lambda: None
         """Called behind each call."""
         self._pre_rope = capture.capture_pre_rope
-        self._windows = {layer.layer_idx: layer.sliding_window for layer in attention.layers}
-        self._thread = _Thread(self, sampler_of(settings), capture.sampler.seed, stays)
+        self._parts = parts_of(settings)
+        self._layers = {layer.layer_idx: layer for layer in attention.layers}
+        self._thread = _Thread(self, sampler_of(settings), capture, stays)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -121,11 +126,21 @@ class Session:
 
     def _on_layer(
         self, layer_idx: int, call: AttentionCall, past_length: int, trace: RotaryTrace | None
-    ) -> None:
+    ) -> OnResult | None:
         if self._thread.call is None:
-            return
+            return None
+        sniffer, layer = self._thread.sniffer, self._layers[layer_idx]
         query, key = states_of(layer_idx, call, past_length, trace, self.watched.attention)
-        self._thread.sniffer.capture(layer_idx, query, key, past_length, self._windows[layer_idx])
+        softmax = softmax_input(call, layer, past_length) if "softmax" in self._parts else None
+        sniffer.capture(layer_idx, query, key, past_length, layer.sliding_window, softmax)
+        if {"v", "o"}.isdisjoint(self._parts):
+            return None
+
+        def on_result(output: Tensor | None, _: Tensor | None, value: Tensor | None) -> None:
+            value, output = (own_width(call.module, states) for states in (value, output))
+            sniffer.capture_result(layer_idx, value, output, past_length, layer.sliding_window)
+
+        return on_result
 
     def _on_stop(self, is_done: list[bool]) -> None:
         rows = self._thread.rows
@@ -161,9 +176,15 @@ class Session:
 class _Thread(threading.local):
     """What each thread has of its own while it calls the model."""
 
-    def __init__(self, session: Session, sampler: Sampler, seed: int, stays: bool) -> None:
-        sink = Intake(session.store)
-        self.sniffer = CallSniffer(session.streams, sampler, seed, sink, stays=stays)
+    def __init__(self, session: Session, sampler: Sampler, capture: CaptureConfig, stays: bool) -> None:
+        self.sniffer = CallSniffer(
+            session.streams,
+            sampler,
+            capture.sampler.seed,
+            Intake(session.store),
+            local_positions=capture.local_positions,
+            stays=stays,
+        )
         self.call: Call | None = None
         self.cache: Any = None
         self.rows: list[Row] = []
@@ -178,8 +199,8 @@ def _about(watched: Watched, capture: dict[str, Any]) -> dict[str, Any]:
     """Settings, layers and notes, as a manifest has them."""
     return {
         "settings": {"model": {"name": name_of(watched.model)}, "data": {}, "capture": capture},
-        "layers": [asdict(layer) for layer in watched.attention.layers],
-        "notes": watched.attention.notes_of(pre_rope=capture["capture_pre_rope"]),
+        "layers": described_layers(watched.attention.layers, capture),
+        "notes": watched.attention.notes_of(parts_of(capture), pre_rope=capture["capture_pre_rope"]),
     }
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qk_sniffer.config import CaptureConfig, SamplerConfig
 from qk_sniffer.errors import UserError
-from qk_sniffer.kinds import KINDS
+from qk_sniffer.kinds import KINDS, LOCAL_POSITIONS, parts_of
 from qk_sniffer.models import decoder_backbone, probe_quietly, transformers_model
 from qk_sniffer.sniffing.arguments import as_arguments, integers, require_integer
 from qk_sniffer.sniffing.captured import Captured
@@ -27,6 +27,8 @@ def sniff(
     layers: int | Iterable[int] | None = None,
     heads: int | Iterable[int] | None = None,
     kinds: str = "qk",
+    softmax: bool = False,
+    local_positions: int = LOCAL_POSITIONS,
     sampler: str = "all",
     base_rate: float = 1.0,
     min_bucket_size: int = 8192,
@@ -51,7 +53,10 @@ def sniff(
             wrapper, on any device.
         layers: Layers to capture; None captures all.
         heads: Query heads to capture in each layer, key heads following; None captures all.
-        kinds: q for queries, k for keys, qk for both.
+        kinds: q for queries, k for keys, v for values, o for the outputs of the query heads before the
+            output projection; qkvo for all.
+        softmax: Add statistics of each query's softmax over all its keys to the queries.
+        local_positions: Positions that the statistic local_prob counts.
         sampler: Which positions are kept: all, uniform, log_uniform, or a class path, as in a config.
         base_rate: Expected rows in each bucket of a text, for every head; not used by all.
         min_bucket_size: Positions in a bucket.
@@ -79,6 +84,7 @@ def sniff(
     for name, number in (
         ("seed", seed),
         ("min_bucket_size", min_bucket_size),
+        ("local_positions", local_positions),
         ("limit_bytes", limit_bytes),
     ):
         require_integer(name, number)
@@ -94,9 +100,11 @@ def sniff(
         capture_pre_rope=pre_rope,
         capture_token_strings=tokenizer is not None,
         min_bucket_size=min_bucket_size,
+        capture_softmax=bool(softmax),
+        local_positions=local_positions,
         sampler=as_arguments(lambda: SamplerConfig(sampler, base_rate, seed)),
     )
-    watched = _watched(model, pre_rope)
+    watched = _watched(model, capture)
     session = as_arguments(lambda: Session(watched, capture, tokenizer, limit_bytes, device == "model"))
     captured = Captured(session)
     if data_root is None:
@@ -117,7 +125,7 @@ def _capture_config(kinds: str, **settings: Any) -> CaptureConfig:
     return as_arguments(lambda: CaptureConfig(**wanted, **settings))
 
 
-def _watched(model: nn.Module, pre_rope: bool) -> Watched:
+def _watched(model: nn.Module, capture: CaptureConfig) -> Watched:
     """The transformers model inside ``model``, seen in two forwards of a few tokens.
 
     Raises:
@@ -125,6 +133,7 @@ def _watched(model: nn.Module, pre_rope: bool) -> Watched:
     """
     inner = transformers_model(model)
     backbone = decoder_backbone(inner)
-    attention = as_arguments(lambda: probe_quietly(backbone, pre_rope=pre_rope))
+    parts, pre_rope = parts_of(capture.as_settings()), capture.capture_pre_rope
+    attention = as_arguments(lambda: probe_quietly(backbone, parts, pre_rope=pre_rope))
     require_watchable(attention, type(inner).__name__)
     return Watched(inner, backbone, attention)

@@ -43,7 +43,7 @@ class Row:
 
     Attributes:
         text: Its text.
-        places: (P,) bool, the places of its tokens.
+        places: (P,) int64, the positions of the tokens at its places; -1 for padding.
         position: The last position that was read; -1 before the first.
         tokens_left: Tokens that ``generate`` still reads of the text before it pads it, while others go
             on; None where it has not ended.
@@ -64,6 +64,7 @@ class _Part:
         sequence: The sequence of the batch.
         columns: (N,) int64, their places among the tokens of the call.
         positions: (N,) int64, ascending.
+        n_before: (N,) int64, places before theirs, from the first of the text on.
         token_ids: (N,) int64.
     """
 
@@ -71,6 +72,7 @@ class _Part:
     sequence: int
     columns: Tensor
     positions: Tensor
+    n_before: Tensor
     token_ids: Tensor
 
 
@@ -246,28 +248,31 @@ class _Reader:
         behind = [self._read_sequence(number, row) for number, row in enumerate(known)]
         names = texts.take_names(self._new)
         kept = [part for part in self._parts if not texts.is_left_out(part.text)]
-        return Call(_tokens(kept), self._parts, behind, self._new, names)
+        return Call(_tokens(kept, behind), self._parts, behind, self._new, names)
 
     def _read_sequence(self, sequence: int, row: Row | None) -> Row:
         mask = self._sequences.is_token[sequence]
         before, now = mask[: self._past_length], mask[self._past_length :]
         if row is None:
             # Tokens that were read elsewhere are attended to, and were not captured.
-            row = Row(self._begin_text(start=0 if before.any() else None), before)
+            counted = torch.where(before, before.cumsum(0) - 1, -1)
+            row = Row(self._begin_text(start=0 if before.any() else None), counted)
         tokens_left = row.tokens_left if now.numel() == 1 else None
         if tokens_left == 0:
             now = torch.zeros_like(now)
-        columns, places = now.nonzero().squeeze(1), torch.cat([row.places, now])
+        columns = now.nonzero().squeeze(1)
+        positions = torch.where(now, self._sequences.positions[sequence], -1)
+        places = torch.cat([row.places, positions])
         if columns.numel():
-            _require_same(row.places, before)
+            _require_same(row.places >= 0, before)
             if self._texts.has_windows:
-                _require_unbroken(places)
+                _require_unbroken(places >= 0)
         tokens_left = None if tokens_left is None else 0
         return replace(
-            self._read_tokens(sequence, row, columns), places=places, tokens_left=tokens_left
+            self._read_tokens(sequence, row, columns, places), places=places, tokens_left=tokens_left
         )
 
-    def _read_tokens(self, sequence: int, row: Row, columns: Tensor) -> Row:
+    def _read_tokens(self, sequence: int, row: Row, columns: Tensor, places: Tensor) -> Row:
         positions = self._sequences.positions[sequence, columns]
         text, position = row.text, row.position
         for number, run in enumerate(self._runs(positions)):
@@ -279,7 +284,10 @@ class _Reader:
             if text.start is None:
                 text.start = int(positions[run][0])
             token_ids = self._sequences.input_ids[sequence, columns[run]]
-            self._parts.append(_Part(text, sequence, columns[run], positions[run], token_ids))
+            own = self._past_length + columns[run]
+            # Packed texts begin where the one before ends, others with the first token of the sequence.
+            n_before = own - (own[0] if number else (places >= 0).nonzero()[0])
+            self._parts.append(_Part(text, sequence, columns[run], positions[run], n_before, token_ids))
             position = int(positions[run][-1])
         return Row(text, row.places, position)
 
@@ -359,7 +367,7 @@ def _as_names(names: Any) -> list[int | str]:
     return found
 
 
-def _tokens(parts: Sequence[_Part]) -> CallTokens:
+def _tokens(parts: Sequence[_Part], rows: Sequence[Row]) -> CallTokens:
     sizes = torch.tensor([part.columns.numel() for part in parts], dtype=torch.int64)
     empty = torch.empty(0, dtype=torch.int64)
 
@@ -371,4 +379,12 @@ def _tokens(parts: Sequence[_Part]) -> CallTokens:
         torch.cat([empty, *(part.columns for part in parts)]),
         repeated([part.text.example_id for part in parts]),
         torch.cat([empty, *(part.positions for part in parts)]),
+        torch.cat([empty, *(part.n_before for part in parts)]),
+        torch.stack([row.places for row in rows]) if any(map(_has_gaps, rows)) else None,
     )
+
+
+def _has_gaps(row: Row) -> bool:
+    """Whether the positions at the places of a sequence don't follow each other."""
+    tokens = (row.places >= 0).nonzero().squeeze(1)
+    return tokens.numel() > 1 and bool((row.places[tokens[0] : tokens[-1] + 1].diff() != 1).any())
