@@ -53,6 +53,19 @@ LOCAL_POSITIONS = 64
 """Positions that the statistic local_prob counts, where a config says nothing."""
 
 
+def part_width(part: Part, head_dim: int, value_head_dim: int | None) -> int:
+    """Numbers in a vector of a kind, or statistics of a query.
+
+    Args:
+        part: The part.
+        head_dim: Width of the layer's queries and keys.
+        value_head_dim: Width of its values and outputs; None where it is the same.
+    """
+    if part == "softmax":
+        return len(SOFTMAX_COLUMNS)
+    return head_dim if part in "qk" else value_head_dim or head_dim
+
+
 def kinds_of(capture: Mapping[str, Any]) -> list[Kind]:
     """The kinds of vectors that a config captures.
 

@@ -8,7 +8,7 @@ from typing import Any
 from qk_sniffer.capture.attention import ScoreFunction
 from qk_sniffer.capture.random import philox4x32
 from qk_sniffer.errors import UserError
-from qk_sniffer.kinds import PARTS, SOFTMAX_COLUMNS, Part, parts_of
+from qk_sniffer.kinds import PARTS, Part, part_width, parts_of
 
 
 def known_fields(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,9 +46,7 @@ class AttentionLayer:
 
     def width(self, part: Part) -> int:
         """Numbers in a vector of a kind, or statistics of a query."""
-        if part == "softmax":
-            return len(SOFTMAX_COLUMNS)
-        return self.head_dim if part in "qk" else self.value_head_dim or self.head_dim
+        return part_width(part, self.head_dim, self.value_head_dim)
 
     def key_head(self, head: int) -> int:
         """The key head that serves a query head, by grouped-query attention."""

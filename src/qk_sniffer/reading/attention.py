@@ -1,6 +1,7 @@
 """Attention of one head in one text, computed from stored queries and keys."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -28,6 +29,8 @@ class Attention:
         scores: (Q, K) float32: scaled, capped and biased q·k, which the softmax takes; -inf where the
             query does not attend to the key.
         start: The first position that queries can attend to.
+        statistics: (Q,) each, by their column: those of each query's softmax over all its keys; empty
+            where they were not captured.
     """
 
     layer: AttentionLayer
@@ -36,6 +39,7 @@ class Attention:
     key_positions: Tensor
     scores: Tensor
     start: int = 0
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def is_complete(self) -> Tensor:
@@ -47,17 +51,22 @@ class Attention:
 
     @property
     def probabilities(self) -> Tensor:
-        """(Q, K) float32: the model's own attention; with a sink a row sums to less than 1.
+        """(Q, K) float32: the model's own attention to the stored keys.
+
+        A row sums to 1 where all keys that the query attends to are stored and there is no sink.
 
         Raises:
-            UserError: A key that a query attends to is not stored, so its share is unknown.
+            UserError: A key that a query attends to is not stored, and neither are the statistics of
+                its softmax, so the share of the stored ones is unknown.
         """
+        if self.statistics:
+            return (self.scores - self.statistics["lse"][:, None]).exp()
         n_incomplete = int((~self.is_complete).sum())
         if n_incomplete:
             raise UserError(
                 f"attention: {n_incomplete:,} of {len(self.scores):,} queries attend to keys that were "
-                "not kept, so the sum of the softmax is unknown; capture with sampler all, leave out "
-                "the queries that are not complete, or take among_kept or scores"
+                "not kept, so the sum of the softmax is unknown; capture with capture_softmax: true or "
+                "sampler all, leave out the queries that are not complete, or take among_kept or scores"
             )
         return self.among_kept
 
@@ -82,6 +91,7 @@ def attention_of(
     query_positions: Tensor,
     key_positions: Tensor,
     start: int = 0,
+    statistics: Mapping[str, Tensor] | None = None,
 ) -> Attention:
     """The attention of some queries to some keys.
 
@@ -93,6 +103,7 @@ def attention_of(
         query_positions: (Q,) int64.
         key_positions: (K,) int64.
         start: The first position that queries can attend to.
+        statistics: (Q,) each, of the queries' softmax.
     """
     function = layer.scores
     assert function is not None
@@ -101,4 +112,4 @@ def attention_of(
         scores = scores + function.alibi_slopes[head] * key_positions
     allowed = attends(query_positions, key_positions, layer.sliding_window, chunked=layer.chunked)
     scores = scores.masked_fill(~allowed, -torch.inf)
-    return Attention(layer, head, query_positions, key_positions, scores, start)
+    return Attention(layer, head, query_positions, key_positions, scores, start, statistics or {})

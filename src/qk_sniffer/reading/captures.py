@@ -14,12 +14,14 @@ import torch
 
 from qk_sniffer.capture import AttentionLayer
 from qk_sniffer.errors import UserError
-from qk_sniffer.kinds import KINDS, Kind
+from qk_sniffer.kinds import KINDS, SOFTMAX_COLUMNS, Kind
 from qk_sniffer.reading.attention import Attention, attention_of
 from qk_sniffer.reading.head import Head, Numbers
 from qk_sniffer.reading.places import place_of
 from qk_sniffer.storage import (
+    has_softmax,
     head_name,
+    head_schema,
     parse_head_name,
     shown_names,
 )
@@ -97,8 +99,8 @@ class Captures:
 
         Args:
             layer: Number of the layer.
-            head: Number of the query head, or with kind k of the key head.
-            kind: q or k.
+            head: Number of the query head, or with kind k or v of the key head.
+            kind: q, k, v or o.
 
         Raises:
             UserError: It was not captured.
@@ -150,7 +152,8 @@ class Captures:
             raise UserError(f"{query.name}: no {wanted} of example {example} is stored there")
         positions = (q["position"].to(torch.int64), k["position"].to(torch.int64))
         start = self._place.start_of(int(q["example_id"][0]))
-        return attention_of(query.layer, head, q["vector"], k["vector"], *positions, start)
+        statistics = {name: q[name] for name in SOFTMAX_COLUMNS if name in q}
+        return attention_of(query.layer, head, q["vector"], k["vector"], *positions, start, statistics)
 
     def plot_attention(
         self,
@@ -189,13 +192,15 @@ class Captures:
         return {layer.layer_idx: layer for layer in layers}
 
     def _head(self, layer: int, head: int, kind: Kind, n_rows: int) -> Head:
-        name = head_name(layer, head, kind)
+        name, geometry = head_name(layer, head, kind), self._model_layers[layer]
+        schema = head_schema(geometry.width(kind), softmax=kind == "q" and has_softmax(self.manifest))
         return Head(
-            self._model_layers[layer],
+            geometry,
             head,
             kind,
             n_rows,
-            self._place.rows(name, self._model_layers[layer].head_dim),
+            schema,
+            self._place.rows(name, schema),
             self.example_id,
             self.source_ids,
         )

@@ -17,8 +17,8 @@ from torch import Tensor
 from qk_sniffer.capture import AttentionLayer
 from qk_sniffer.errors import UserError
 from qk_sniffer.kinds import Kind
-from qk_sniffer.reading.rows import NUMBERS, HeadBatches, HeadRows, arrays
-from qk_sniffer.storage import head_name, head_schema
+from qk_sniffer.reading.rows import HeadBatches, HeadRows, arrays, numbers_of
+from qk_sniffer.storage import head_name
 
 if TYPE_CHECKING:
     import pandas
@@ -32,18 +32,20 @@ Numbers = int | range | Iterable[int]
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """The rows of one query or key head; its file is opened when they are asked for.
+    """The rows of one head and kind; its file is opened when they are asked for.
 
     Attributes:
         layer: The head's layer.
-        head: Number of the query head, or of the key head among the layer's key heads.
-        kind: q or k.
+        head: Number of the query head, for queries and outputs, or of the key head among the layer's
+            key heads.
+        kind: q, k, v or o.
     """
 
     layer: AttentionLayer
     head: int
     kind: Kind
     _n_rows: int
+    _schema: pa.Schema
     _rows: HeadRows
     _example_id: Callable[[str], int]
     _source_ids: Callable[[], Mapping[int, str]]
@@ -54,9 +56,14 @@ class Head:
         """Its name in the data root, which ``load_dataset`` takes as well."""
         return head_name(self.layer.layer_idx, self.head, self.kind)
 
+    @property
+    def head_dim(self) -> int:
+        """Numbers in a vector."""
+        return self.layer.width(self.kind)
+
     def __repr__(self) -> str:
         rows = f"{self._n_rows:,} rows" if self._condition is None else f"rows where {self._condition}"
-        return f"<Head {self.name}: {rows}, head_dim {self.layer.head_dim}>"
+        return f"<Head {self.name}: {rows}, head_dim {self.head_dim}>"
 
     def __len__(self) -> int:
         if self._condition is None:
@@ -94,13 +101,13 @@ class Head:
         """The rows in the types of the file, sorted by example_id and position.
 
         Args:
-            columns: Some of bucket, example_id, position, vector, sliding_window and token_str; None
-                takes all of them.
+            columns: Some of bucket, example_id, position, vector, sliding_window and token_str, and of
+                the statistics of queries; None takes all of them.
 
         Raises:
             UserError: There is no such column, or the file is missing or damaged.
         """
-        known = head_schema(self.layer.head_dim).names
+        known = self._schema.names
         for column in columns or ():
             if column not in known:
                 raise UserError(f"columns: there is no {column}; choose from {', '.join(known)}")
@@ -111,17 +118,19 @@ class Head:
 
         Returns:
             ``vector`` (N, head_dim) float32; ``bucket``, ``example_id`` and ``position`` (N,) int32;
-            and ``token_str`` (N,), strings, where they were captured.
+            where they were captured ``lse``, ``entropy``, ``max_prob``, ``sink_prob`` and
+            ``local_prob`` (N,) float32, ``argmax_position`` (N,) int32, and ``token_str`` (N,),
+            strings.
         """
-        table = self.arrow(["vector", *NUMBERS, "token_str"])
-        columns = arrays(table, self.layer.head_dim)
+        table = self.arrow(["vector", *numbers_of(self._schema), "token_str"])
+        columns = arrays(table)
         if table["token_str"].null_count < table.num_rows:
             columns["token_str"] = table["token_str"].to_numpy()
         return columns
 
     def torch(self) -> dict[str, Tensor]:
         """What ``numpy`` gives, as tensors, without the strings."""
-        return self._rows.tensors(self.layer.head_dim, self._condition)
+        return self._rows.tensors(self._schema, self._condition)
 
     def pandas(self) -> pandas.DataFrame:
         """The rows as a data frame, with ``source_id``, the dataset's own id of the text.
@@ -151,9 +160,7 @@ class Head:
         """
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UserError(f"batch_size: must be an integer of at least 1, got {batch_size}")
-        return HeadBatches(
-            self._rows, self._condition, self.layer.head_dim, batch_size, shuffle=shuffle
-        )
+        return HeadBatches(self._rows, self._condition, self._schema, batch_size, shuffle=shuffle)
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw the vectors along the two principal components that show most of position.

@@ -39,8 +39,8 @@ class CapturePlace(ABC):
         """The texts."""
 
     @abstractmethod
-    def rows(self, name: str, head_dim: int) -> HeadRows:
-        """The rows of a head, by its name."""
+    def rows(self, name: str, schema: pa.Schema) -> HeadRows:
+        """The rows of a head, by its name and with its columns."""
 
     def start_of(self, example_id: int) -> int:
         """The first position of a text that its tokens can attend to."""
@@ -61,10 +61,10 @@ class _Files(CapturePlace):
         """The table of texts."""
         return read_examples(self.file(f"{EXAMPLES_DIRECTORY}/{DATA_FILE}"))
 
-    def rows(self, name: str, head_dim: int) -> HeadRows:
+    def rows(self, name: str, schema: pa.Schema) -> HeadRows:
         """Those of a head's file, which is opened when they are read."""
         # No lambda: a process that is spawned gets a pickled copy.
-        return FileRows(partial(self.file, f"{name}/{DATA_FILE}"), head_dim)
+        return FileRows(partial(self.file, f"{name}/{DATA_FILE}"), schema)
 
     @abstractmethod
     def file(self, path: str) -> Path:

@@ -16,10 +16,16 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from qk_sniffer.errors import UserError, first_line
-from qk_sniffer.storage import fault_of_columns, fault_of_values, head_schema
+from qk_sniffer.kinds import SOFTMAX_COLUMNS
+from qk_sniffer.storage import fault_of_columns, fault_of_values
 
 NUMBERS = ("bucket", "example_id", "position")
 """The columns of numbers that every row has."""
+
+
+def numbers_of(schema: pa.Schema) -> list[str]:
+    """The columns of numbers of a head: those of every row, and the statistics of queries."""
+    return [*NUMBERS, *(name for name in SOFTMAX_COLUMNS if name in schema.names)]
 
 
 class HeadRows(ABC):
@@ -39,14 +45,14 @@ class HeadRows(ABC):
             UserError: The file is damaged, or a value is missing.
         """
 
-    def tensors(self, head_dim: int, condition: ds.Expression | None = None) -> dict[str, Tensor]:
+    def tensors(self, schema: pa.Schema, condition: ds.Expression | None = None) -> dict[str, Tensor]:
         """Vectors and numbers of some rows, as ``tensors`` gives them.
 
         Args:
-            head_dim: Length of a vector.
+            schema: The head's.
             condition: Which rows are read; None reads all.
         """
-        return tensors(self.read(["vector", *NUMBERS], condition), head_dim)
+        return tensors(self.read(["vector", *numbers_of(schema)], condition))
 
     @abstractmethod
     def count(self, condition: ds.Expression | None) -> int:
@@ -98,12 +104,12 @@ class FileRows(HeadRows):
 
     Args:
         path: Gives the file, which may have to come here first.
-        head_dim: Length of a vector.
+        schema: The columns that it must have.
     """
 
-    def __init__(self, path: Callable[[], Path], head_dim: int) -> None:
+    def __init__(self, path: Callable[[], Path], schema: pa.Schema) -> None:
         self._path = path
-        self._head_dim = head_dim
+        self._schema = schema
 
     def read(
         self, columns: list[str] | None = None, condition: ds.Expression | None = None
@@ -137,7 +143,7 @@ class FileRows(HeadRows):
 
     def _open(self, path: Path) -> ds.Dataset:
         with _readable(path):
-            if fault := fault_of_columns(path, head_schema(self._head_dim)):
+            if fault := fault_of_columns(path, self._schema):
                 raise _unreadable(path, fault)
             return ds.dataset(path, format="parquet")
 
@@ -191,19 +197,22 @@ def _unreadable(path: Path, fault: str) -> UserError:
     )
 
 
-def arrays(table: pa.Table, head_dim: int) -> dict[str, npt.NDArray[Any]]:
-    """The vectors of N rows, (N, head_dim) float32, and their numbers, (N,) int32, in own memory."""
-    vectors = np.empty((table.num_rows, head_dim), np.float32)
+def arrays(table: pa.Table) -> dict[str, npt.NDArray[Any]]:
+    """The vectors of N rows, (N, width) float32, and their numbers, (N,) each, in own memory."""
+    width = table.schema.field("vector").type.list_size
+    vectors = np.empty((table.num_rows, width), np.float32)
     first = 0
     for chunk in table["vector"].chunks:
-        vectors[first : first + len(chunk)] = chunk.flatten().to_numpy().reshape(-1, head_dim)
+        vectors[first : first + len(chunk)] = chunk.flatten().to_numpy().reshape(-1, width)
         first += len(chunk)
-    return {"vector": vectors} | {name: table[name].to_numpy().copy() for name in NUMBERS}
+    return {"vector": vectors} | {
+        name: table[name].to_numpy().copy() for name in numbers_of(table.schema)
+    }
 
 
-def tensors(table: pa.Table, head_dim: int) -> dict[str, Tensor]:
+def tensors(table: pa.Table) -> dict[str, Tensor]:
     """What ``arrays`` gives, as tensors."""
-    return {name: torch.from_numpy(values) for name, values in arrays(table, head_dim).items()}
+    return {name: torch.from_numpy(values) for name, values in arrays(table).items()}
 
 
 class HeadBatch(dict[str, Any]):
@@ -234,7 +243,7 @@ class HeadBatches(IterableDataset[HeadBatch]):
     Args:
         rows: Where they are read from.
         condition: Which rows are read; None reads all.
-        head_dim: Length of a vector.
+        schema: The columns of the head.
         batch_size: Rows in a batch.
         shuffle: Whether the order is random.
     """
@@ -243,13 +252,13 @@ class HeadBatches(IterableDataset[HeadBatch]):
         self,
         rows: HeadRows,
         condition: ds.Expression | None,
-        head_dim: int,
+        schema: pa.Schema,
         batch_size: int,
         shuffle: bool,
     ) -> None:
         self._rows = rows
         self._condition = condition
-        self._head_dim = head_dim
+        self._schema = schema
         self._batch_size = batch_size
         self._shuffle = shuffle
 
@@ -267,8 +276,8 @@ class HeadBatches(IterableDataset[HeadBatch]):
             yield from self._of_group(groups[index])
 
     def _of_group(self, group: HeadRows) -> Iterator[HeadBatch]:
-        table = group.read(["vector", *NUMBERS, "token_str"], self._condition)
-        rows, strings = tensors(table, self._head_dim), table["token_str"]
+        table = group.read(["vector", *numbers_of(self._schema), "token_str"], self._condition)
+        rows, strings = tensors(table), table["token_str"]
         has_strings = strings.null_count == 0
         for chosen in torch.split(self._order(table.num_rows), self._batch_size):
             batch = HeadBatch({name: values[chosen] for name, values in rows.items()})

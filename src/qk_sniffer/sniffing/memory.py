@@ -56,7 +56,7 @@ class RowStore:
         self._parts: dict[Stream, list[Rows]] = {
             stream.key: [
                 Rows(
-                    torch.empty(len(stream.heads), 0, stream.layer.head_dim),
+                    torch.empty(len(stream.heads), 0, stream.width),
                     torch.empty(3, 0, dtype=torch.int32),
                 )
             ]

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qk_sniffer.capture import CapturedStream
+from qk_sniffer.capture import CapturedStream, Stream
 from qk_sniffer.errors import UserError
+from qk_sniffer.kinds import KINDS, SOFTMAX_COLUMNS
 from qk_sniffer.reading.places import CapturePlace
-from qk_sniffer.reading.rows import NUMBERS, HeadRows, TableRows
+from qk_sniffer.reading.rows import NUMBERS, HeadRows, TableRows, numbers_of
 from qk_sniffer.sniffing.memory import RowStore
 from qk_sniffer.sniffing.texts import Texts
-from qk_sniffer.storage import EXAMPLES_SCHEMA, head_name, head_schema
+from qk_sniffer.storage import EXAMPLES_SCHEMA, head_name
 
 
 def token_strings(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> list[str]:
@@ -51,8 +52,10 @@ class MemoryPlace(CapturePlace):
         self._heads = {
             head_name(stream.layer.layer_idx, head, stream.kind): (stream, number)
             for stream in streams
+            if stream.kind in KINDS
             for number, head in enumerate(stream.heads)
         }
+        self._statistics = {stream.key for stream in streams if stream.kind == "softmax"}
         self._store = store
         self._texts = texts
         self._tokenizer = tokenizer
@@ -96,9 +99,9 @@ class MemoryPlace(CapturePlace):
         }
         return pa.table(columns, schema=EXAMPLES_SCHEMA)
 
-    def rows(self, name: str, head_dim: int) -> HeadRows:
+    def rows(self, name: str, schema: pa.Schema) -> HeadRows:
         """Those of a head so far, at each reading."""
-        return _StoredRows(partial(self._table, name), partial(self._tensors, name))
+        return _StoredRows(partial(self._table, name, schema), partial(self._tensors, name))
 
     def start_of(self, example_id: int) -> int:
         """Where a text that is padded on the left begins, if its positions count the padding."""
@@ -116,13 +119,23 @@ class MemoryPlace(CapturePlace):
             "bucket": buckets,
             "example_id": example_ids,
             "position": positions,
+            **self._statistics_of(stream, number),
         }
 
-    def _table(self, name: str) -> pa.Table:
+    def _statistics_of(self, stream: CapturedStream, number: int) -> dict[str, Tensor]:
+        """The statistics of a head's queries, where they were captured."""
+        key: Stream = (stream.layer.layer_idx, "softmax")
+        if stream.kind != "q" or key not in self._statistics:
+            return {}
+        values = self._store.rows(key).vectors[number]
+        columns = {name: values[:, i].contiguous() for i, name in enumerate(SOFTMAX_COLUMNS)}
+        columns["argmax_position"] = columns["argmax_position"].view(torch.int32)
+        return columns
+
+    def _table(self, name: str, schema: pa.Schema) -> pa.Table:
         rows = {column: values.cpu().numpy() for column, values in self._tensors(name).items()}
         layer, n_rows = self._heads[name][0].layer, len(rows["position"])
         window = np.full(n_rows, layer.sliding_window or 0, np.int32)
-        schema = head_schema(layer.head_dim)
         columns = [
             *(pa.array(rows[column]) for column in NUMBERS),
             pa.FixedSizeListArray.from_arrays(
@@ -130,6 +143,7 @@ class MemoryPlace(CapturePlace):
             ),
             pa.array(window, mask=np.full(n_rows, layer.sliding_window is None)),
             self._token_strings(rows["example_id"], rows["position"]),
+            *(pa.array(rows[column]) for column in numbers_of(schema)[len(NUMBERS) :]),
         ]
         return pa.Table.from_arrays(columns, schema=schema)
 
@@ -154,7 +168,7 @@ class _StoredRows(TableRows):
         super().__init__(table)
         self._tensors = tensors
 
-    def tensors(self, head_dim: int, condition: ds.Expression | None = None) -> dict[str, Tensor]:
+    def tensors(self, schema: pa.Schema, condition: ds.Expression | None = None) -> dict[str, Tensor]:
         """Some of them, on the device where they were kept."""
         found = self._tensors()
         if condition is None:
@@ -190,6 +204,6 @@ class UnfinishedPlace(CapturePlace):
         """None yet."""
         return self.manifest["examples"]
 
-    def rows(self, name: str, head_dim: int) -> HeadRows:
+    def rows(self, name: str, schema: pa.Schema) -> HeadRows:
         """None yet."""
         raise NotImplementedError

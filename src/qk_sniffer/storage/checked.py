@@ -19,7 +19,7 @@ from jsonschema.exceptions import best_match
 from jsonschema.validators import extend
 
 from qk_sniffer.errors import UserError
-from qk_sniffer.kinds import KINDS
+from qk_sniffer.kinds import KINDS, PARTS, part_width
 from qk_sniffer.storage.schema import (
     DIRECTORIES,
     FILES,
@@ -82,7 +82,13 @@ _CAPTURE = _object(
                 "seed": {"type": "integer", "minimum": -(2**63), "exclusiveMaximum": 2**64},
             }
         ),
-    }
+    },
+    {
+        "capture_values": _FLAG,
+        "capture_outputs": _FLAG,
+        "capture_softmax": _FLAG,
+        "local_positions": _integer(1),
+    },
 )
 _SETTINGS = _object(
     {
@@ -109,6 +115,7 @@ _LAYER = _object(
     },
     {
         "chunked": _FLAG,
+        "value_head_dim": _or_null(_integer(1, _LONGEST_VECTOR)),
         "scores": _or_null(
             _object(
                 {"scaling": _NUMBER},
@@ -154,7 +161,7 @@ _MANIFEST = _object(
 _STREAM = _object(
     {
         "layer_idx": _LAYER_IDX,
-        "kind": {"enum": list(KINDS)},
+        "kind": {"enum": list(PARTS)},
         "heads": _array(_integer(0, _MOST_HEADS), 1),
         "head_dim": _integer(1, _LONGEST_VECTOR),
     }
@@ -285,8 +292,9 @@ def _fault_of_streams(header: dict[str, Any]) -> str | None:
             layer is None
             or key in seen
             or heads != sorted(set(heads))
-            or heads[-1] >= layer[KINDS[stream["kind"]].heads]
-            or stream["head_dim"] != layer["head_dim"]
+            or heads[-1] >= layer[PARTS[stream["kind"]].heads]
+            or stream["head_dim"]
+            != part_width(stream["kind"], layer["head_dim"], layer.get("value_head_dim"))
         ):
             return f"streams: that of layer {key[0]}, {key[1]}, is none of the layers"
         seen.add(key)

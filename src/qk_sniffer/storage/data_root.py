@@ -47,7 +47,7 @@ from qk_sniffer.storage.schema import (
     temporary_name,
 )
 
-_FIELD = "sniffer.output.data_root"
+_FIELD, _CAPTURE = "sniffer.output.data_root", "sniffer.capture."
 _BEFORE_A_JOURNAL = {
     CARD_FILE,
     JOURNAL_DIRECTORY,
@@ -120,11 +120,17 @@ def differing_settings(there: Mapping[str, Any], here: Mapping[str, Any]) -> str
         there: The one that is known in full.
         here: The other; fields that it does not know yet are left out.
     """
+    # A section that is known has all of its fields, but for later ones that are not used.
+    names = [*here, *(name for name in there if name not in here and name.startswith(_CAPTURE))]
     return "; ".join(
-        f"{name} is {json.dumps(there.get(name))} there and {json.dumps(value)} here"
-        for name, value in here.items()
-        if name not in there or there[name] != value
+        f"{name} is {_told(there, name)} there and {_told(here, name)} here"
+        for name in names
+        if name not in there or name not in here or there[name] != here[name]
     )
+
+
+def _told(settings: Mapping[str, Any], name: str) -> str:
+    return json.dumps(settings[name]) if name in settings else "not set"
 
 
 def earlier_run(data_root: Path) -> EarlierRun | None:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from qk_sniffer.errors import UserError
+from qk_sniffer.kinds import KINDS
 from qk_sniffer.processes import ALONE, Dealer, Ranks
 from qk_sniffer.storage.card import write_card
 from qk_sniffer.storage.checked import require_own_files
@@ -266,6 +267,8 @@ def _groups(data_root: Path, journal: JournalReader, earlier: Sequence[FinishedR
     """The heads of every layer and kind, some at a time."""
     groups = []
     for number, stream in enumerate(journal.header["streams"]):
+        if stream["kind"] not in KINDS:
+            continue
         files = [
             HeadFile(data_root / name / DATA_FILE, head, _earlier_files(name, earlier))
             for head, name in enumerate(_head_names(stream))
@@ -302,8 +305,11 @@ def _write_heads(
 
     def write(group: _Group) -> list[tuple[FileFacts, NonFinite]]:
         number, files = group
-        with journal.stream(number) as stream:
-            return write_heads(stream, files, tokens, digest)
+        with ExitStack() as stack:
+            stream = stack.enter_context(journal.stream(number))
+            beside = _statistics_beside(journal.header["streams"], number)
+            statistics = None if beside is None else stack.enter_context(journal.stream(beside))
+            return write_heads(stream, files, tokens, digest, statistics)
 
     with ThreadPoolExecutor(n_threads(ranks)) as pool:
         try:
@@ -313,13 +319,26 @@ def _write_heads(
             pool.shutdown(cancel_futures=True)
 
 
+def _statistics_beside(streams: Sequence[Mapping[str, Any]], number: int) -> int | None:
+    """The number of the stream with the statistics of a stream of queries; None where there is none."""
+    layer_idx, kind = streams[number]["layer_idx"], streams[number]["kind"]
+    return next(
+        (
+            other
+            for other, stream in enumerate(streams)
+            if kind == "q" and (stream["layer_idx"], stream["kind"]) == (layer_idx, "softmax")
+        ),
+        None,
+    )
+
+
 def _end(
     data_root: Path, journal: JournalReader, examples: Any, shares: Sequence[_Share]
 ) -> dict[str, Any]:
     """Write what describes the files, and put the journal away."""
     facts = write_table(data_root / EXAMPLES_DIRECTORY / DATA_FILE, examples)
     found = {name: facts for heads, _ in shares for name, facts in heads.items()}
-    streams = journal.header["streams"]
+    streams = [stream for stream in journal.header["streams"] if stream["kind"] in KINDS]
     ordered = {name: found[name] for stream in streams for name in _head_names(stream)}
     complete = journal.log.finalizing is True
     buckets = _rows_by_bucket(data_root, streams)

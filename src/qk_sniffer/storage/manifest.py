@@ -10,11 +10,17 @@ import numpy as np
 import numpy.typing as npt
 
 from qk_sniffer.errors import UserError
+from qk_sniffer.kinds import Part, part_width
 from qk_sniffer.storage.checked import manifest_fault, require_own_files, require_schema_version
 from qk_sniffer.storage.files import damaged, read_json, write_text
 from qk_sniffer.storage.ownership import owner_of
 from qk_sniffer.storage.parquet import FileFacts
-from qk_sniffer.storage.schema import MANIFEST_FILE, SCHEMA_VERSION, parse_head_name
+from qk_sniffer.storage.schema import (
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    has_softmax,
+    parse_head_name,
+)
 
 _OF_THE_HEADER = ("fingerprint", "versions", "settings", "layers", "notes")
 
@@ -82,17 +88,29 @@ def count_rows(manifest: Mapping[str, Any]) -> int:
 
 def header_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The header of a journal whose rows go into the files of a manifest."""
-    head_dims = {layer["layer_idx"]: layer["head_dim"] for layer in manifest["layers"]}
+    layers = {layer["layer_idx"]: layer for layer in manifest["layers"]}
     streams: dict[tuple[int, str], dict[str, Any]] = {}
     for name in manifest["heads"]:
         parsed = parse_head_name(name)
         assert parsed is not None
         layer_idx, head, kind = parsed
-        new = {"layer_idx": layer_idx, "kind": kind, "heads": [], "head_dim": head_dims[layer_idx]}
-        streams.setdefault((layer_idx, kind), new)["heads"].append(head)
+        parts: list[Part] = [kind, "softmax"] if kind == "q" and has_softmax(manifest) else [kind]
+        for part in parts:
+            new = _stream(layers[layer_idx], part)
+            streams.setdefault((layer_idx, part), new)["heads"].append(head)
     return {name: manifest[name] for name in _OF_THE_HEADER} | {
         "streams": list(streams.values()),
         "n_positions": manifest.get("beyond_positions", {}).get("positions"),
+    }
+
+
+def _stream(layer: Mapping[str, Any], part: Part) -> dict[str, Any]:
+    """A stream of a layer, without heads."""
+    return {
+        "layer_idx": layer["layer_idx"],
+        "kind": part,
+        "heads": [],
+        "head_dim": part_width(part, layer["head_dim"], layer.get("value_head_dim")),
     }
 
 

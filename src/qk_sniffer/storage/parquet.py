@@ -15,10 +15,12 @@ import xxhash
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import EVERY_EXAMPLE, ExampleFilter
+from qk_sniffer.kinds import SOFTMAX_COLUMNS
 from qk_sniffer.storage.files import replacing, sync_directory
 from qk_sniffer.storage.non_finite import NonFinite
 from qk_sniffer.storage.reader import Runs, StreamReader
 from qk_sniffer.storage.schema import PULLED_DIRECTORY, head_schema
+from qk_sniffer.storage.statistics import as_columns, as_values
 from qk_sniffer.storage.stored_rows import StoredRows, require_columns, stored_batches
 
 ROW_GROUP_BYTES = 32 * 2**20
@@ -28,6 +30,9 @@ EXAMPLES_KEY = b"qk_sniffer.examples"
 """Metadata of a head's file: the digest of the examples that it holds, from ``finalize``."""
 
 _ROWS_ENCODED_AT_ONCE = 2**16
+
+_NUMBERS = ("bucket", "example_id", "position", "sliding_window", "token_str")
+"""Columns that the heads of a layer and kind share."""
 
 FileFacts = dict[str, Any]
 TokensOf = Callable[[int], pa.Array]
@@ -76,7 +81,11 @@ class HeadFile:
 
 
 def write_heads(
-    stream: StreamReader, files: Sequence[HeadFile], tokens: TokensOf | None, digest: str
+    stream: StreamReader,
+    files: Sequence[HeadFile],
+    tokens: TokensOf | None,
+    digest: str,
+    statistics: StreamReader | None = None,
 ) -> list[tuple[FileFacts, NonFinite]]:
     """Write some heads of one layer and kind; each file appears under its name when it is complete.
 
@@ -88,6 +97,7 @@ def write_heads(
         files: The heads; all of them have files of the same finished runs.
         tokens: Gives the token strings of an example; None leaves token_str null.
         digest: Names the examples that the files hold in the end.
+        statistics: The statistics of the same rows, for queries that have them.
 
     Returns:
         Rows, size in bytes and checksum of each file, with the number of rows that are not finite where
@@ -100,13 +110,17 @@ def write_heads(
     missing = [file for file in files if not (_holds(file.path, digest) or _is_moved(file, digest))]
     if missing:
         with ExitStack() as stack:
-            heads = [stack.enter_context(_HeadWriter(file, stream, digest)) for file in missing]
+            heads = [
+                stack.enter_context(_HeadWriter(file, stream, digest, statistics)) for file in missing
+            ]
             runs = _merge(stream.runs(), heads[0].earlier)
             for ids, blocks, rows, pieces in _row_groups(runs, stream.head_dim):
-                numbers = _Numbers(stream, ids, blocks, rows, pieces, tokens, heads[0])
+                numbers = _Numbers(stream, ids, blocks, rows, pieces, tokens, heads[0], statistics)
                 for head in heads:
                     head.write(numbers)
                 stream.forget()
+                if statistics is not None:
+                    statistics.forget()
             counted = {head.path: head.non_finite for head in heads}
         # After all of them have their names: the first sync then brings most of the others along.
         for file in missing:
@@ -175,6 +189,7 @@ def open_writer(sink: Any, schema: pa.Schema) -> pq.ParquetWriter:
         column_encoding={
             "position": "DELTA_BINARY_PACKED",
             "vector.list.element": "BYTE_STREAM_SPLIT",
+            **{name: "BYTE_STREAM_SPLIT" for name in SOFTMAX_COLUMNS if name in schema.names},
         },
         write_statistics=["bucket", "example_id", "position", "sliding_window"],
         write_batch_size=_ROWS_ENCODED_AT_ONCE,
@@ -262,6 +277,7 @@ class _Numbers:
         pieces: npt.NDArray[np.int64],
         tokens: TokensOf | None,
         first_head: "_HeadWriter",
+        statistics: StreamReader | None,
     ) -> None:
         self.size = len(rows)
         self.new = new = np.flatnonzero(blocks >= 0)
@@ -269,6 +285,9 @@ class _Numbers:
             np.flatnonzero(blocks == _stored_block(number)) for number in range(len(first_head.earlier))
         ]
         self.places = stream.places(blocks[new], rows[new], pieces[new])
+        if statistics is not None:
+            # The blocks of the statistics are those of the queries.
+            self.statistics = statistics.places(blocks[new], rows[new], np.zeros_like(new))
         positions, buckets, windows = stream.numbers(self.places)
         self.columns = pa.table(
             {
@@ -311,8 +330,9 @@ class _EarlierRows:
         require_columns(file.path, schema)
         self._file = file
         self.vectors = StoredRows(file.path, ["vector"], file.selects)
-        columns = [name for name in schema.names if name != "vector"]
-        self.numbers = StoredRows(file.path, columns, file.selects)
+        self.numbers = StoredRows(file.path, list(_NUMBERS), file.selects)
+        if "lse" in schema.names:
+            self.statistics = StoredRows(file.path, list(SOFTMAX_COLUMNS), file.selects)
 
     def runs(self, number: int) -> Runs:
         """The runs of this file, as those of the block that stands for it."""
@@ -331,13 +351,15 @@ class _EarlierRows:
 class _HeadWriter:
     """Writes one head's file, reading the rows of earlier ones in their order."""
 
-    def __init__(self, file: HeadFile, stream: StreamReader, digest: str) -> None:
+    def __init__(
+        self, file: HeadFile, stream: StreamReader, digest: str, statistics: StreamReader | None
+    ) -> None:
         self._file = file
         self.path = file.path
         self.non_finite = NonFinite()
-        self._stream = stream
+        self._stream, self._statistics = stream, statistics
         self._digest = digest
-        self._schema = head_schema(stream.head_dim)
+        self._schema = head_schema(stream.head_dim, softmax=statistics is not None)
         self._open = ExitStack()
         self.earlier: list[_EarlierRows] = []
 
@@ -369,6 +391,8 @@ class _HeadWriter:
             kind,
         )
         columns = {name: numbers.columns[name] for name in numbers.columns.column_names}
+        if self._statistics is not None:
+            columns |= as_columns(self._all_statistics(self._statistics, numbers))
         table = pa.table(columns | {"vector": column}, schema=self._schema)
         self._writer.write_table(table, row_group_size=numbers.size)
 
@@ -382,3 +406,12 @@ class _HeadWriter:
         if pieces:
             vectors[numbers.new] = np.concatenate(pieces)
         return vectors
+
+    def _all_statistics(self, statistics: StreamReader, numbers: _Numbers) -> npt.NDArray[np.float32]:
+        """The statistics of a row group: (N, 6)."""
+        values = np.empty((numbers.size, statistics.head_dim), np.float32)
+        if pieces := statistics.vectors(self._file.number, numbers.statistics):
+            values[numbers.new] = np.concatenate(pieces)
+        for rows, places in zip(self.earlier, numbers.stored, strict=True):
+            values[places] = as_values(rows.statistics.take(places.size))
+        return values

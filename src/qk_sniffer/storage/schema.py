@@ -1,11 +1,12 @@
 """Names and column types of everything in a data root."""
 
 import re
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import pyarrow as pa
 
-from qk_sniffer.kinds import KINDS, Kind, Part
+from qk_sniffer.kinds import KINDS, SOFTMAX_COLUMNS, Kind, Part
 
 SCHEMA_VERSION = 1
 DATA_FILE = "data.parquet"
@@ -77,15 +78,29 @@ def parse_head_name(name: str) -> tuple[int, int, Kind] | None:
     return None if match is None else (int(match[1]), int(match[2]), cast(Kind, match[3]))
 
 
-def head_schema(head_dim: int) -> pa.Schema:
-    """Columns of a head's Parquet file."""
+def has_softmax(manifest: Mapping[str, Any]) -> bool:
+    """Whether the queries of a run have the statistics of their softmax; a header says so too."""
+    return bool(manifest["settings"]["capture"].get("capture_softmax"))
+
+
+def head_schema(width: int, *, softmax: bool = False) -> pa.Schema:
+    """Columns of a head's Parquet file.
+
+    Args:
+        width: Numbers in a vector.
+        softmax: Whether it has the statistics of each query's softmax.
+    """
+    statistics = [
+        (name, pa.int32() if name == "argmax_position" else pa.float32()) for name in SOFTMAX_COLUMNS
+    ]
     return pa.schema(
         [
             ("bucket", pa.int32()),
             ("example_id", pa.int32()),
             ("position", pa.int32()),
-            ("vector", pa.list_(pa.field("element", pa.float32()), head_dim)),
+            ("vector", pa.list_(pa.field("element", pa.float32()), width)),
             ("sliding_window", pa.int32()),
             ("token_str", pa.string()),
+            *(statistics if softmax else []),
         ]
     )
