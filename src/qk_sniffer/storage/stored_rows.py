@@ -63,6 +63,7 @@ def fault_of_columns(path: Path, schema: pa.Schema) -> str | None:
     if stored.equals(schema):
         return None
     wrong = [field.name for field in schema if not _has(stored, field)]
+    wrong += [name for name in stored.names if name not in schema.names]
     return f"other columns than the schema has, see {', '.join(wrong or ['the order'])}"
 
 

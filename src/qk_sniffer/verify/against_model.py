@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
@@ -18,7 +19,7 @@ from qk_sniffer.config import explain
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter
-from qk_sniffer.kinds import parts_of
+from qk_sniffer.kinds import LOCAL_POSITIONS, SOFTMAX_COLUMNS, parts_of
 from qk_sniffer.models import check_capture
 from qk_sniffer.module import SnifferModule
 from qk_sniffer.storage import (
@@ -130,11 +131,13 @@ class _Comparison(pl.Callback):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make a sniffer like that of the run."""
         self._backbone = cast(nn.Module, pl_module.backbone)
+        self._dtype = next(self._backbone.parameters()).dtype
         self._sniffer = Sniffer(
             captured_streams(self._heads, parts_of(self._capture)),
             sampler_of(self._capture),
             self._capture["sampler"]["seed"],
             self._chunks,
+            local_positions=self._capture.get("local_positions", LOCAL_POSITIONS),
             pre_rope=self._capture["capture_pre_rope"],
         )
         self._running.enter_context(active_sniffer(self._sniffer))
@@ -182,22 +185,48 @@ class _Comparison(pl.Callback):
     def _compare(self, chunk: Chunk) -> None:
         """Hold a few heads of a layer and kind of one text against their files."""
         heads = self._heads[chunk.layer_idx].of(chunk.kind)
-        vectors = chunk.vectors
+        fault_of = self._fault_of_statistics if chunk.kind == "softmax" else self._fault
         for number in sorted({0, len(heads) - 1}):
-            name = head_name(chunk.layer_idx, heads[number], chunk.kind)
-            if fault := self._fault(name, chunk, vectors[number]):
+            name = head_name(
+                chunk.layer_idx, heads[number], "q" if chunk.kind == "softmax" else chunk.kind
+            )
+            if fault := fault_of(name, chunk, chunk.vectors[number]):
                 self._found.append(f"{name}/{DATA_FILE}: example {int(chunk.example_ids[0])}: {fault}")
 
-    def _fault(self, name: str, chunk: Chunk, vectors: Tensor) -> str | None:
-        rows = pq.read_table(
+    def _read(self, name: str, chunk: Chunk, columns: list[str]) -> pa.Table:
+        """Some columns of the stored rows of a text."""
+        return pq.read_table(
             self._data_root / name / DATA_FILE,
-            columns=["position", "vector"],
+            columns=columns,
             filters=[("example_id", "=", int(chunk.example_ids[0]))],
         )
+
+    def _fault_of_statistics(self, name: str, chunk: Chunk, values: Tensor) -> str | None:
+        rows = self._read(name, chunk, list(SOFTMAX_COLUMNS))
+        if rows.num_rows != len(values):
+            # Said of the queries themselves.
+            return None
+        for number, column in enumerate(SOFTMAX_COLUMNS):
+            # A rounding may decide which of two keys has the largest score.
+            if column == "argmax_position":
+                continue
+            stored, now = torch.from_numpy(rows[column].to_numpy().copy()), values[:, number]
+            error = float(((stored - now).abs() / (1 + now.abs())).max())
+            if not error <= _tolerance(self._dtype):
+                return f"{column} is off by {error:.1%} from what the model's softmax gives"
+        return None
+
+    def _fault(self, name: str, chunk: Chunk, vectors: Tensor) -> str | None:
+        rows = self._read(name, chunk, ["position", "vector"])
         if rows["position"].to_pylist() != chunk.positions.tolist():
             return "its positions are not those that the settings draw"
         stored = torch.from_numpy(np.stack(rows["vector"].to_numpy()))
         error = float(((stored - vectors.float()).norm(dim=1) / vectors.float().norm(dim=1)).max())
-        if not error <= max(1e-3, 8 * torch.finfo(vectors.dtype).eps):
+        if not error <= _tolerance(vectors.dtype):
             return f"a vector is off by {error:.1%} from the one that the model attends with"
         return None
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """How far numbers may be off that a model computes in a dtype."""
+    return max(1e-3, 8 * torch.finfo(dtype).eps)

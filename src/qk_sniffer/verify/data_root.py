@@ -31,7 +31,7 @@ from qk_sniffer.capture import (
     sampler_of,
 )
 from qk_sniffer.errors import UserError, first_line
-from qk_sniffer.kinds import kinds_of, random_stream
+from qk_sniffer.kinds import SOFTMAX_COLUMNS, kinds_of, random_stream
 from qk_sniffer.storage import (
     CARD_FILE,
     DATA_FILE,
@@ -43,6 +43,7 @@ from qk_sniffer.storage import (
     checksum,
     damaged,
     fault_of_columns,
+    has_softmax,
     head_name,
     head_schema,
     owner_of,
@@ -209,11 +210,12 @@ def _check_stream(
     tokens = manifest["settings"]["capture"]["capture_token_strings"]
     for name in _names(stream):
         if name in manifest["heads"]:
-            schema = head_schema(stream.layer.head_dim)
+            schema = head_schema(stream.width, softmax=stream.kind == "q" and has_softmax(manifest))
             path, found = _check_file(data_root, name, manifest["heads"][name], schema)
             faults += found
             if path is not None and not found:
-                heads.append(_Head(path, f"{name}/{DATA_FILE}", stream.layer.sliding_window, tokens))
+                label, window = f"{name}/{DATA_FILE}", stream.layer.sliding_window
+                heads.append(_Head(path, label, window, tokens, "lse" in schema.names))
     if examples is not None and heads:
         try:
             for expected in _expected_rows(manifest, stream, sampler, examples):
@@ -245,9 +247,12 @@ def _expected_rows(
 class _Head:
     """One head's file while it is compared; the first fault is kept."""
 
-    def __init__(self, path: Path, label: str, window: int | None, has_tokens: bool) -> None:
+    def __init__(
+        self, path: Path, label: str, window: int | None, has_tokens: bool, has_softmax: bool
+    ) -> None:
         columns = ["example_id", "position", "bucket", "sliding_window", "token_str"]
-        self._rows = StoredRows(path, columns)
+        self._rows = StoredRows(path, [*columns, *(SOFTMAX_COLUMNS if has_softmax else ())])
+        self._has_softmax = has_softmax
         self._label = label
         self._window = window
         self._has_tokens = has_tokens
@@ -274,6 +279,8 @@ class _Head:
             self._fault = f"sliding_window is not that of the layer, {self._window}"
         elif table["token_str"].null_count != (0 if self._has_tokens else size):
             self._fault = "token_str is null where it should not be, or the other way round"
+        elif self._has_softmax and (fault := fault_of_statistics(table)):
+            self._fault = fault
         self._row += size
 
     def end(self) -> list[str]:
@@ -281,6 +288,29 @@ class _Head:
         if self._fault is None and self._rows.take(1).num_rows:
             self._fault = f"it goes on after row {self._row - 1}, the last that the examples give it"
         return [] if self._fault is None else [f"{self._label}: {self._fault}"]
+
+
+def fault_of_statistics(rows: pa.Table) -> str | None:
+    """Which statistics of some queries no softmax has; None where all may be one's.
+
+    Those of a vector that is not finite may be anything.
+
+    Args:
+        rows: The columns of the statistics, and position.
+    """
+    values = {name: rows[name].to_numpy() for name in ("position", *SOFTMAX_COLUMNS)}
+    is_finite = np.isfinite(values["lse"])
+    rounding = 1e-3
+    is_wrong = {
+        name: (values[name] < -rounding) | (values[name] > 1 + rounding)
+        for name in ("max_prob", "sink_prob", "local_prob")
+    }
+    is_wrong["entropy"] = values["entropy"] < -rounding
+    is_wrong["entropy"] |= values["entropy"] > np.log(values["position"] + 1.0) + rounding
+    is_wrong["argmax_position"] = values["argmax_position"] > values["position"]
+    is_wrong["argmax_position"] |= values["argmax_position"] < 0
+    wrong = [name for name, rows in is_wrong.items() if (rows & is_finite).any()]
+    return f"no softmax has such a {wrong[0]}" if wrong else None
 
 
 def _row(rows: npt.NDArray[np.int64], at: int) -> tuple[int, ...]:
