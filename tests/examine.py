@@ -8,7 +8,7 @@ import itertools
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from qk_sniffer.capture import (
     select_heads,
 )
 from qk_sniffer.errors import UserError
+from qk_sniffer.kinds import PARTS, SOFTMAX_COLUMNS, Part
 from qk_sniffer.models import (
     AttentionMap,
     capture_attention,
@@ -42,6 +43,7 @@ from qk_sniffer.models.attention import watch_attention
 from qk_sniffer.models.calls import AttentionCall, modeling_globals
 from qk_sniffer.models.check import attention_probabilities
 from qk_sniffer.models.refusals import REFUSED, refuse_unsupported
+from qk_sniffer.models.results import is_projection
 from qk_sniffer.module import SnifferModule
 from qk_sniffer.reading import attention_of
 from tiny import ARCHITECTURES, VOCABULARY, causal_overrides, tiny_causal_lm, tiny_config
@@ -50,6 +52,7 @@ TABLE = Path(__file__).parents[1] / "docs" / "architectures.md"
 TOLERANCE = 1e-5
 LENGTH = 21
 SHORTER = 13
+LOCAL = 5
 ROPE_DIM = 8
 _UNEXPLAINED = ("indexer", "keep_window_size", "relative-position", "ALiBi")
 """What a note says where queries and keys alone don't explain the attention."""
@@ -66,10 +69,20 @@ class Row:
     verdict: str
     pre_rope: str = ""
     passages: str = ""
+    results: str = ""
+    softmax: str = ""
     notes: tuple[str, ...] = field(default=())
 
     def __str__(self) -> str:
-        cells = (self.architecture, self.verdict, self.pre_rope, self.passages, "; ".join(self.notes))
+        cells = (
+            self.architecture,
+            self.verdict,
+            self.pre_rope,
+            self.passages,
+            self.results,
+            self.softmax,
+            "; ".join(self.notes),
+        )
         return f"| {' | '.join(cells)} |"
 
 
@@ -100,8 +113,10 @@ def examine(name: str) -> Row:
     assert_same(alone, {k: states[1:, :, :SHORTER] for k, states in captured.items()}, "padding")
     pre_rope = examine_pre_rope(backbone, attention, input_ids, captured)
     passages = examine_passages(backbone, attention, input_ids, captured)
+    results, softmax = examine_results(model, attention, input_ids, passages)
     verdict = "exact, with a note" if notes else "exact"
-    return Row(name, verdict, pre_rope, passages, tuple(notes + attention.rotary.notes()))
+    notes = [*notes, *attention.rotary.notes(), *attention.results.notes("o")]
+    return Row(name, verdict, pre_rope, passages, results, softmax, tuple(notes))
 
 
 def overrides_note(name: str) -> list[str]:
@@ -123,13 +138,22 @@ def overrides_note(name: str) -> list[str]:
 
 
 def sniff_all(
-    backbone: nn.Module, lengths: list[int], *, pre_rope: bool = False
+    backbone: nn.Module,
+    lengths: list[int],
+    *,
+    pre_rope: bool = False,
+    parts: Collection[Part] = ("q", "k"),
 ) -> tuple[Sniffer, Chunks]:
     """A sniffer that keeps everything of a batch that has begun, and where its chunks go."""
     chunks = Chunks()
     heads = select_heads(probe_attention(backbone, pre_rope=pre_rope).layers)
     sniffer = Sniffer(
-        captured_streams(heads), build_sampler("all", 1.0, 64), 0, chunks, pre_rope=pre_rope
+        captured_streams(heads, parts),
+        build_sampler("all", 1.0, 64),
+        0,
+        chunks,
+        local_positions=LOCAL,
+        pre_rope=pre_rope,
     )
     sniffer.begin_batch(range(len(lengths)), lengths)
     return sniffer, chunks
@@ -143,11 +167,16 @@ def states_of(chunks: Chunks, batch_size: int) -> States:
 
 
 def capture(
-    backbone: nn.Module, input_ids: Tensor, *, pre_rope: bool = False, passage: int = 0
+    backbone: nn.Module,
+    input_ids: Tensor,
+    *,
+    pre_rope: bool = False,
+    passage: int = 0,
+    parts: Collection[Part] = ("q", "k"),
 ) -> States:
     """Everything that a sniffer keeps of a batch, put together from its chunks."""
     batch_size, length = input_ids.shape
-    sniffer, chunks = sniff_all(backbone, [length] * batch_size, pre_rope=pre_rope)
+    sniffer, chunks = sniff_all(backbone, [length] * batch_size, pre_rope=pre_rope, parts=parts)
     module = SnifferModule("tiny", prefill_chunk_size=passage or None)
     module.backbone = backbone
     with active_sniffer(sniffer), torch.inference_mode():
@@ -193,7 +222,7 @@ def assert_attention_is_explained(
     seen: dict[int, tuple[AttentionCall, Tensor | None]] = {}
 
     def on_layer(layer_idx: int, call: AttentionCall, *_: Any) -> Callable[..., None]:
-        def on_result(output: Tensor | None, probabilities: Tensor | None) -> None:
+        def on_result(_: Tensor | None, probabilities: Tensor | None, value: Tensor | None) -> None:
             seen[layer_idx] = call, probabilities
 
         return on_result
@@ -282,6 +311,173 @@ def examine_passages(
         pre = capture(backbone, input_ids, pre_rope=True)
         assert_same(capture(backbone, input_ids, pre_rope=True, passage=8), pre, "before RoPE")
     return "yes" if error <= TOLERANCE else "to 1e-3"
+
+
+@torch.inference_mode()
+def examine_results(
+    model: PreTrainedModel, attention: AttentionMap, input_ids: Tensor, passages: str
+) -> tuple[str, str]:
+    """Values and outputs, and the statistics, against what eager attention computes."""
+    backbone = decoder_backbone(model)
+    problems = attention.results.problems
+    parts: list[Part] = [part for part in PARTS if part not in problems]
+    seen = see_results(backbone, attention, input_ids)
+    for _ in _implementations(model):
+        captured = capture(backbone, input_ids, parts=parts)
+        for layer in attention.layers:
+            result = seen[layer.layer_idx]
+            if "o" in parts:
+                assert_outputs(layer, result, captured)
+            if "softmax" in parts:
+                assert_statistics(layer, result.with_sink_of(layer, captured), captured)
+    if passages == "yes":
+        again = capture(backbone, input_ids, parts=parts, passage=8)
+        argmax = SOFTMAX_COLUMNS.index("argmax_position")
+        for states in (captured, again):
+            for layer_idx, part in states:
+                if part == "softmax":
+                    states[layer_idx, part][..., argmax] = 0
+        assert_same(again, captured, "passages")
+    model.set_attn_implementation("eager")
+    words = {part: f"refused: {problem}" for part, problem in problems.items()}
+    assert ("v" in words) == ("o" in words)
+    noted = "yes, with a note" if attention.results.notes("o") else "yes"
+    return words.get("o", noted), words.get("softmax", "yes")
+
+
+@dataclass
+class Result:
+    """What eager attention computed in one layer.
+
+    Attributes:
+        probabilities: (B, num_attention_heads, S, S), as the model returns them.
+        output: (B, S, num_attention_heads, D), None until the attention has ended.
+        projected: What its output projection made of that, where it takes it as it is.
+        projection: That projection.
+        returned: What the attention module returned.
+    """
+
+    probabilities: Tensor | None = None
+    output: Tensor | None = None
+    projected: Tensor | None = None
+    projection: nn.Module | None = None
+    returned: Tensor | None = None
+
+    def with_sink_of(self, layer: AttentionLayer, captured: States) -> Tensor:
+        """The probabilities; where the model returns them without its sink, with it."""
+        expected = self.probabilities
+        assert expected is not None
+        sinks = None if layer.scores is None else layer.scores.sinks
+        if sinks is None or not torch.allclose(expected.sum(-1), torch.ones(()), atol=1e-4):
+            return expected
+        lse = captured[layer.layer_idx, "softmax"][..., 0]
+        return expected * (1 - (torch.tensor(sinks)[:, None] - lse).exp())[..., None]
+
+
+def see_results(backbone: nn.Module, attention: AttentionMap, input_ids: Tensor) -> dict[int, Result]:
+    """What one eager forward computes in each layer."""
+    seen: dict[int, Result] = {}
+    last = Result()
+
+    def on_layer(layer_idx: int, call: AttentionCall, *_: Any) -> Callable[..., None]:
+        result = seen[layer_idx] = Result()
+
+        def on_result(output: Tensor | None, probabilities: Tensor | None, _: Tensor | None) -> None:
+            nonlocal last
+            result.output, result.probabilities, last = output, probabilities, result
+
+        # Some that compute their attention themselves add the residual too.
+        if call.adapter is None:
+            hooks.callback(call.module.register_forward_hook(on_return(result)).remove)
+        return on_result
+
+    def on_return(result: Result) -> Callable[..., None]:
+        def returned(module: nn.Module, args: Any, output: Any) -> None:
+            first = output if isinstance(output, Tensor) else output[0]
+            result.returned = first if result.returned is None else result.returned
+
+        return returned
+
+    def on_module(module: nn.Module, args: Any, output: Any) -> None:
+        states = last.output
+        given = args[0] if args and isinstance(args[0], Tensor) else None
+        if states is None or given is None or last.projection is not None:
+            return
+        if given.numel() == states.numel() and torch.equal(given.reshape(-1), states.reshape(-1)):
+            last.projection, last.projected = module, output
+
+    with ExitStack() as hooks:
+        for module in filter(is_projection, backbone.modules()):
+            hooks.callback(module.register_forward_hook(on_module).remove)
+        watch = watch_attention(backbone, on_layer, numbered_by_call=attention.numbered_by_call)
+        with watch:
+            output = backbone(input_ids=input_ids, use_cache=False, output_attentions=True)
+    returned = [a for a in (getattr(output, "attentions", None) or ()) if isinstance(a, Tensor)]
+    if len(returned) == len(attention.layers):
+        for layer, probabilities in zip(attention.layers, returned, strict=True):
+            seen[layer.layer_idx].probabilities = probabilities
+    return seen
+
+
+def assert_outputs(layer: AttentionLayer, result: Result, captured: States) -> None:
+    """Outputs are the model's, and those that its probabilities give of the captured values."""
+    output, value = captured[layer.layer_idx, "o"], captured[layer.layer_idx, "v"]
+    assert result.output is not None
+    off = (output.transpose(1, 2) - result.output).abs().max()
+    assert off <= TOLERANCE * max(1.0, float(output.abs().max())), f"outputs are off by {off}"
+    group = layer.num_attention_heads // layer.num_key_value_heads
+    product = result.with_sink_of(layer, captured) @ value.repeat_interleave(group, dim=1)
+    off = (output - product).abs().max()
+    assert off <= TOLERANCE * max(1.0, float(output.abs().max())), f"values are off by {off}"
+    if result.projection is not None:
+        flat = output.transpose(1, 2).flatten(2)
+        projected = result.projection(flat.reshape(result.projected.shape[:-1] + flat.shape[-1:]))
+        assert _are_close(projected, result.projected), "the projection gives something else"
+        # BERT and its kin project in a module of their own.
+        if result.returned is not None and not _are_close(result.returned, flat):
+            assert _are_close(result.returned, projected), "the module returns something else"
+
+
+def _are_close(states: Tensor, others: Tensor) -> bool:
+    """Whether two have the same numbers, whatever their shapes."""
+    return torch.allclose(states.reshape(-1), others.reshape(-1), atol=1e-4)
+
+
+def assert_statistics(layer: AttentionLayer, expected: Tensor, captured: States) -> None:
+    """The statistics are those of the probabilities that the model returns."""
+    columns = captured[layer.layer_idx, "softmax"].unbind(-1)
+    lse, entropy, max_prob, argmax, sink_prob, local_prob = columns
+    n_keys = expected.shape[-1]
+    distance = torch.arange(n_keys)[:, None] - torch.arange(n_keys)
+    mass = 1 - expected.sum(-1)
+    told = {
+        "entropy": (entropy, torch.special.entr(expected).sum(-1)),
+        "max_prob": (max_prob, expected.amax(-1)),
+        "sink_prob": (sink_prob, expected[..., 0] + mass),
+        "local_prob": (local_prob, (expected * (distance < LOCAL)).sum(-1)),
+    }
+    for name, (actual, wanted) in told.items():
+        off = float((actual - wanted).abs().max())
+        assert off <= TOLERANCE * max(1.0, float(wanted.abs().max())), f"{name} is off by {off}"
+    keys = argmax.contiguous().view(torch.int32).long()
+    chosen = expected.gather(-1, keys[..., None]).squeeze(-1)
+    assert torch.allclose(chosen, expected.amax(-1), atol=TOLERANCE), "argmax_position is another"
+    if layer.scores is not None:
+        query, key = captured[layer.layer_idx, "q"], captured[layer.layer_idx, "k"]
+        positions = torch.arange(n_keys)
+        for b, h in itertools.product(range(query.shape[0]), range(query.shape[1])):
+            own = attention_of(
+                layer,
+                h,
+                query[b, h],
+                key[b, layer.key_head(h)],
+                positions,
+                positions,
+                0,
+                {"lse": lse[b, h]},
+            )
+            off = float((own.probabilities - expected[b, h]).abs().max())
+            assert off <= TOLERANCE, f"lse gives probabilities that are off by {off}"
 
 
 def examine_pre_rope(
@@ -462,8 +658,8 @@ says yes. With every type of RoPE the verdict is the same.
 
 `make architectures` writes this page.
 
-| Architecture | Verdict | Pre-RoPE | Passages | Notes |
-|---|---|---|---|---|
+| Architecture | Verdict | Pre-RoPE | Passages | Values, outputs | Softmax | Notes |
+|---|---|---|---|---|---|---|
 {rows}
 """
 

@@ -39,14 +39,13 @@ from qk_sniffer.capture.sniffer import (
     active_sniffer,
     get_active_sniffer,
 )
-from qk_sniffer.capture.softmax import MOST_KEY_NUMBERS, MOST_SCORES, SoftmaxInput
+from qk_sniffer.capture.softmax import SOFTMAX_BYTES, SoftmaxInput
 
 __all__ = [
     "BUFFER_BYTES",
-    "MOST_KEY_NUMBERS",
-    "MOST_SCORES",
     "N_BUFFERS",
     "SAMPLERS",
+    "SOFTMAX_BYTES",
     "AttentionLayer",
     "BatchRows",
     "Block",

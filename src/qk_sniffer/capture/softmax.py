@@ -27,6 +27,10 @@ MOST_SCORES = 2**22
 MOST_KEY_NUMBERS = 2**23
 """Numbers in the keys of a tile, copied as float32 where the model has another dtype: 32 MiB."""
 
+SOFTMAX_BYTES = 256 * 2**20
+"""More than all tensors take that are there at once while statistics are computed, beside their result
+and what the model has."""
+
 _LEAST = -1e4
 """Where the exponential is 0 in float32 without doubt. An infinity times 0 would be no number."""
 

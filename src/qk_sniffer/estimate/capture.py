@@ -12,6 +12,7 @@ import torch
 from qk_sniffer.capture import (
     BUFFER_BYTES,
     N_BUFFERS,
+    SOFTMAX_BYTES,
     AttentionLayer,
     CapturedHeads,
     Sampler,
@@ -22,9 +23,10 @@ from qk_sniffer.capture import (
 )
 from qk_sniffer.config import CaptureConfig
 from qk_sniffer.estimate.texts import Texts
+from qk_sniffer.kinds import KINDS
 from qk_sniffer.models import AttentionGeometry
 from qk_sniffer.recording import described_streams, stream_keys
-from qk_sniffer.storage import head_files_bytes, journal_bytes
+from qk_sniffer.storage import head_files_bytes, journal_bytes, row_bytes
 
 _PLANNED_ROW = 64
 """Bytes of a row in the plan of its batch, for all heads of a layer and kind: eight int64."""
@@ -67,8 +69,8 @@ class Capture:
 
     @property
     def n_heads(self) -> int:
-        """Query and key heads: files that are written."""
-        return sum(len(stream["heads"]) for stream in self.streams)
+        """Heads of all kinds: files that are written."""
+        return sum(len(stream["heads"]) for stream in self.streams if stream["kind"] in KINDS)
 
     @cached_property
     def rows_by_bucket(self) -> dict[int, float]:
@@ -115,10 +117,14 @@ class Capture:
     @property
     def buffer_bytes(self) -> int:
         """The most that vectors take of the host's memory, and of a device's, on their way."""
-        widths = sum(len(stream["heads"]) * stream["head_dim"] for stream in self.streams)
-        n_bytes = self.rows_of_largest_batch * widths * self.geometry.dtype.itemsize
+        n_bytes = self.rows_of_largest_batch * row_bytes(self.streams, self.dtype)
         n_buffers: int = min(N_BUFFERS, math.ceil(n_bytes / BUFFER_BYTES) + 1)
         return n_buffers * BUFFER_BYTES
+
+    @property
+    def softmax_bytes(self) -> int:
+        """The most that computing the statistics of softmax takes of a device's memory."""
+        return SOFTMAX_BYTES if self.config.capture_softmax else 0
 
     @property
     def _n_draws(self) -> int:

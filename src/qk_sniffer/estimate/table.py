@@ -13,6 +13,7 @@ from qk_sniffer.data import TextDataModule
 from qk_sniffer.estimate.capture import Capture, parameter_bytes
 from qk_sniffer.estimate.texts import Texts
 from qk_sniffer.estimate.timing import FILE_BYTES_PER_SECOND, Samples
+from qk_sniffer.kinds import KINDS, kinds_of
 from qk_sniffer.models import (
     Footprint,
     Quantization,
@@ -103,7 +104,15 @@ def _heads(skeleton: PreTrainedModel, capture: Capture) -> Iterator[Line]:
         counts[1] = "no queries"
     if not capture.config.capture_keys:
         counts[2] = "no keys"
-    dims = sorted({heads.layer.head_dim for heads in chosen})
+    kinds = kinds_of(capture.config.as_settings())
+    counts += [
+        f"{sum(len(heads.of(kind)) for heads in chosen):,} {KINDS[kind].name} heads"
+        for kind in kinds
+        if kind in ("v", "o")
+    ]
+    if capture.config.capture_softmax:
+        counts.append("statistics of each query's softmax")
+    dims = sorted({heads.layer.width(kind) for heads in chosen for kind in kinds})
     yield "captured", f"{', '.join(counts)}, head_dim {' and '.join(map(str, dims))}"
     for reason, numbers in capture.left_out():
         yield "left out", f"layers {_spans(numbers)}: {reason}"
@@ -204,11 +213,13 @@ def _device_memory(
     except Exception:
         yield "", "activations can't be told without the weights' values; --time reads a batch"
         return
-    total = weight_bytes + forward.n_bytes + capture.buffer_bytes
+    total = weight_bytes + forward.n_bytes + capture.buffer_bytes + capture.softmax_bytes
+    statistics = f", {_size(capture.softmax_bytes).strip()} for statistics of softmax"
     yield (
         "",
         f"{_size(total)}  on its device at most: weights, {_size(forward.n_bytes).strip()} of "
-        f"activations for {batch[0]:,} x {batch[1]:,} tokens, vectors on their way",
+        f"activations for {batch[0]:,} x {batch[1]:,} tokens, vectors on their way"
+        f"{statistics if capture.softmax_bytes else ''}",
     )
     if forward.is_mask and forward.largest > total / 10:
         yield (

@@ -49,8 +49,8 @@ class ResultMap:
         if "o" not in parts or not changed:
             return []
         note = (
-            "outputs are those of the attention; the layer changes them before it projects them, by a "
-            "gate or a norm"
+            "outputs are those of the attention; a gate, a norm or experts come between them and the "
+            "output projection"
         )
         return [note if changed == self.layers else in_layers(note, changed)]
 
@@ -95,7 +95,7 @@ class ProjectionTrace:
     def watching(self, modules: Collection[nn.Module]) -> Iterator[None]:
         """Look at what some modules are given, within a block."""
         with ExitStack() as stack:
-            for module in modules:
+            for module in filter(is_projection, modules):
                 stack.callback(module.register_forward_pre_hook(self._enter).remove)
             yield
 
@@ -107,6 +107,12 @@ class ProjectionTrace:
         if torch.equal(given.reshape(-1), output.reshape(-1)):
             self._results.projected.add(self._layer_idx)
             self._output = None
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Whether a module has weights and is no norm."""
+    has_weights = next(module.parameters(recurse=False), None) is not None
+    return has_weights and "Norm" not in type(module).__name__
 
 
 def own_width(module: nn.Module, states: Tensor | None) -> Tensor | None:

@@ -66,7 +66,7 @@ from qk_sniffer.storage.schema import (
     head_schema,
     parse_head_name,
 )
-from qk_sniffer.storage.sizes import head_files_bytes, journal_bytes
+from qk_sniffer.storage.sizes import head_files_bytes, journal_bytes, row_bytes
 from qk_sniffer.storage.stored_rows import StoredRows, fault_of_columns, fault_of_values
 from qk_sniffer.storage.summary import (
     NOTHING_KEPT,
@@ -147,6 +147,7 @@ __all__ = [
     "require_captured",
     "require_manifest",
     "require_shared",
+    "row_bytes",
     "shown_names",
     "stored_example_ids",
     "summary_table",

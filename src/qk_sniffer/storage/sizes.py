@@ -16,9 +16,10 @@ Measured: 0.92 to 0.93, 0.40, and 0.56 in files with 18 to 46 KiB of vectors; 0.
 _SMALL = 2**17
 """Bytes of vectors up to which a file is small: zstd finds less in it."""
 
-_FILE, _ROW, _TOKEN_STRING = 1850, 1.2, 3.0
-"""Bytes of a file without rows (footer, and headers of its pages), of the numbers of a row, and of its
-token string. Measured: 1,790 to 2,400 a file; 0.1 (`all`) to 2, and 1.6 to 6 a row."""
+_FILE, _ROW, _TOKEN_STRING, _STATISTICS = 1850, 1.2, 3.0, 18.0
+"""Bytes of a file without rows (footer, and headers of its pages), of the numbers of a row, of its
+token string, and of a query's statistics. Measured: 1,790 to 2,400 a file; 0.1 (`all`) to 2, 1.6 to 6,
+and 16.9 to 18.2 a row."""
 
 _BLOCK, _BATCH = 28, 1000
 """Bytes of a block in the index of its batch in the journal, and of a batch's examples."""
@@ -51,11 +52,25 @@ def journal_bytes(
         n_batches: Batches that they come from.
         n_token_strings: Tokens of all texts, where their strings are captured.
     """
-    widths: int = sum(len(stream["heads"]) * stream["head_dim"] for stream in streams)
     return math.ceil(
-        rows * (widths * _ITEMSIZE[dtype] + _JOURNAL_ROW * n_draws)
+        rows * (row_bytes(streams, dtype) + _JOURNAL_ROW * n_draws)
         + (_BLOCK * len(streams) + _BATCH) * n_batches
         + _JOURNAL_TOKEN * n_token_strings
+    )
+
+
+def row_bytes(streams: Sequence[Stream], dtype: str) -> int:
+    """Bytes of one row of all heads, as it is captured; statistics are float32.
+
+    Args:
+        streams: What is captured.
+        dtype: Number format of the vectors, by its name in torch.
+    """
+    return sum(
+        len(stream["heads"])
+        * stream["head_dim"]
+        * _ITEMSIZE["float32" if stream["kind"] == "softmax" else dtype]
+        for stream in streams
     )
 
 
@@ -73,6 +88,9 @@ def head_files_bytes(
     numbers = _ROW + _TOKEN_STRING * token_strings
     total = 0.0
     for stream in streams:
+        if stream["kind"] == "softmax":
+            total += len(stream["heads"]) * rows * _STATISTICS
+            continue
         vectors = 4 * rows * stream["head_dim"]
         small, large = _COMPRESSED[dtype]
         size = _FILE + rows * numbers + vectors * (small if vectors <= _SMALL else large)
