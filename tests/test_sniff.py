@@ -35,12 +35,14 @@ from qk_sniffer import Captures, sniff
 from qk_sniffer.capture import buffers
 from qk_sniffer.cli import main
 from qk_sniffer.errors import UserError
+from qk_sniffer.kinds import SOFTMAX_COLUMNS
 from qk_sniffer.models import decoder_backbone
 from qk_sniffer.sniffing import Captured
 from tiny import tiny_causal_lm
 
 TOLERANCE = 1e-5
 DOZEN = [*FAMILIES, "bloom", "opt", "gpt_neox", "gemma2", "gpt_oss", "phi3", "falcon"]
+EVERYTHING: dict[str, Any] = {"kinds": "qkvo", "softmax": True, "local_positions": 5}
 NO_ROPE = ("gpt2", "bloom", "opt")
 
 
@@ -69,7 +71,9 @@ def rows_of(captured: Captures, example: int | str, **columns: Any) -> dict[str,
         rows = head.where(example=example).numpy()
         assert (np.diff(rows["position"]) > 0).all()
         found[head.name] = rows["vector"]
-        found[f"{head.name} position"] = rows["position"]
+        found |= {
+            f"{head.name} {name}": rows[name] for name in ("position", *SOFTMAX_COLUMNS) if name in rows
+        }
     return found
 
 
@@ -80,9 +84,9 @@ def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
         np.testing.assert_allclose(found[name], values, atol=TOLERANCE, rtol=0, err_msg=name)
 
 
-def alone(model: nn.Module, input_ids: Tensor, **settings: Any) -> dict[str, np.ndarray]:
-    """The rows of one text that is read by itself."""
-    with torch.no_grad(), sniff(model, **settings) as captured:
+def alone(model: nn.Module, input_ids: Tensor) -> dict[str, np.ndarray]:
+    """Everything of one text that is read by itself."""
+    with torch.no_grad(), sniff(model, **EVERYTHING) as captured:
         model(input_ids=input_ids.reshape(1, -1))
     return rows_of(captured, 0)
 
@@ -90,8 +94,13 @@ def alone(model: nn.Module, input_ids: Tensor, **settings: Any) -> dict[str, np.
 @pytest.mark.parametrize("family", DOZEN)
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"sampler": "uniform", "base_rate": 7.0, "min_bucket_size": 8}, {"pre_rope": True}],
-    ids=["all", "uniform", "pre-rope"],
+    [
+        {},
+        {"sampler": "uniform", "base_rate": 7.0, "min_bucket_size": 8},
+        {"pre_rope": True},
+        {**EVERYTHING, "sampler": "uniform", "base_rate": 4.0, "min_bucket_size": 8},
+    ],
+    ids=["all", "uniform", "pre-rope", "everything"],
 )
 def test_rows_are_those_of_a_run(
     family: str,
@@ -107,6 +116,9 @@ def test_rows_are_those_of_a_run(
         "min_bucket_size": settings.get("min_bucket_size", 8192),
         "capture_pre_rope": "pre_rope" in settings,
     }
+    if "kinds" in settings:
+        capture |= dict.fromkeys(("capture_values", "capture_outputs", "capture_softmax"), True)
+        capture |= {"local_positions": 5}
     if family in NO_ROPE and "pre_rope" in settings:
         pytest.skip("no RoPE of a function of its own")
     directory = model_dir(family) if family in FAMILIES else tmp_path / family
@@ -125,7 +137,8 @@ def test_rows_are_those_of_a_run(
     assert [head.name for head in captured.heads] == [head.name for head in run.heads]
     for ours, theirs in zip(captured.heads, run.heads, strict=True):
         found, expected = ours.arrow(), theirs.arrow()
-        for column in ("bucket", "example_id", "position", "vector", "sliding_window"):
+        assert found.schema == expected.schema
+        for column in set(found.schema.names) - {"token_str"}:
             assert found[column].to_pylist() == expected[column].to_pylist(), (ours.name, column)
     assert captured.examples.to_pylist() == run.examples.to_pylist()
 
@@ -134,7 +147,7 @@ def test_rows_are_those_of_a_run(
 def test_left_padding_changes_no_row(family: str) -> None:
     model = model_of(family)
     texts = "a short one", "a text that has some more tokens", "two"
-    with torch.no_grad(), sniff(model) as captured:
+    with torch.no_grad(), sniff(model, **EVERYTHING) as captured:
         model(**accepted(model, tokens_of(*texts)))
     for number, text in enumerate(texts):
         expected = alone(model, tokens_of(text)["input_ids"])
@@ -155,7 +168,7 @@ def test_generate_is_one_text(family: str, sampled: bool) -> None:
     inputs = tokens_of("a short one", "a text that has some more tokens")
     del inputs["position_ids"]
     torch.manual_seed(1)
-    with sniff(model) as captured:
+    with sniff(model, **EVERYTHING) as captured:
         texts = model.generate(**inputs, max_new_tokens=9, do_sample=sampled)
     for number, (text, mask) in enumerate(zip(texts, inputs["attention_mask"], strict=True)):
         # The last token is never read, and neither is what follows the end of a text.
@@ -190,7 +203,7 @@ def test_a_text_that_generate_pads_has_ended() -> None:
     inputs, first, end = prompts_of_which_one_ends(model)
     width = inputs["input_ids"].shape[1]
     model.generation_config.eos_token_id = end
-    with sniff(model) as captured:
+    with sniff(model, **EVERYTHING) as captured:
         texts = model.generate(**inputs, max_new_tokens=9)
         captured.names(["another"])
         model(**tokens_of("another"))
@@ -212,7 +225,7 @@ def test_a_conversation_is_one_text() -> None:
     turns = [
         tokenizer(text, return_tensors="pt")["input_ids"] for text in ("hello there", " and again")
     ]
-    with torch.no_grad(), sniff(model) as captured:
+    with torch.no_grad(), sniff(model, **EVERYTHING) as captured:
         cache = model(input_ids=turns[0]).past_key_values
         model(input_ids=turns[1], past_key_values=cache)
         other = DynamicCache(config=model.config)
@@ -227,7 +240,7 @@ def test_packed_texts_are_texts_of_their_own() -> None:
     model, tokenizer = model_of("llama"), byte_tokenizer()
     texts = [tokenizer(text, return_tensors="pt")["input_ids"] for text in ("first", "a second", "3")]
     positions = torch.cat([torch.arange(text.shape[1]) for text in texts])[None]
-    with torch.no_grad(), sniff(model) as captured:
+    with torch.no_grad(), sniff(model, **EVERYTHING) as captured:
         captured.names(["a", "b", "c"])
         model(input_ids=torch.cat(texts, dim=1), position_ids=positions, use_cache=False)
     assert captured.examples.num_rows == 3
@@ -265,7 +278,7 @@ def test_the_model_does_what_it_does_without(family: str, implementation: str) -
             if isinstance(part, nn.Dropout):
                 part.p = 0.2
         torch.manual_seed(5)
-        with sniff(model) if sniffed else nothing():
+        with sniff(model, **EVERYTHING) if sniffed else nothing():
             inputs = tokens_of("a text", "another of them")
             generated = model.generate(**inputs, max_new_tokens=8, do_sample=True)
             model.train()
@@ -286,7 +299,7 @@ def test_what_a_backward_computes_again_is_no_row() -> None:
     model = model_of("llama").train()
     model.gradient_checkpointing_enable()
     inputs = byte_tokenizer()("a text that is read once", return_tensors="pt")["input_ids"]
-    with sniff(model) as captured:
+    with sniff(model, **EVERYTHING) as captured:
         model(input_ids=inputs, labels=inputs, use_cache=False).loss.backward()
     assert len(captured.head(0, 0)) == inputs.shape[1]
     assert not captured.head(0, 0).torch()["vector"].requires_grad
@@ -383,7 +396,7 @@ def test_blocks_of_several_threads_may_end_in_any_order() -> None:
 
 def test_one_block_captures_the_calls_of_all_threads() -> None:
     model = model_of("llama")
-    with torch.no_grad(), sniff(model) as captured:
+    with torch.no_grad(), sniff(model, **EVERYTHING) as captured:
 
         def work(number: int) -> None:
             with torch.no_grad():
@@ -414,7 +427,7 @@ def test_an_adapter_of_peft() -> None:
     with model.disable_adapter():
         assert_close(alone(model, tokens), plain)
     assert np.abs(adapted["l00h00q"] - plain["l00h00q"]).max() > 0.1
-    with torch.no_grad(), sniff(model) as captured:
+    with torch.no_grad(), sniff(model, **EVERYTHING) as captured:
         whole = model.generate(input_ids=tokens[None], max_new_tokens=6)[:, :-1]
     assert_close(rows_of(captured, 0), alone(model, whole))
     merged = model.merge_and_unload()
@@ -433,7 +446,7 @@ def test_a_quantized_model(bits: int, tmp_path: Path) -> None:
         attn_implementation="eager",
     )
     tokens = torch.arange(5, 17)[None]
-    with torch.no_grad(), sniff(model) as captured:
+    with torch.no_grad(), sniff(model, **EVERYTHING) as captured:
         expected = model(input_ids=tokens, output_attentions=True).attentions
     for layer, probabilities in enumerate(expected):
         found = captured.attention(layer, 3, 0).probabilities
@@ -446,7 +459,7 @@ def test_a_quantized_model(bits: int, tmp_path: Path) -> None:
 def test_a_model_in_half_precision_and_its_bare_decoder(dtype: torch.dtype) -> None:
     model = model_of("qwen2").to(dtype)
     tokens = torch.arange(5, 17)[None]
-    with torch.no_grad(), sniff(decoder_backbone(model)) as captured:
+    with torch.no_grad(), sniff(decoder_backbone(model), **EVERYTHING) as captured:
         decoder_backbone(model)(tokens)
     assert_close(rows_of(captured, 0), alone(model, tokens))
     vectors = captured.head(0, 0).torch()["vector"]
@@ -543,7 +556,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     refused("model: a compiled backbone runs kernels", model=torch.compile(model))
     refused("layers: the model has no layer 99; choose from 0 to 3", layers=[99])
     refused("heads: the model has no query head 7; choose from 0 to 3", heads=[7])
-    refused("kinds: expected q, k or qk, got 'v'", kinds="v")
+    refused("kinds: expected some of qkvo, such as qk or v, got 'x'", kinds="x")
     refused("sampler: no sampler is called 'unifrom'", sampler="unifrom")
     refused("base_rate: must be a finite number", base_rate=0.0)
     refused("captured: nothing was read yet; call the model", lambda c: c.head(0, 0))
@@ -727,7 +740,7 @@ def test_a_text_has_ended_however_generate_is_told(ends: str) -> None:
         settings["pad_token_id"] = end
     if ends == "criterion":
         settings = {"eos_token_id": None, "pad_token_id": 0, "stopping_criteria": [EndsAt(end)]}
-    with sniff(model) as captured:
+    with sniff(model, **EVERYTHING) as captured:
         texts = model.generate(**inputs, max_new_tokens=9, **settings)
         model(input_ids=torch.tensor([[5, 6]]))
     kept = len("a short one") + 1 + first.index(end)
@@ -753,7 +766,7 @@ def test_tokens_that_are_read_one_by_one_are_all_kept() -> None:
     model = model_of("llama")
     tokens = torch.tensor([[5, 6, 1, 1, 7, 8]])
     cache = DynamicCache(config=model.config)
-    with torch.no_grad(), sniff(model) as captured:
+    with torch.no_grad(), sniff(model, **EVERYTHING) as captured:
         for token in tokens.split(1, dim=1):
             model(input_ids=token, past_key_values=cache)
     assert_close(rows_of(captured, 0), alone(model, tokens))
@@ -821,7 +834,7 @@ def test_chunks_of_a_prompt_are_numbered_by_their_sequences() -> None:
     model = model_of("llama")
     inputs = tokens_of("two", "a text that has some more tokens")
     del inputs["position_ids"]
-    with sniff(model) as captured:
+    with sniff(model, **EVERYTHING) as captured:
         captured.names(np.array([7, 9]))
         model.generate(**inputs, max_new_tokens=3, prefill_chunk_size=8)
     assert_close(rows_of(captured, 7), rows_of_generate(model, "two"))
@@ -829,7 +842,7 @@ def test_chunks_of_a_prompt_are_numbered_by_their_sequences() -> None:
 
 
 def rows_of_generate(model: PreTrainedModel, text: str) -> dict[str, np.ndarray]:
-    with sniff(model) as captured:
+    with sniff(model, **EVERYTHING) as captured:
         model.generate(tokens_of(text)["input_ids"], max_new_tokens=3)
     return rows_of(captured, 0)
 
@@ -841,14 +854,14 @@ def test_positions_are_those_of_the_vectors(family: str) -> None:
     inputs = tokens_of("two", "some text")
     del inputs["position_ids"]
     inputs = accepted(model, inputs)
-    with torch.no_grad(), sniff(model) as captured:
+    with torch.no_grad(), sniff(model, **EVERYTHING) as captured:
         model(**inputs)
     found = rows_of(captured, 0)
     counts_places = found["l00h00q position"][0] > 0
     assert counts_places == (family not in ("opt", "bloom"))
     if "position_ids" in inspect.signature(model.forward).parameters:
         positions = torch.from_numpy(found["l00h00q position"]).long()[None]
-        with torch.no_grad(), sniff(model) as again:
+        with torch.no_grad(), sniff(model, **EVERYTHING) as again:
             model(input_ids=inputs["input_ids"][:1, -3:], position_ids=positions, use_cache=False)
         assert_close(
             {k: v for k, v in found.items() if k.startswith("l00")},
@@ -899,7 +912,7 @@ def test_vectors_may_come_in_many_buffers(
     tokens = torch.arange(5, 45)[None]
     expected = alone(model, tokens)
     monkeypatch.setattr(buffers, "BUFFER_BYTES", 4096)
-    with torch.no_grad(), sniff(model, device=device) as captured:  # type: ignore[arg-type]
+    with torch.no_grad(), sniff(model, device=device, **EVERYTHING) as captured:  # type: ignore[arg-type]
         model(tokens)
         whole = model.generate(tokens[:, :7], max_new_tokens=4, do_sample=False)
     assert_close(rows_of(captured, 0), expected)

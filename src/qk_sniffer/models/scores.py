@@ -31,14 +31,17 @@ def softmax_input(call: AttentionCall, layer: AttentionLayer, past_length: int) 
         layer: Its layer.
         past_length: Places of the cache before it.
     """
-    sinks = call.sinks
+    sinks, bias = call.sinks, call.bias
+    if bias is not None and layer.scores is not None and layer.scores.alibi_slopes is not None:
+        # Some count the positions of ALiBi from the last key, which the softmax does not feel.
+        bias = bias - bias[..., :1]
     return SoftmaxInput(
         call.query,
         call.key,
         past_length,
         call.scaling,
         call.arguments.get("softcap") or None,
-        call.bias,
+        bias,
         call.mask,
         None if sinks is None else sinks.reshape(-1),
         layer.sliding_window,

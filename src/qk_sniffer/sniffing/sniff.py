@@ -120,7 +120,7 @@ def sniff(
 
 def _capture_config(kinds: str, **settings: Any) -> CaptureConfig:
     if not isinstance(kinds, str) or not kinds or set(kinds) - set(KINDS):
-        raise UserError(f"kinds: expected {', '.join(KINDS)} or {''.join(KINDS)}, got {kinds!r}")
+        raise UserError(f"kinds: expected some of {''.join(KINDS)}, such as qk or v, got {kinds!r}")
     wanted: dict[str, Any] = {facts.setting: kind in kinds for kind, facts in KINDS.items()}
     return as_arguments(lambda: CaptureConfig(**wanted, **settings))
 
