@@ -22,7 +22,8 @@ from examine import sniff_all
 from qk_sniffer.capture import active_sniffer
 from qk_sniffer.data.batches import plan_batches
 from qk_sniffer.errors import UserError
-from qk_sniffer.models import check_passages, decoder_backbone
+from qk_sniffer.kinds import PARTS, SOFTMAX_COLUMNS
+from qk_sniffer.models import check_passages, decoder_backbone, probe_attention
 from qk_sniffer.models.refusals import REFUSED, refuse_unsupported
 from qk_sniffer.module import SnifferModule
 from tiny import ARCHITECTURES, VOCABULARY, WINDOW, tiny_causal_lm, tiny_config
@@ -166,7 +167,9 @@ def read(backbone: nn.Module, texts: list[torch.Tensor], batches: Any, passage: 
     rows: Rows = {}
     for batch in batches:
         lengths = [len(texts[number]) for number in batch]
-        sniffer, chunks = sniff_all(backbone, lengths)
+        problems = probe_attention(backbone).results.problems
+        parts = [part for part in PARTS if part not in problems]
+        sniffer, chunks = sniff_all(backbone, lengths, parts=parts)
         input_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
         for row, number in enumerate(batch):
             input_ids[row, : lengths[row]] = texts[number]
@@ -183,7 +186,11 @@ def _joined(chunks: Any, row: int) -> dict[tuple[int, str], torch.Tensor]:
     parts: dict[tuple[int, str], list[torch.Tensor]] = {}
     for chunk in chunks:
         mine = chunk.example_ids == row
-        parts.setdefault((chunk.layer_idx, chunk.kind), []).append(chunk.vectors[:, mine])
+        vectors = chunk.vectors[:, mine]
+        if chunk.kind == "softmax":
+            # The key with the largest score is no number to compare by its size.
+            vectors = vectors[..., [name != "argmax_position" for name in SOFTMAX_COLUMNS]]
+        parts.setdefault((chunk.layer_idx, chunk.kind), []).append(vectors)
     return {key: torch.cat(found, dim=1) for key, found in parts.items()}
 
 

@@ -24,7 +24,13 @@ TEXTS = [
 ]
 
 ALL: dict[str, Any] = {"sampler": {"type": "all"}, "capture_token_strings": True}
-SAMPLED: dict[str, Any] = {"sampler": {"type": "uniform", "base_rate": 2.0}, "min_bucket_size": 8}
+SAMPLED: dict[str, Any] = {
+    "sampler": {"type": "uniform", "base_rate": 2.0},
+    "min_bucket_size": 8,
+    "capture_values": True,
+    "capture_outputs": True,
+    "capture_softmax": True,
+}
 DATA = {"id_column": "id", "batch_size": BATCH_SIZE}
 
 Sections = tuple[dict[str, Any], dict[str, Any], float]

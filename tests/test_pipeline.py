@@ -16,8 +16,18 @@ SMALL = 32 * ALIGNMENT
 CAPTURES: dict[str, dict[str, Any]] = {
     "all": {"sampler": {"type": "all"}},
     "uniform": {"sampler": {"type": "uniform", "base_rate": 4}, "min_bucket_size": 16},
+    "everything": {
+        "sampler": {"type": "uniform", "base_rate": 4},
+        "min_bucket_size": 8,
+        "capture_values": True,
+        "capture_outputs": True,
+        "capture_softmax": True,
+    },
     "log_uniform": {"sampler": {"type": "log_uniform", "base_rate": 4}, "min_bucket_size": 16},
 }
+
+
+N_FILES = {name: 4 * (4 + 2) * (1 + (name == "everything")) + 1 for name in CAPTURES}
 
 
 class Counted:
@@ -82,7 +92,7 @@ def test_copies_writes_and_memory_have_limits(
         counted = Counted(patch)
         run["sniffer"]["output"] = {"overwrite": True}
         assert predict(**run) == 0
-    assert len(files) == 4 * (4 + 2) + 1
+    assert len(files) == N_FILES[name]
     assert all(path.read_bytes() == content for path, content in files.items())
     assert len(counted.batches) == -(-len(LENGTHS) // 3)
     copies_before = 0
@@ -144,5 +154,5 @@ def test_batches_to_come_are_drawn_with_the_first(
         assert len(draws) == n_draws
         found = (tmp_path / root).glob("*/data.parquet")
         files.append({path.parent.name: path.read_bytes() for path in found})
-    assert len(files[0]) == 4 * (4 + 2) + 1
+    assert len(files[0]) == N_FILES[name]
     assert files[0] == files[1]

@@ -135,7 +135,12 @@ def new_run(
             "model": {"name": str(model_dir("llama"))},
             "data": {"path": str(texts), "id_column": "id"} | data,
             "sniffer": {
-                "capture": {"sampler": {"type": "all"}},
+                "capture": {
+                    "sampler": {"type": "all"},
+                    "capture_values": True,
+                    "capture_outputs": True,
+                    "capture_softmax": True,
+                },
                 "output": {"data_root": str(directory / "root")} | dict(output or {}),
             },
         }

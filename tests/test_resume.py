@@ -61,7 +61,8 @@ def test_the_same_command_goes_on(
     ids: str | None,
 ) -> None:
     sections = {"data": {"batch_size": 2, "streaming": streaming, "id_column": ids}}
-    sections |= {"sniffer": {"capture": {"capture_token_strings": True}}}
+    everything = ("token_strings", "values", "outputs", "softmax")
+    sections |= {"sniffer": {"capture": {f"capture_{name}": True for name in everything}}}
     assert predict("whole", **sections) == 0
     interrupt("root", **sections)
     assert not list((tmp_path / "root").glob("l*"))
@@ -106,6 +107,8 @@ def test_texts_that_are_captured_are_not_tokenized_again(
         ({"model": {"config_overrides": {"rms_norm_eps": 1e-5}}}, "model.config_overrides is null"),
         ({"data": {"tokenizer": {"max_length": 20}}}, "data.tokenizer.max_length is null there and 20"),
         ({"data": {"id_column": None}}, 'data.id_column is "id" there and null here'),
+        ({"sniffer": {"capture": {"capture_softmax": True}}}, "softmax is not set there and true here"),
+        ({"sniffer": {"capture": {"capture_values": True}}}, "values is not set there and true here"),
         ({"sniffer": {"capture": {"heads": [1]}}}, "sniffer.capture.heads is null there and [1]"),
         ({"sniffer": {"capture": {"sampler": {"seed": 3}}}}, "capture.sampler.seed is 0 there and 3"),
         ({"sniffer": {"capture": {"head_sampling": {"count": 3}}}}, "capture.head_sampling is null"),

@@ -84,7 +84,7 @@ def expected(given: SoftmaxInput, queries: KeptQueries, head: int) -> Tensor:
         elif given.window is not None:
             allowed &= distance < given.window
         scores = scores.masked_fill(~allowed, -torch.inf)
-        sink = None if given.sinks is None else given.sinks[head].double()
+        sink = None if given.sinks is None else given.sinks.flatten()[head].double()
         everything = scores if sink is None else torch.cat([scores, sink[None]])
         lse = everything.logsumexp(0)
         p = (scores - lse).exp()
@@ -122,12 +122,17 @@ CASES: dict[str, dict[str, Any]] = {
     "cap": {"softcap": 2.5},
     "window": {"window": 7},
     "chunks": {"window": 9, "chunked": True},
-    "sinks": {"sinks": torch.linspace(-2, 3, 6)},
+    "sinks": {"sinks": torch.linspace(-2, 3, 6).view(1, 6, 1, 1)},
     "slopes": {"bias": -torch.rand(1, 6, 1, 40) * torch.arange(40)},
     "bias": {"bias": torch.randn(3, 6, 40, 50)},
     "mask": {"mask": (torch.rand(3, 1, 40, 40) < 0.7) | torch.eye(40, dtype=torch.bool)},
     "added mask": {"mask": torch.randn(1, 6, 40, 44)},
-    "all": {"softcap": 3.0, "window": 7, "sinks": torch.zeros(6), "bias": torch.randn(1, 6, 40, 40)},
+    "all": {
+        "softcap": 3.0,
+        "window": 7,
+        "sinks": torch.zeros(1, 6, 1, 1),
+        "bias": torch.randn(1, 6, 40, 40),
+    },
 }
 
 

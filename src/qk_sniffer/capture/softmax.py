@@ -48,7 +48,7 @@ class SoftmaxInput:
         bias: Added to the scaled and capped scores, (B or 1, num_attention_heads, Q or 1, K or more).
         mask: The call's own, (B or 1, num_attention_heads or 1, Q, K or more), bool or what is added;
             None where the kernel itself knows causality and window.
-        sinks: (num_attention_heads,) scores of a key without a value; None for none.
+        sinks: Scores of a key without a value, (B or 1, num_attention_heads, Q or 1, 1); None for none.
         window: The layer's window; None for full attention.
         chunked: The window is a block, and not the tokens before the query.
     """
@@ -258,7 +258,7 @@ class _Computing:
             if own_host.min() - self._local_positions < high - 1:
                 is_far = place <= own[..., None] - self._local_positions
                 sums.add_local(weights, is_far[:, None])
-        found = sums.statistics(self._sinks())
+        found = sums.statistics(self._sinks(tile, columns))
         found[..., 3] = self._position_of(tile, sums.argmax, own, positions)
         flat = found.transpose(0, 1).flatten(1, 2).index_select(0, self._on_device["own"])
         return flat.index_select(1, upload(torch.from_numpy(tile.slots), device))
@@ -294,11 +294,9 @@ class _Computing:
                 scores = scores + own.float()
         return scores
 
-    def _sinks(self) -> Tensor | None:
+    def _sinks(self, tile: _Tile, columns: Tensor) -> Tensor | None:
         sinks = self._given.sinks
-        if sinks is None:
-            return None
-        return sinks.float().index_select(0, self._on_device["query"])[:, None]
+        return None if sinks is None else self._rows_of(sinks, tile, columns).squeeze(-1).float()
 
     def _positions_at(self, tile: _Tile, low: int, high: int) -> Tensor:
         """Positions of some keys: (S, keys), -1 for padding."""
@@ -373,7 +371,7 @@ class _Sums:
         """The statistics, (S, heads, R, 6), without argmax_position.
 
         Args:
-            sinks: (heads, 1) scores of the learned sinks; None for none.
+            sinks: (S, heads, R) scores of the learned sinks; None for none.
         """
         lse = keys_lse = self._largest + self._total.log()
         if sinks is not None:

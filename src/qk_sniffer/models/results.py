@@ -46,7 +46,7 @@ class ResultMap:
     def notes(self, parts: Collection[Part]) -> list[str]:
         """What a reader of some parts must know."""
         changed = self.layers - self.projected
-        if "o" not in parts or not changed:
+        if "o" not in parts or "o" in self.problems or not changed:
             return []
         note = (
             "outputs are those of the attention; a gate, a norm or experts come between them and the "

@@ -18,8 +18,6 @@ def softmax_problem(call: AttentionCall) -> str | None:
         return "adds terms to its scores that its queries and keys don't tell"
     if call.arguments.get("block_indices") is not None:
         return "attends to blocks of keys that an indexer picks"
-    if call.sinks is not None and call.sinks.numel() != call.query.shape[1]:
-        return "has learned sinks that are not one for each head"
     return None
 
 
@@ -43,7 +41,7 @@ def softmax_input(call: AttentionCall, layer: AttentionLayer, past_length: int) 
         call.arguments.get("softcap") or None,
         bias,
         call.mask,
-        None if sinks is None else sinks.reshape(-1),
+        None if sinks is None else sinks.view(1, -1, 1, 1) if sinks.dim() == 1 else sinks,
         layer.sliding_window,
         layer.chunked,
     )
