@@ -290,7 +290,7 @@ def test_mistakes_are_named(captures: Captures, predict: Run, tmp_path: Path) ->
         captures.key_head(9, 0)
     with pytest.raises(UserError, match="key_head: layer 0 has the query heads 0 to 3, and not 9"):
         captures.key_head(0, 9)
-    with pytest.raises(UserError, match="kind: expected q or k, got Q"):
+    with pytest.raises(UserError, match="kind: expected one of q, k, v, o, got Q"):
         captures.head(0, 0, "Q")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="columns: there is no postion; choose from bucket, example_id"):
         captures.head(0, 0).arrow(["postion"])

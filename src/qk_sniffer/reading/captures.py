@@ -108,7 +108,7 @@ class Captures:
         """
         layer, head = operator.index(layer), operator.index(head)
         if kind not in KINDS:
-            raise UserError(f"kind: expected {' or '.join(KINDS)}, got {kind}")
+            raise UserError(f"kind: expected one of {', '.join(KINDS)}, got {kind}")
         facts = self.manifest["heads"].get(head_name(layer, head, kind))
         if facts is None:
             raise UserError(self._not_captured(layer, head, kind))

@@ -35,7 +35,7 @@ _SCHEMA_TABLE = """\
 | token_str | string | the token at the position, where captured |"""
 
 _STATISTICS_TABLE = """
-| lse | float32 | ln Σ exp(s) of the scores s of all keys that the query attends to, and of a learned sink |
+| lse | float32 | ln Σ exp(s) over the scores s of all its keys, and of a learned sink |
 | entropy | float32 | -Σ p ln p in nats, p = exp(s - lse) |
 | max_prob | float32 | the largest p |
 | argmax_position | int32 | the position of its key |
