@@ -98,8 +98,8 @@ def _with_partner(
             for kind, number in numbers.items()
             if kind in measures
         }
-    if key := served.pop("k", None):
-        heads["k"] = key
+    if "k" in served:
+        key = heads["k"] = served.pop("k")
         told = _told(measures["k"].r2.of(key))
         titles["k"] = f"Keys of {key.name}, which {head.name} meets ({told})"
         name += f" with {key.name}"
