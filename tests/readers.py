@@ -1,6 +1,9 @@
-"""Independent readers of a head's file, the types they must see, and the line of a mistake."""
+"""Independent readers of a head's file, its types, the line of a mistake, and eager attention."""
 
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
 import duckdb
@@ -8,6 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qk_sniffer.reading import Head
 
 
 def schema(head_dim: int) -> list[tuple[str, pa.DataType]]:
@@ -74,3 +81,34 @@ def assert_same_rows(root: Path, other: Path) -> None:
             np.testing.assert_allclose(*vectors, atol=1e-5, rtol=0)
             mine, theirs = mine.drop_columns("vector"), theirs.drop_columns("vector")
         assert mine.equals(theirs), name
+
+
+def eager_attention(model_dir: Path, texts: list[dict[str, Any]]) -> dict[str, list[torch.Tensor]]:
+    """The model's own probabilities in each text, by its id: (heads, N, N) for each layer."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    found = {}
+    for text in texts:
+        tokens = tokenizer(text["text"], return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            layers = model(input_ids=tokens, output_attentions=True).attentions
+        found[text["id"]] = [layer[0] for layer in layers]
+    return found
+
+
+def softmax_means_of(
+    head: Head, source_ids: Mapping[int, str], eager: dict[str, list[torch.Tensor]], n_local: int
+) -> dict[str, float]:
+    """The means of the statistics over the rows of a query head, a row at a time."""
+    rows = head.numpy()
+    found: dict[str, list[float]] = defaultdict(list)
+    for example, position in zip(rows["example_id"].tolist(), rows["position"].tolist(), strict=True):
+        p = eager[source_ids[example]][head.layer.layer_idx][head.head, position].numpy()
+        attended = p[p > 0]
+        found["entropy"].append(-(attended * np.log(attended)).sum())
+        found["max_prob"].append(p.max())
+        found["sink_prob"].append(p[0])
+        found["local_prob"].append(p[max(0, position - n_local + 1) : position + 1].sum())
+        if position:
+            found["previous"].append(p.argmax() == position - 1)
+    return {name: float(np.mean(values)) for name, values in found.items()}

@@ -45,8 +45,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
         return dict(zip(NOTEBOOKS, asyncio.run(execute_all()), strict=True))
 
 
-def test_there_are_four() -> None:
-    assert len(NOTEBOOKS) == 4
+def test_there_are_five() -> None:
+    assert len(NOTEBOOKS) == 5
 
 
 @EACH
@@ -58,7 +58,7 @@ def test_it_runs_from_top_to_bottom(notebook: Path, outcomes: Outcomes) -> None:
     cells = [cell for cell in outcome.cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
     n_pictures = sum("image/png" in output.get("data", ()) for output in outputs)
-    drawing = re.compile(r"plt\.subplots\(|\.plot\(\)|\.plot_attention\((?!.*axes=)")
+    drawing = re.compile(r"plt\.subplots\(|\.plot\(\)|\.plot_(?:attention|softmax)\((?!.*axes=)")
     assert n_pictures == sum(len(drawing.findall(cell.source)) for cell in cells) > 0
 
 

@@ -2,7 +2,8 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from qk_sniffer.pictures import (
     draw_predictions,
     new_axes,
 )
+from readers import eager_attention
+from tiny import tiny_causal_lm
 
 TEXT = "def attention(query, key, value): return softmax(query @ key.T) @ value"
 
@@ -135,6 +138,56 @@ def test_keys_that_were_not_kept(predict: Run, tmp_path: Path) -> None:
                 captures.plot_attention(1, 2, int(example), queries=int(position))
             return
     pytest.fail("every query has a key before it")
+
+
+def test_sampled_keys_have_their_own_probabilities_where_the_statistics_are_known(
+    predict: Run, tmp_path: Path, model_dir: Callable[[str], Path], texts: list[dict[str, Any]]
+) -> None:
+    capture = {"sampler": {"type": "uniform", "base_rate": 3}, "min_bucket_size": 8}
+    assert predict(sniffer={"capture": capture | {"capture_softmax": True}}) == 0
+    axes = Captures(tmp_path / "root").plot_attention(1, 2, "topic-2")
+    assert bar_label(axes) == "probability, square-root scale"
+    queries, keys = ([int(i) for i in tick_labels(axis)] for axis in (axes.yaxis, axes.xaxis))
+    eager = eager_attention(model_dir("llama"), texts)["topic-2"][1][2]
+    expected = eager[queries][:, keys].numpy()
+    shown = axes.images[0].get_array()
+    assert len(keys) < 40 and (expected.sum(axis=1) < 0.9).any()
+    np.testing.assert_allclose(shown.filled(0), expected, atol=1e-5)
+
+
+def test_the_softmax_is_plotted_by_layer_and_head(predict: Run, tmp_path: Path) -> None:
+    capture = {"capture_softmax": True, "local_positions": 8, "layers": [1, 3], "heads": [0, 2]}
+    assert predict(sniffer={"capture": capture}) == 0
+    captures = Captures(tmp_path / "root")
+    labels = {
+        "entropy": "mean entropy, in nats",
+        "sink_prob": "mean mass on the first token",
+        "local_prob": "mean mass on the last 8 positions",
+        "previous": "share attending most to the token before",
+    }
+    for name, label in labels.items():
+        axes = captures.plot_softmax(name, position=range(8, 99))
+        image, expected = axes.images[0], captures.softmax_map(name, position=range(8, 99)).values
+        np.testing.assert_array_equal(np.ma.filled(image.get_array(), np.nan), expected)
+        assert bar_label(axes) == label
+        high = np.nanmax(expected) if name == "entropy" else 1
+        assert image.get_clim() == (0, high)
+        assert tick_labels(axes.yaxis) == ["1", "3"] and tick_labels(axes.xaxis) == ["0", "1", "2"]
+    _, given = pyplot.subplots()
+    assert captures.plot_softmax("lse", axes=given) is given
+    for name in ("entropy", "lse"):
+        axes = captures.plot_softmax(name, position=99)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            axes.figure.canvas.draw()
+        assert np.isnan(np.ma.filled(axes.images[0].get_array(), np.nan)).all()
+
+
+def test_a_learned_sink_is_named(predict: Run, tmp_path: Path) -> None:
+    model = tiny_causal_lm("gpt_oss")
+    with torch.no_grad(), sniff(model, softmax=True) as captured:
+        model(input_ids=torch.arange(2, 40)[None])
+    assert bar_label(captured.plot_softmax("sink_prob")).endswith("first token and the learned sink")
 
 
 RING = TellingComponents((2, 3), np.eye(2), np.array([0.2, 0.1]), 0.0, 6.28)

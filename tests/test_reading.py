@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -25,6 +26,7 @@ from loopback import LoopbackHub
 from qk_sniffer import Captures
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import example_id
+from readers import eager_attention, softmax_means_of
 from tiny import tiny_causal_lm, tiny_config
 
 TOLERANCE = 1e-5
@@ -91,6 +93,62 @@ def test_attention_is_the_models_own(
                 torch.testing.assert_close(
                     attention.probabilities, probabilities[0, head], atol=TOLERANCE, rtol=0
                 )
+
+
+STATISTICS = SAMPLED | {"capture_softmax": True, "local_positions": 8}
+
+
+def test_maps_of_the_softmax_are_means_over_the_kept_queries(
+    predict: Run, tmp_path: Path, model_dir: Callable[[str], Path], texts: list[dict[str, Any]]
+) -> None:
+    assert predict(sniffer={"capture": STATISTICS | {"layers": [1, 3], "heads": [0, 2]}}) == 0
+    captures = Captures(tmp_path / "root")
+    eager = eager_attention(model_dir("llama"), texts)
+    names = captures.source_ids()
+    filters: list[dict[str, Any]] = [
+        {},
+        {"position": range(8, 99)},
+        {"example": "topic-2", "bucket": 1},
+    ]
+    for chosen in filters:
+        expected = {
+            (row, head): softmax_means_of(captures.head(layer, head).where(**chosen), names, eager, 8)
+            for row, layer in enumerate((1, 3))
+            for head in (0, 2)
+        }
+        for name in ("entropy", "max_prob", "sink_prob", "local_prob", "previous"):
+            found = captures.softmax_map(name, **chosen)
+            assert (found.layers, found.heads) == ([1, 3], [0, 1, 2])
+            assert np.isnan(found.values[:, 1]).all()
+            for place, means in expected.items():
+                assert found.values[place] == pytest.approx(means[name], abs=TOLERANCE)
+            assert found.of(captures.head(3, 2)) == found.values[1, 2]
+    lse = captures.softmax_map("lse").values[0, 0]
+    assert lse == pytest.approx(captures.head(1, 0).numpy()["lse"].mean(), rel=1e-6)
+    assert np.isnan(captures.softmax_map("entropy", position=99).values).all()
+
+
+def test_maps_of_the_softmax_that_are_not_there(captures: Captures, predict: Run) -> None:
+    remedy = r"capture with capture_softmax: true, or sniff\(model, softmax=True\)"
+    with pytest.raises(UserError, match=f"root: statistics of the softmax were not captured; {remedy}"):
+        captures.softmax_map("entropy")
+    with pytest.raises(
+        UserError, match="softmax_map: there is no sink; choose from entropy, sink_prob"
+    ):
+        captures.softmax_map("sink")
+
+
+def test_a_query_that_is_not_finite_is_no_part_of_a_mean(predict: Run, tmp_path: Path) -> None:
+    assert predict(sniffer={"capture": STATISTICS}) == 0
+    root = tmp_path / "root"
+    path = root / "l01h02q" / "data.parquet"
+    table = pq.read_table(path)
+    values = table["entropy"].to_numpy().copy()
+    values[3] = np.nan
+    column = table.schema.get_field_index("entropy")
+    pq.write_table(table.set_column(column, table.schema.field(column), pa.array(values)), path)
+    found = Captures(root).softmax_map("entropy").of(Captures(root).head(1, 2))
+    assert found == pytest.approx(np.nanmean(values), rel=1e-6)
 
 
 def test_attention_of_sampled_rows(predict: Run, tmp_path: Path) -> None:
@@ -290,7 +348,7 @@ def test_mistakes_are_named(captures: Captures, predict: Run, tmp_path: Path) ->
         captures.key_head(9, 0)
     with pytest.raises(UserError, match="key_head: layer 0 has the query heads 0 to 3, and not 9"):
         captures.key_head(0, 9)
-    with pytest.raises(UserError, match="kind: expected q or k, got Q"):
+    with pytest.raises(UserError, match="kind: expected one of q, k, v, o, got Q"):
         captures.head(0, 0, "Q")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="columns: there is no postion; choose from bucket, example_id"):
         captures.head(0, 0).arrow(["postion"])

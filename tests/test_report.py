@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import warnings
 from base64 import b64decode
+from collections.abc import Callable
 from functools import partial
 from html import escape
 from html.parser import HTMLParser
@@ -29,7 +30,8 @@ from qk_sniffer.geometry import positional_r2, principal_components
 from qk_sniffer.pictures import AttentionMap, draw_attention
 from qk_sniffer.report.measures import measure, measured_texts
 from qk_sniffer.report.themes import picture
-from readers import error_line
+from qk_sniffer.storage import remove_report
+from readers import eager_attention, error_line, softmax_means_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 TOKENS = {"capture_token_strings": True, "min_bucket_size": 16}
@@ -191,13 +193,14 @@ def test_only_some_texts_of_a_large_capture_are_measured(
     [
         ({"capture_keys": False}, "one was not captured"),
         ({"capture_queries": False}, "one was not captured"),
+        ({"capture_keys": False, "capture_softmax": True}, "one was not captured"),
         ({"capture_pre_rope": True}, "the vectors are those before RoPE"),
         (
             {"layers": [2], "heads": [1], "min_bucket_size": 64, "sampler": {"type": "uniform"}},
             "no key of this text was kept",
         ),
     ],
-    ids=["queries", "keys", "pre-rope", "few-rows"],
+    ids=["queries", "keys", "no-keys-but-statistics", "pre-rope", "few-rows"],
 )
 def test_captures_that_lack_something(
     capture: dict[str, Any], reason: str, predict: Run, tmp_path: Path
@@ -206,6 +209,222 @@ def test_captures_that_lack_something(
     assert main(["report", str(tmp_path / "root")]) == 0
     text = (tmp_path / "root" / "report" / "index.html").read_text()
     assert re.search(f"Not shown: .*{reason}", text)
+
+
+STATISTICS = {
+    "capture_softmax": True,
+    "local_positions": 8,
+    "sampler": {"type": "uniform", "base_rate": 5},
+    "min_bucket_size": 8,
+}
+
+
+def test_maps_of_the_statistics(
+    predict: Run, tmp_path: Path, model_dir: Callable[[str], Path], texts: list[dict[str, Any]]
+) -> None:
+    """Against eager attention, of the queries whose keys are not all local."""
+    assert predict(sniffer={"capture": STATISTICS}) == 0
+    root = tmp_path / "root"
+    captures = Captures(root)
+    found = measure(captures, measured_texts(captures), lambda heads, total: heads)
+    assert found["k"].softmax == {}
+    assert found["q"].first_query == 8
+    eager, names = eager_attention(model_dir("llama"), texts), captures.source_ids()
+    expected = {
+        head: softmax_means_of(head.where(position=range(8, 99)), names, eager, 8)
+        for head in captures.heads
+        if head.kind == "q"
+    }
+    for head, means in expected.items():
+        for name, mean in means.items():
+            assert found["q"].softmax[name].of(head) == pytest.approx(mean, abs=1e-5)
+    assert main(["report", str(root)]) == 0
+    page = Page(root / "report" / "index.html").text
+    captions = dict(re.findall(r"<figcaption>([^:<]*?(?:nats|token|positions|before)): (.*)<", page))
+    by_mean = {
+        name: sorted(expected, key=lambda head, name=name: expected[head][name])
+        for name in ("entropy", "sink_prob", "local_prob", "previous")
+    }
+    told = {
+        name: [f"{head.name} ({expected[head][name]:.2f})" for head in (heads[0], heads[-1])]
+        for name, heads in by_mean.items()
+    }
+    n_local = sum(means["local_prob"] > 0.5 for means in expected.values())
+    assert 0 < n_local < len(expected)
+    assert captions == {
+        "Entropy, in nats": f"least in {told['entropy'][0]}, most in {told['entropy'][1]}",
+        "Mass on the first token": f"more than half in no head, most in {told['sink_prob'][1]}",
+        "Mass on the last 8 positions": f"more than half in {n_local} of {len(expected)} heads, "
+        f"most in {told['local_prob'][1]}",
+        "Share attending most to the token before": "more than half in no head, "
+        f"most in {told['previous'][1]}",
+    }
+    assert "kept queries from position 8 on" in page
+    drawn = {path.stem for path in (root / "report").glob("softmax-*")}
+    assert drawn == {f"softmax-{name}" for name in told}
+
+
+def test_where_all_keys_are_local_no_map_says_so(predict: Run, tmp_path: Path) -> None:
+    assert predict(sniffer={"capture": STATISTICS | {"local_positions": 61}}) == 0
+    root = tmp_path / "root"
+    assert main(["report", str(root), "--heads", "l00h00q"]) == 0
+    drawn = {path.stem for path in (root / "report").glob("softmax-*")}
+    assert drawn == {"softmax-entropy", "softmax-sink_prob", "softmax-previous"}
+    assert "means over the kept queries, of 7 texts" in Page(root / "report" / "index.html").text
+
+
+ALL = {"rows", "norms", "positional-r2"}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "title", "expected"),
+    [
+        ("v", "Values", {f"{what}-values" for what in ALL} | {"components-1v", "norms-by-position-1"}),
+        (
+            "o",
+            "Outputs",
+            {f"{what}-outputs" for what in ALL} | {"components-1o", "norms-by-position-1"},
+        ),
+        (
+            "qv",
+            "Queries and values",
+            {f"{what}-{kind}" for what in ALL for kind in ("queries", "values")}
+            | {"components-1q", "norms-by-position-1", "norms-by-pair-1", "norms-mixed-1"},
+        ),
+        (
+            "qkvo",
+            "Queries, keys, values and outputs",
+            {f"{what}-{kind}" for what in ALL for kind in ("queries", "keys")}
+            | {f"{what}-{kind}" for what in ALL - {"rows"} for kind in ("values", "outputs")}
+            | {"components-1q", "components-1k", "norms-by-position-1", "norms-by-pair-1"}
+            | {"norms-mixed-1", "attention-1"},
+        ),
+    ],
+)
+def test_values_and_outputs(
+    kinds: str, title: str, expected: set[str], predict: Run, tmp_path: Path
+) -> None:
+    names = {"q": "queries", "k": "keys", "v": "values", "o": "outputs"}
+    capture = {f"capture_{name}": kind in kinds for kind, name in names.items()}
+    few = {"sampler": {"type": "uniform", "base_rate": 4}, "min_bucket_size": 8, "layers": [1, 2]}
+    assert predict(sniffer={"capture": capture | few}) == 0
+    root = tmp_path / "root"
+    wanted = f"l01h01{kinds[0]}"
+    assert main(["report", str(root), "--heads", wanted]) == 0
+    names_of_pictures = {path.stem for path in (root / "report").glob("*.png")}
+    assert {name for name in names_of_pictures if not name.startswith("predictions")} == expected
+    page = Page(root / "report" / "index.html").text
+    assert f"<h1>{title} of llama" in page
+    same = {"qkvo": ("queries and outputs", "keys and values")}.get(kinds, ())
+    assert all(f"Rows of {pair} by layer" in page for pair in same)
+    if "norms-mixed-1" in expected:
+        mixed = "values and outputs" if "o" in kinds else "values"
+        assert f"Norms by position of the {mixed} of l01h01q" in page
+    assert ("RoPE included" in page) == ("q" in kinds)
+    assert ("RoPE turns no values" in page) == (not {"v", "o"}.isdisjoint(kinds))
+    (root / "report" / "mine.png").write_bytes(b"a picture of hers")
+    remove_report(root)
+    assert [path.name for path in (root / "report").iterdir()] == ["mine.png"]
+
+
+def test_norms_of_what_a_head_mixes(
+    predict: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The values are those of the key head that serves the query head."""
+    assert predict(sniffer={"capture": {"capture_values": True, "capture_outputs": True}}) == 0
+    drawn: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "qk_sniffer.report.closeups.draw_norms_by_position",
+        lambda axes, curves: drawn.append(curves),
+    )
+    root = tmp_path / "root"
+    assert main(["report", str(root), "--heads", "l02h03q"]) == 0
+    assert list(drawn[0]) == ["queries of l02h03q", "keys of l02h01k"]
+    assert list(drawn[-1]) == ["values of l02h01v", "outputs of l02h03o"]
+    for label, (positions, norms) in drawn[-1].items():
+        rows = pq.read_table(root / label.split()[-1] / "data.parquet")
+        assert positions.tolist() == rows["position"].to_pylist()
+        np.testing.assert_allclose(norms, np.linalg.norm(np.stack(rows["vector"].to_numpy()), axis=1))
+
+
+def test_attention_on_average_of_a_sample_with_statistics(
+    predict: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model_dir: Callable[[str], Path],
+    texts: list[dict[str, Any]],
+) -> None:
+    """Eager attention of the pairs that were kept, and that to the first token of all kept queries."""
+    assert predict(sniffer={"capture": STATISTICS}) == 0
+    root = tmp_path / "root"
+    drawn: dict[str, Any] = {}
+    for name in ("draw_attention_by_distance", "draw_attention_to_first"):
+        monkeypatch.setattr(
+            f"qk_sniffer.report.attention.{name}",
+            lambda axes, curves, name=name: drawn.update({name: curves}),
+        )
+    monkeypatch.setattr("qk_sniffer.report.attention._LEAST_PAIRS", 0.0)
+    assert main(["report", str(root), "--heads", "l01h02q"]) == 0
+    assert "Of the pairs of a query and a key that were kept" in (
+        (root / "report" / "index.html").read_text()
+    )
+    captures, eager = Captures(root), eager_attention(model_dir("llama"), texts)
+    by_distance: dict[int, list[float]] = {}
+    to_first = []
+    for example, name in captures.source_ids().items():
+        heads = [captures.head(1, 2), captures.head(1, 1, "k")]
+        queries, keys = (h.where(example=example).numpy()["position"].tolist() for h in heads)
+        p = eager[name][1][2].numpy()
+        if queries and keys:
+            to_first += [(query, p[query, 0]) for query in queries if query]
+        for query in queries:
+            for key in keys:
+                if key <= query:
+                    by_distance.setdefault(query - key, []).append(p[query, key])
+    label = "l01h02q with l01h01k"
+    distances, means = drawn["draw_attention_by_distance"][label]
+    assert distances.tolist() == sorted(by_distance)
+    expected = [np.mean(by_distance[distance]) for distance in sorted(by_distance)]
+    np.testing.assert_allclose(means, expected, atol=1e-6)
+    positions, shares = drawn["draw_attention_to_first"][label]
+    found = sorted(zip(positions.tolist(), shares.tolist(), strict=True))
+    np.testing.assert_allclose(found, sorted(to_first), atol=1e-6)
+
+
+def test_the_card_tells_of_values_outputs_and_statistics(predict: Run, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    assert predict(sniffer={"capture": {"layers": [0]}}) == 0
+    plain = (root / "README.md").read_text()
+    assert "# Queries and keys of llama" in plain
+    assert "Query (`q`) and key (`k`) vectors of" in plain
+    assert "- 4 query heads and 2 key heads, in 1 layers\n- vectors that the attention" in plain
+    assert "the head's query or key |" in plain
+    assert not re.search(
+        "value|output|softmax|lse", plain.partition("---\n\n")[2].partition("## Lic")[0]
+    )
+    rich = STATISTICS | {"capture_values": True, "capture_outputs": True, "layers": [0]}
+    assert predict("rich", sniffer={"capture": rich}) == 0
+    root = tmp_path / "rich"
+    assert main(["report", str(root), "--heads", "l00h00q"]) == 0
+    card = (root / "README.md").read_text()
+    for words in (
+        "# Queries, keys, values and outputs of llama",
+        "Query (`q`), key (`k`), value (`v`) and output (`o`) vectors of",
+        "- 4 query heads, 2 key heads, 2 value heads and 4 output heads, in 1 layers",
+        "Values (`v`) are numbered as keys and outputs (`o`) as queries.",
+        "- statistics of the softmax of each query",
+        "the head's query, key, value or output |",
+        "the last 8 positions, the query's own included |",
+    ):
+        assert words in card
+    table = card.partition("## Columns")[2].partition("## Rows")[0]
+    _, *columns = re.findall(r"^\| (\w+) \|", table, re.MULTILINE)
+    assert columns == pq.read_schema(root / "l00h00q" / "data.parquet").names
+    shown = re.findall(r"!\[.+\]\(report/(.+)\.png\)", card)
+    softmax = [f"softmax-{name}" for name in ("entropy", "sink_prob", "local_prob", "previous")]
+    assert [name for name in shown if name.startswith("softmax")] == softmax
+    assert {"norms-values", "norms-outputs"} < set(shown)
+    assert all((root / "report" / f"{name}.png").exists() for name in shown)
 
 
 def test_heads_and_text_of_ones_choice(predict: Run, tmp_path: Path) -> None:

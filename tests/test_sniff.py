@@ -535,6 +535,16 @@ def test_it_is_read_like_a_data_root() -> None:
         "<Captured of LlamaForCausalLM on a dataset, in memory: 8 heads in 2 layers, 3 examples>"
     )
     assert "<td>3, 18 tokens</td>" in captured._repr_html_()
+    assert "statistics" not in captured._repr_html_()
+
+
+def test_it_says_which_kinds_and_statistics_are_there() -> None:
+    model = model_of("llama")
+    with torch.no_grad(), sniff(model, kinds="qvo", softmax=True, layers=[1]) as captured:
+        model(**tokens_of("a text"))
+    shown = captured._repr_html_()
+    assert "<td>4 query, 2 value, 4 output</td>" in shown
+    assert "<th>statistics</th><td>lse, entropy, max_prob, argmax_position, sink_prob" in shown
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def draw_head_map(
     label: str,
     *,
     form: str,
-    limits: tuple[float, float] | None = None,
+    limits: tuple[float, float | None] | None = None,
 ) -> None:
     """A number for each head, as a map of layers and heads.
 
@@ -47,7 +47,7 @@ def draw_head_map(
         values: (L, H); NaN is grey.
         label: What they are.
         form: How a number is written.
-        limits: Ends of the colour scale; None takes them from the numbers.
+        limits: Ends of the colour scale; None takes them, or the upper one, from the numbers.
     """
     grey_behind(axes)
     _draw_cells(axes, values, label, form=form, limits=limits or (None, None))

@@ -3,5 +3,15 @@
 from qk_sniffer.reading.attention import Attention, attention_of
 from qk_sniffer.reading.captures import Captures
 from qk_sniffer.reading.head import Head, finite_rows
+from qk_sniffer.reading.maps import HeadMap, SoftmaxMean, softmax_means
 
-__all__ = ["Attention", "Captures", "Head", "attention_of", "finite_rows"]
+__all__ = [
+    "Attention",
+    "Captures",
+    "Head",
+    "HeadMap",
+    "SoftmaxMean",
+    "attention_of",
+    "finite_rows",
+    "softmax_means",
+]

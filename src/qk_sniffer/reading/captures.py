@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from qk_sniffer.errors import UserError
 from qk_sniffer.kinds import KINDS, SOFTMAX_COLUMNS, Kind
 from qk_sniffer.reading.attention import Attention, attention_of
 from qk_sniffer.reading.head import Head, Numbers
+from qk_sniffer.reading.maps import HeadMap, softmax_means
 from qk_sniffer.reading.places import place_of
 from qk_sniffer.storage import (
     has_softmax,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Captures:
-    """The queries and keys of one model on one dataset; opens the manifest alone.
+    """What was captured of one model on one dataset; opens the manifest alone.
 
     Args:
         path_or_repo: A data root, or a Hub dataset as OWNER/NAME.
@@ -70,7 +71,7 @@ class Captures:
 
     @property
     def heads(self) -> list[Head]:
-        """Every captured head: for each layer its query heads, then its key heads."""
+        """Every captured head: for each layer its query heads, then its key, value and output heads."""
         found = []
         for name, facts in self.manifest["heads"].items():
             parsed = parse_head_name(name)
@@ -107,7 +108,7 @@ class Captures:
         """
         layer, head = operator.index(layer), operator.index(head)
         if kind not in KINDS:
-            raise UserError(f"kind: expected {' or '.join(KINDS)}, got {kind}")
+            raise UserError(f"kind: expected one of {', '.join(KINDS)}, got {kind}")
         facts = self.manifest["heads"].get(head_name(layer, head, kind))
         if facts is None:
             raise UserError(self._not_captured(layer, head, kind))
@@ -185,6 +186,81 @@ class Captures:
         from qk_sniffer.reading.plots import plot_attention
 
         return plot_attention(self, layer, head, example, queries, axes)
+
+    def softmax_map(
+        self,
+        statistic: str,
+        *,
+        example: int | str | Iterable[int | str] | None = None,
+        bucket: Numbers | None = None,
+        position: Numbers | None = None,
+    ) -> HeadMap:
+        """A statistic of each query head's softmax, as a map of layers and heads.
+
+        It is the mean over the queries that were kept, but those where it is not finite.
+
+        Args:
+            statistic: entropy, sink_prob, local_prob, max_prob or lse; or previous, the share of the
+                queries behind position 0 whose largest probability is that of the token before.
+            example: Example ids, or source ids as strings; None takes the queries of all texts.
+            bucket: Buckets of the queries.
+            position: Their positions. Where there are no more than local_positions keys, local_prob
+                is 1 for any head.
+
+        Returns:
+            The map: ``layers`` (L,), ``heads`` (H,) and ``values`` (L, H) float64, NaN where a head
+            was not captured or has no such query.
+
+        Raises:
+            UserError: There is no such statistic, the statistics were not captured, or as for
+                ``Head.where``.
+        """
+        means = softmax_means(self.manifest)
+        if statistic not in means:
+            raise UserError(f"softmax_map: there is no {statistic}; choose from {', '.join(means)}")
+        if not has_softmax(self.manifest):
+            raise UserError(
+                f"{self._place}: statistics of the softmax were not captured; capture with "
+                "capture_softmax: true, or sniff(model, softmax=True)"
+            )
+        mean = means[statistic]
+        numbers = []
+        for head in (head for head in self.heads if head.kind == "q"):
+            chosen = head.where(example=example, bucket=bucket, position=position)
+            table = chosen.arrow([*mean.columns])
+            numbers.append(
+                (head, mean.of_rows({name: table[name].to_numpy() for name in mean.columns}))
+            )
+        return HeadMap.of_numbers(numbers)
+
+    def plot_softmax(
+        self,
+        statistic: str,
+        *,
+        example: int | str | Iterable[int | str] | None = None,
+        bucket: Numbers | None = None,
+        position: Numbers | None = None,
+        axes: Axes | None = None,
+    ) -> Axes:
+        """Draw what ``softmax_map`` gives: a cell for each query head, grey where it is NaN.
+
+        Args:
+            statistic: As for ``softmax_map``, like the next three.
+            example: Example ids, or source ids as strings.
+            bucket: Buckets of the queries.
+            position: Their positions.
+            axes: Where to draw; None makes a figure.
+
+        Returns:
+            The axes.
+
+        Raises:
+            UserError: matplotlib is not installed, or as for ``softmax_map``.
+        """
+        from qk_sniffer.reading.plots import plot_softmax
+
+        found = self.softmax_map(statistic, example=example, bucket=bucket, position=position)
+        return plot_softmax(found, softmax_means(self.manifest)[statistic], axes)
 
     @cached_property
     def _model_layers(self) -> dict[int, AttentionLayer]:

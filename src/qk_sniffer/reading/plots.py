@@ -1,4 +1,4 @@
-"""What ``Head.plot`` and ``Captures.plot_attention`` draw; matplotlib is imported with this module."""
+"""What the methods of ``Head`` and ``Captures`` draw; matplotlib is imported with this module."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from qk_sniffer.pictures import (
     describe_components,
     draw_attention,
     draw_components,
+    draw_head_map,
     new_axes,
     spread_evenly,
 )
 from qk_sniffer.reading.head import Head, Numbers, finite_rows
+from qk_sniffer.reading.maps import HeadMap, SoftmaxMean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,6 +71,14 @@ def plot_attention(
     return axes
 
 
+def plot_softmax(found: HeadMap, mean: SoftmaxMean, axes: Axes | None) -> Axes:
+    """A map of the statistics of queries; see ``Captures.plot_softmax``."""
+    axes = axes or new_axes()
+    numbers = (found.layers, found.heads, found.values)
+    draw_head_map(axes, *numbers, mean.label, form=mean.form, limits=mean.limits)
+    return axes
+
+
 def attention_map(
     captures: Captures,
     layer: int,
@@ -102,12 +112,14 @@ def attention_map(
     first, last = attended[0], attended[-1]
     keys = slice(first, last + 1 if most_keys is None else min(last + 1, first + most_keys))
     key = captures.key_head(layer, head).where(example=example)
+    is_known = bool(attention.statistics) or bool(attention.is_complete.all())
+    shares = attention.probabilities if is_known else attention.among_kept
     return AttentionMap(
-        attention.among_kept[:, keys].cpu().numpy(),
+        shares[:, keys].cpu().numpy(),
         is_attended[:, keys].cpu().numpy(),
         _labels(query.where(position=queries)),
         _labels(key)[keys],
-        "probability" if attention.is_complete.all() else "share among the keys kept",
+        "probability" if is_known else "share among the keys kept",
     )
 
 

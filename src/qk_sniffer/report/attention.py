@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
+from qk_sniffer.capture import attended_from
 from qk_sniffer.errors import UserError
 from qk_sniffer.pictures import (
     AttentionMap,
@@ -17,11 +19,12 @@ from qk_sniffer.pictures import (
     draw_attention_by_distance,
     draw_attention_to_first,
 )
-from qk_sniffer.reading import Captures, Head
+from qk_sniffer.reading import Attention, Captures, Head
 from qk_sniffer.reading.plots import attention_map
 from qk_sniffer.report.chosen import Chosen
 from qk_sniffer.report.page import Section
 from qk_sniffer.report.themes import picture
+from qk_sniffer.storage import has_softmax
 
 _MOST_KEYS = 60
 """Of a map, whose tokens are still to be read."""
@@ -55,7 +58,8 @@ def attention_section(
         return Section("Attention", f"Not shown: {_why_none(chosen)}.")
     assert shown is not None
     source = captures.source_ids()[shown]
-    section = Section("Attention", _text(source, list(maps.values())))
+    text = _text(source, list(maps.values()), has_statistics=has_softmax(captures.manifest))
+    section = Section("Attention", text)
     for number, content in maps.items():
         query, key = (head.name for head in chosen[number - 1].heads.values())
         size, draw = attention_size(content), partial(draw_attention, attention=content)
@@ -77,13 +81,16 @@ def means_section(captures: Captures, chosen: Sequence[Chosen], texts: list[int]
         return Section(title, f"Not shown: {error}.")
     if not means:
         return Section(
-            title, "Not shown: it takes texts whose queries and keys were all kept, as by sampler all."
+            title,
+            "Not shown: it takes texts whose queries and keys were all kept, as by sampler all, or "
+            "statistics of the softmax, as by capture_softmax.",
         )
+    is_sampled = captures.settings["capture"]["sampler"]["type"] != "all"
     section = Section(
         title,
         f"The model's own attention in up to {_MOST_TEXTS} texts and their first {_MOST_QUERIES:,} "
         "queries: how much a key gets by its distance from the query, and how much of each query the "
-        "first token draws.",
+        "first token draws." + " Of the pairs of a query and a key that were kept." * is_sampled,
     )
     by_distance = {name: (found.distances, found.by_distance) for name, found in means.items()}
     draw = partial(draw_attention_by_distance, curves=by_distance)
@@ -95,7 +102,7 @@ def means_section(captures: Captures, chosen: Sequence[Chosen], texts: list[int]
     return section
 
 
-def _text(source: str, maps: list[AttentionMap]) -> str:
+def _text(source: str, maps: list[AttentionMap], *, has_statistics: bool) -> str:
     text = (
         f'Recomputed from the stored vectors, in the text "{source}": each row is a query, each column '
         "a key, with position and token; the first queries of the text. Grey: the query does not "
@@ -108,6 +115,8 @@ def _text(source: str, maps: list[AttentionMap]) -> str:
             " Not all keys were kept, so a row shows how the query shares its attention among those "
             "that were."
         )
+    elif has_statistics:
+        text += " Probabilities are the model's own, also where some of a query's keys were not kept."
     return text
 
 
@@ -158,16 +167,16 @@ def _means(captures: Captures, choice: Chosen, texts: list[int]) -> _Means | Non
     query = choice.heads["q"]
     sums = np.zeros((2, _MOST_QUERIES))
     positions, to_first = [], []
-    for text in _whole_texts(captures, choice, texts)[:_MOST_TEXTS]:
+    for text in _known_texts(captures, choice, texts)[:_MOST_TEXTS]:
         attention = captures.attention(query.layer.layer_idx, query.head, text, range(_MOST_QUERIES))
         probabilities, is_attended = attention.probabilities, attention.scores > -torch.inf
         distances = attention.query_positions[:, None] - attention.key_positions
         for total, weights in zip(sums, (probabilities[is_attended], None), strict=True):
             total += np.bincount(distances[is_attended], weights, _MOST_QUERIES)
-        meets_first = is_attended[:, 0] & (distances[:, 0] > 0)
+        meets_first, to_first_token = _of_first_token(attention)
         positions.append(attention.query_positions[meets_first].numpy())
-        to_first.append(probabilities[meets_first, 0].numpy())
-    if not positions:
+        to_first.append(to_first_token[meets_first].numpy())
+    if not sums[1].any():
         return None
     # Of the largest distances a text has a pair or two, whose mean would be chance.
     often = sums[1] > _LEAST_PAIRS * sums[1].max()
@@ -175,6 +184,28 @@ def _means(captures: Captures, choice: Chosen, texts: list[int]) -> _Means | Non
     return _Means(
         np.flatnonzero(often), by_distance, np.concatenate(positions), np.concatenate(to_first)
     )
+
+
+def _of_first_token(attention: Attention) -> tuple[Tensor, Tensor]:
+    """Which queries behind the first token attend to it, where that is known, and its probability."""
+    layer, queries = attention.layer, attention.query_positions
+    first = attended_from(queries, layer.sliding_window, chunked=layer.chunked)
+    meets_first = (first == 0) & (queries > 0)
+    if attention.key_positions[0] == 0:
+        return meets_first, attention.probabilities[:, 0]
+    if layer.scores is None or layer.scores.sinks is not None:
+        # The mass on a sink may be that on a learned one.
+        return meets_first & False, torch.zeros(len(queries))
+    return meets_first, attention.statistics["sink_prob"]
+
+
+def _known_texts(captures: Captures, choice: Chosen, texts: list[int]) -> list[int]:
+    """The texts whose probabilities are known: those kept whole, or all with statistics."""
+    if not has_softmax(captures.manifest):
+        return _whole_texts(captures, choice, texts)
+    some = [head.where(position=range(_MOST_QUERIES)) for head in choice.heads.values()]
+    kept = [_rows_of_texts(head, texts) for head in some]
+    return [text for text in texts if all(text in rows for rows in kept)]
 
 
 def _whole_texts(captures: Captures, choice: Chosen, texts: list[int]) -> list[int]:

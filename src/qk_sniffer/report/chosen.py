@@ -1,7 +1,7 @@
 """The heads that a report looks at closely, with their rows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,15 @@ class Chosen:
         heads: By kind, the chosen one first.
         rows: The rows of each that are measured, as ``Head.numpy`` has them.
         titles: Of each, with its positional R² and what it is chosen for.
+        mixed: The values that a query head mixes, and its outputs, where they were captured: their
+            heads and rows.
     """
 
     name: str
     heads: Mapping[Kind, Head]
     rows: Mapping[Kind, Rows]
     titles: Mapping[Kind, str]
+    mixed: Mapping[Kind, tuple[Head, Rows]] = field(default_factory=dict)
 
 
 def head_of(captures: Captures, name: str) -> Head:
@@ -86,13 +89,27 @@ def _with_partner(
         head.kind: f"{KINDS[head.kind].plural.capitalize()} of {head.name} ({told})"
     }
     name = head.name
-    if head.kind == "q" and captures.settings["capture"]["capture_keys"]:
-        key = heads["k"] = captures.key_head(head.layer.layer_idx, head.head)
+    served: dict[Kind, Head] = {}
+    if head.kind == "q":
+        layer_idx, key_head = head.layer.layer_idx, head.layer.key_head(head.head)
+        numbers: dict[Kind, int] = {"k": key_head, "v": key_head, "o": head.head}
+        served = {
+            kind: captures.head(layer_idx, number, kind)
+            for kind, number in numbers.items()
+            if kind in measures
+        }
+    if "k" in served:
+        key = heads["k"] = served.pop("k")
         told = _told(measures["k"].r2.of(key))
         titles["k"] = f"Keys of {key.name}, which {head.name} meets ({told})"
         name += f" with {key.name}"
-    rows = {kind: measured_rows(one.where(example=texts))[0] for kind, one in heads.items()}
-    return Chosen(name, heads, rows, titles)
+    rows = {kind: _rows(one, texts) for kind, one in heads.items()}
+    mixed = {kind: (one, _rows(one, texts)) for kind, one in served.items()}
+    return Chosen(name, heads, rows, titles, mixed)
+
+
+def _rows(head: Head, texts: list[int]) -> Rows:
+    return measured_rows(head.where(example=texts))[0]
 
 
 def _told(r2: float) -> str:

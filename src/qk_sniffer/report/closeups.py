@@ -25,10 +25,13 @@ _TOO_FEW = "it takes two texts, and more rows than a vector has coordinates"
 
 def components_section(chosen: Sequence[Chosen]) -> Section:
     """The principal components that show most of position."""
+    what = "The queries of a head, and the keys that they meet,"
+    if all("q" not in choice.heads for choice in chosen):
+        what = "The vectors of a head"
     section = Section(
         "Position in the vectors",
-        "The queries of a head, and the keys that they meet, along two of their first eight principal "
-        "components: those that show most of position. Each dot is a token. "
+        f"{what} along two of their first eight principal components: those that show most of "
+        "position. Each dot is a token. "
         f"Heads: {', '.join(f'`{choice.name}`' for choice in chosen)}.",
     )
     for number, choice in enumerate(chosen, start=1):
@@ -66,26 +69,24 @@ def predictions_section(chosen: Sequence[Chosen]) -> Section:
 
 def chosen_norms_section(chosen: Sequence[Chosen]) -> Section:
     """Norms by position and by pair of coordinates."""
-    section = Section(
-        "Norms of these heads",
-        "By position, where a first token that draws attention differs from the others; and by pair of "
-        "coordinates i and i + head_dim/2, which RoPE turns together in Llama and models like it, "
-        "the fastest pair first.",
-    )
+    text = "By position, where a first token that draws attention differs from the others"
+    if any(not {"q", "k"}.isdisjoint(choice.heads) for choice in chosen):
+        text += (
+            "; and by pair of coordinates i and i + head_dim/2, which RoPE turns together in Llama and "
+            "models like it, the fastest pair first"
+        )
+    section = Section("Norms of these heads", f"{text}.")
     for number, choice in enumerate(chosen, start=1):
-        section.pictures += _norms(choice, number)
+        section.pictures += _norms(choice, number) + _mixed_norms(choice, number)
     return section if section.pictures else _left_out(section, "these heads have no rows")
 
 
 def _norms(choice: Chosen, number: int) -> list[Picture]:
-    found = {
-        f"{KINDS[kind].plural} of {choice.heads[kind].name}": rows
-        for kind, rows in choice.rows.items()
-        if len(rows["position"])
-    }
+    found = {kind: rows for kind, rows in choice.rows.items() if len(rows["position"])}
     if not found:
         return []
-    curves = {label: (rows["position"], _norm(rows)) for label, rows in found.items()}
+    labels = {kind: f"{KINDS[kind].plural} of {choice.heads[kind].name}" for kind in found}
+    curves = {labels[kind]: (rows["position"], _norm(rows)) for kind, rows in found.items()}
     pictures = [
         picture(
             f"norms-by-position-{number}",
@@ -93,12 +94,28 @@ def _norms(choice: Chosen, number: int) -> list[Picture]:
             partial(draw_norms_by_position, curves=curves),
         )
     ]
-    if all(head.layer.head_dim % 2 == 0 for head in choice.heads.values()):
-        pairs = {label: pair_norms(rows["vector"]) for label, rows in found.items()}
+    turned = {kind: rows for kind, rows in found.items() if kind in "qk"}
+    if turned and all(head.layer.head_dim % 2 == 0 for head in choice.heads.values()):
+        pairs = {labels[kind]: pair_norms(rows["vector"]) for kind, rows in turned.items()}
         caption = f"Norms of {choice.name} by pair of coordinates"
         draw = partial(draw_norms_by_pair, norms=pairs)
         pictures.append(picture(f"norms-by-pair-{number}", caption, draw))
     return pictures
+
+
+def _mixed_norms(choice: Chosen, number: int) -> list[Picture]:
+    """Those of the values that a query head mixes, and of its outputs."""
+    curves = {
+        f"{KINDS[kind].plural} of {head.name}": (rows["position"], _norm(rows))
+        for kind, (head, rows) in choice.mixed.items()
+        if len(rows["position"])
+    }
+    if not curves:
+        return []
+    mixed = " and ".join(KINDS[kind].plural for kind in choice.mixed)
+    caption = f"Norms by position of the {mixed} of {next(iter(choice.heads.values())).name}"
+    draw = partial(draw_norms_by_position, curves=curves)
+    return [picture(f"norms-mixed-{number}", caption, draw)]
 
 
 def _norm(rows: Rows) -> Any:

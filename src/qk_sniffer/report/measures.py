@@ -1,17 +1,20 @@
 """What is measured in a capture: rows, norms, and how well position is told, by layer and head."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from qk_sniffer.geometry import positional_r2
-from qk_sniffer.kinds import Kind
-from qk_sniffer.reading import Captures, Head, finite_rows
+from qk_sniffer.kinds import LOCAL_POSITIONS, Kind
+from qk_sniffer.reading import Captures, Head, HeadMap, SoftmaxMean, finite_rows, softmax_means
+from qk_sniffer.storage import has_softmax
 
 ROWS_MEASURED = 16_384
 """Rows of each head that are read, at least where there are as many, of whole texts."""
@@ -20,25 +23,6 @@ _MOST_THREADS = 8
 """Each holds the rows of a head."""
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
-
-
-@dataclass(frozen=True)
-class HeadMap:
-    """A number for each head.
-
-    Attributes:
-        layers: (L,) layers, ascending.
-        heads: (H,) heads, ascending.
-        values: (L, H); NaN where a head was not captured or the number can't be told.
-    """
-
-    layers: list[int]
-    heads: list[int]
-    values: npt.NDArray[np.float64]
-
-    def of(self, head: Head) -> float:
-        """The number of a head."""
-        return float(self.values[self.layers.index(head.layer.layer_idx), head.head])
 
 
 @dataclass(frozen=True)
@@ -52,6 +36,8 @@ class Measures:
         norms: Mean Euclidean norm of the vectors.
         r2: ``positional_r2``.
         n_left_out: Rows of those texts, of all heads, whose vectors are not finite.
+        softmax: What ``softmax_means`` names; empty where statistics were not captured.
+        first_query: The first position of the queries that these are taken of.
     """
 
     n_texts: int
@@ -60,6 +46,8 @@ class Measures:
     norms: HeadMap
     r2: HeadMap
     n_left_out: int
+    softmax: Mapping[str, HeadMap] = field(default_factory=dict)
+    first_query: int = 0
 
 
 def measured_texts(captures: Captures) -> list[int]:
@@ -81,17 +69,43 @@ def measure(captures: Captures, texts: list[int], progress: Progress) -> dict[Ki
     """
     heads = captures.heads
     every = len(texts) == captures.examples.num_rows
+    means = softmax_means(captures.manifest) if has_softmax(captures.manifest) else {}
+    first_query = _first_query(captures, texts)
+
+    def numbers_of(head: Head) -> _Numbers:
+        chosen = head if every else head.where(example=texts)
+        return _measure_head(chosen, means if head.kind == "q" else {}, first_query)
+
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-        numbers = pool.map(lambda h: _measure_head(h if every else h.where(example=texts)), heads)
+        numbers = pool.map(numbers_of, heads)
         measured = list(zip(heads, progress(numbers, len(heads)), strict=True))
     kinds: dict[Kind, Measures] = {}
     for kind in dict.fromkeys(head.kind for head in heads):
-        own = [(head, values) for head, values in measured if head.kind == kind]
+        own = [(head, found) for head, found in measured if head.kind == kind]
         buckets, rows = _rows_by_bucket([head for head, _ in own])
-        norms, r2 = (_head_map([(head, v[i]) for head, v in own]) for i in (0, 1))
-        n_left_out = sum(values[2] for _, values in own)
-        kinds[kind] = Measures(len(texts), buckets, rows, norms, r2, n_left_out)
+        kinds[kind] = Measures(
+            n_texts=len(texts),
+            buckets=buckets,
+            rows=rows,
+            norms=HeadMap.of_numbers((head, found.norm) for head, found in own),
+            r2=HeadMap.of_numbers((head, found.r2) for head, found in own),
+            n_left_out=sum(found.n_left_out for _, found in own),
+            softmax={
+                name: HeadMap.of_numbers((head, found.softmax[name]) for head, found in own)
+                for name in own[0][1].softmax
+            },
+            first_query=first_query,
+        )
     return kinds
+
+
+def _first_query(captures: Captures, texts: list[int]) -> int:
+    """The first position from which on not all keys are local, or 0 where no text is so long."""
+    n_local: int = captures.settings["capture"].get("local_positions", LOCAL_POSITIONS)
+    examples = captures.examples
+    is_measured = pc.is_in(examples["example_id"], pa.array(texts, pa.int32()))
+    longest = pc.max(examples.filter(is_measured)["n_tokens"]).as_py()
+    return n_local if longest > n_local else 0
 
 
 def measured_rows(head: Head) -> tuple[dict[str, npt.NDArray[Any]], int]:
@@ -102,14 +116,34 @@ def measured_rows(head: Head) -> tuple[dict[str, npt.NDArray[Any]], int]:
     return {name: values[::step] for name, values in rows.items()}, n_left_out
 
 
-def _measure_head(head: Head) -> tuple[float, float, int]:
-    """Mean norm, positional R², and rows that are not finite."""
+@dataclass(frozen=True)
+class _Numbers:
+    """What is measured of a head: NaN for what has no rows to be told from."""
+
+    norm: float
+    r2: float
+    n_left_out: int
+    softmax: Mapping[str, float]
+
+
+def _measure_head(head: Head, means: Mapping[str, SoftmaxMean], first_query: int) -> _Numbers:
+    """Mean norm, positional R², rows that are not finite, and means of the statistics.
+
+    Args:
+        head: The head.
+        means: The means that are taken.
+        first_query: The first position of the queries that they are taken of.
+    """
     rows, n_left_out = measured_rows(head)
     vectors = rows["vector"]
+    is_far = rows["position"] >= first_query
+    far = {name: values[is_far] for name, values in rows.items() if name != "vector"}
+    softmax = {name: mean.of_rows(far) for name, mean in means.items()}
     if not len(vectors):
-        return float("nan"), float("nan"), n_left_out
+        return _Numbers(float("nan"), float("nan"), n_left_out, softmax)
     norm = float(np.linalg.norm(vectors, axis=1).mean())
-    return norm, positional_r2(vectors, rows["position"], rows["example_id"]), n_left_out
+    r2 = positional_r2(vectors, rows["position"], rows["example_id"])
+    return _Numbers(norm, r2, n_left_out, softmax)
 
 
 def _rows_by_bucket(heads: list[Head]) -> tuple[list[int], npt.NDArray[np.int64]]:
@@ -121,12 +155,3 @@ def _rows_by_bucket(heads: list[Head]) -> tuple[list[int], npt.NDArray[np.int64]
         counts[layer] = dict(zip(*np.unique(column, return_counts=True), strict=True))
     buckets = sorted({int(bucket) for found in counts.values() for bucket in found})
     return buckets, np.array([[found.get(b, 0) for b in buckets] for found in counts.values()], int)
-
-
-def _head_map(values: list[tuple[Head, float]]) -> HeadMap:
-    layers = sorted({head.layer.layer_idx for head, _ in values})
-    heads = list(range(1 + max(head.head for head, _ in values)))
-    grid = np.full((len(layers), len(heads)), np.nan)
-    for head, value in values:
-        grid[layers.index(head.layer.layer_idx), head.head] = value
-    return HeadMap(layers, heads, grid)

@@ -7,18 +7,20 @@ from pathlib import Path
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.hub import Publication
-from qk_sniffer.reading import Captures
+from qk_sniffer.reading import Captures, softmax_means
 from qk_sniffer.report.attention import attention_section, means_section
 from qk_sniffer.report.chosen import chosen_heads, head_of
 from qk_sniffer.report.closeups import chosen_norms_section, components_section, predictions_section
-from qk_sniffer.report.maps import norms_section, r2_section, rows_section
+from qk_sniffer.report.maps import norms_section, r2_section, rows_section, softmax_section
 from qk_sniffer.report.measures import Progress, measure, measured_texts
 from qk_sniffer.report.page import Section, bullets, paragraph, render_page
 from qk_sniffer.storage import (
     REPORT_DIRECTORY,
     count_rows,
+    describe_kinds,
     describe_run,
     explained_writing,
+    has_softmax,
     remove_report,
     shown_names,
     write_card,
@@ -60,10 +62,12 @@ def write_report(
     texts = measured_texts(captures)
     measures = measure(captures, texts, progress)
     chosen = chosen_heads(captures, measures, texts, wanted)
+    has_statistics = has_softmax(captures.manifest)
     sections = [
         rows_section(measures),
         r2_section(measures),
         norms_section(measures),
+        *([softmax_section(measures, softmax_means(captures.manifest))] if has_statistics else []),
         components_section(chosen),
         predictions_section(chosen),
         chosen_norms_section(chosen),
@@ -109,4 +113,5 @@ def _page(captures: Captures, source: list[str], sections: Sequence[Section]) ->
     summary += f"<pre>{escape(load)}</pre>"
     versions = captures.manifest["versions"]
     footer = ", ".join(f"{name} {versions.get(name)}" for name in ("qk-sniffer", "transformers"))
-    return render_page(f"Queries and keys of {model} on {text}", summary, sections, footer)
+    title = f"{describe_kinds(captures.manifest).capitalize()} of {model} on {text}"
+    return render_page(title, summary, sections, footer)

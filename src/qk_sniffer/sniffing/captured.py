@@ -8,17 +8,17 @@ from typing import Any
 import pyarrow as pa
 
 from qk_sniffer.errors import UserError
-from qk_sniffer.kinds import KINDS
+from qk_sniffer.kinds import KINDS, SOFTMAX_COLUMNS
 from qk_sniffer.reading import Captures
 from qk_sniffer.reading.places import CapturePlace, LocalPlace
 from qk_sniffer.sniffing.place import MemoryPlace, UnfinishedPlace
 from qk_sniffer.sniffing.saving import save_rows
 from qk_sniffer.sniffing.session import Session
-from qk_sniffer.storage import shown_names
+from qk_sniffer.storage import has_softmax, shown_names
 
 
 class Captured(Captures):
-    """The queries and keys of the calls so far, read as ``Captures`` reads a data root.
+    """What was captured of the calls so far, read as ``Captures`` reads a data root.
 
     It can be read whenever a call has ended, in the ``sniff`` block and behind it.
     """
@@ -93,10 +93,12 @@ class Captured(Captures):
         heads, layers = self.heads, sorted(self.layers)
         counts = {kind: sum(head.kind == kind for head in heads) for kind in KINDS}
         n_tokens = sum(self.examples["n_tokens"].to_pylist())
+        statistics = {"statistics": ", ".join(SOFTMAX_COLUMNS)} if has_softmax(self.manifest) else {}
         return {
             "model": model,
             "layers": f"{len(layers)} ({layers[0]} to {layers[-1]})",
             "heads": ", ".join(f"{n:,} {KINDS[kind].name}" for kind, n in counts.items() if n),
+            **statistics,
             "texts": f"{self.examples.num_rows:,}, {n_tokens:,} tokens",
             "rows": f"{sum(len(head) for head in heads):,}",
             "memory": f"{self._session.store.n_bytes / 1e6:,.1f} MB",

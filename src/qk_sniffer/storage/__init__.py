@@ -2,6 +2,7 @@
 
 from qk_sniffer.storage.card import (
     Place,
+    describe_kinds,
     describe_non_finite,
     describe_run,
     render_card,
@@ -109,6 +110,7 @@ __all__ = [
     "damaged",
     "data_root_path",
     "describe_beyond",
+    "describe_kinds",
     "describe_non_finite",
     "describe_run",
     "differing_settings",

@@ -2,16 +2,23 @@
 
 import glob
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qk_sniffer.kinds import KINDS, LOCAL_POSITIONS, Kind, kinds_of
 from qk_sniffer.storage.card_parts import compose_card, read_card
 from qk_sniffer.storage.files import write_text
 from qk_sniffer.storage.manifest import count_rows, describe_beyond
 from qk_sniffer.storage.reports import report_files
-from qk_sniffer.storage.schema import CARD_FILE, DATA_FILE, EXAMPLES_DIRECTORY, REPORT_DIRECTORY
+from qk_sniffer.storage.schema import (
+    CARD_FILE,
+    DATA_FILE,
+    EXAMPLES_DIRECTORY,
+    REPORT_DIRECTORY,
+    has_softmax,
+)
 
 _SIZES = ("n<1K", *(f"{i}<n<{j}" for i, j in itertools.pairwise(
     ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"))), "n>1T")  # fmt: skip
@@ -23,14 +30,30 @@ _SCHEMA_TABLE = """\
 | bucket | int32 | bucket of the position |
 | example_id | int32 | the text, see `examples` |
 | position | int32 | absolute token position, from 0 |
-| vector | fixed_size_list<float32> | the head's query or key |
+| vector | fixed_size_list<float32> | the head's {vectors} |
 | sliding_window | int32 | the layer's window; null attends to all earlier tokens |
 | token_str | string | the token at the position, where captured |"""
 
+_STATISTICS_TABLE = """
+| lse | float32 | ln Σ exp(s) over the scores s of all its keys, and of a learned sink |
+| entropy | float32 | -Σ p ln p in nats, p = exp(s - lse) |
+| max_prob | float32 | the largest p |
+| argmax_position | int32 | the position of its key |
+| sink_prob | float32 | p of the first token, and of a learned sink where the layer has one |
+| local_prob | float32 | Σ p of the last {local_positions:,} positions, the query's own included |
+
+The last six are in the files of queries alone. They are of the softmax over all keys, also those that
+were not kept, and make the probability p of each key that was kept known."""
 
 _PICTURES = {
     "positional-r2-queries": "How well the queries of each head tell position",
     "positional-r2-keys": "How well the keys of each head tell position",
+    "norms-values": "Mean norm of the values of each head",
+    "norms-outputs": "Mean norm of the outputs of each head",
+    "softmax-entropy": "Entropy of each head's softmax",
+    "softmax-sink_prob": "How much of its attention each head has on the first token",
+    "softmax-local_prob": "How much it has on the last positions",
+    "softmax-previous": "How often it attends most to the token before",
     "components-1q": "Principal components of the queries of one head, by position",
     "components-1k": "Principal components of its keys, by position",
 }
@@ -172,13 +195,16 @@ def _pictures(report: Collection[str]) -> str:
 def _body(manifest: Mapping[str, Any], place: Place | None, pictures: str) -> str:
     name, text = shown_names(manifest["settings"])
     partial = "" if manifest["complete"] else "The run was interrupted: this is part of its texts.\n\n"
+    kinds = kinds_of(manifest["settings"]["capture"])
+    named = _listed(f"{KINDS[kind].name} (`{kind}`)" for kind in kinds)
+    numbering = _about_numbers(kinds)
     first_head = next(iter(manifest["heads"]))
     here = 'load_dataset("PATH_OR_REPO", "{}", split="train")'
     lines = [place.load_line(i) if place else here.format(i) for i in (first_head, EXAMPLES_DIRECTORY)]
     return f"""\
-# Queries and keys of {name}
+# {describe_kinds(manifest).capitalize()} of {name}
 
-Query (`q`) and key (`k`) vectors of the attention heads of `{name}` while it read texts of `{text}`.
+{named.capitalize()} vectors of the attention heads of `{name}` while it read texts of `{text}`.
 
 {partial}{describe_run(manifest)}
 
@@ -192,7 +218,7 @@ examples = {lines[1]}
 ```
 
 `l00h05q` is query head 5 of layer 0, `l00h01k` its key head 1; with grouped-query attention key heads
-are counted by themselves. `examples` maps `example_id` to the ids of the dataset.
+are counted by themselves.{numbering} `examples` maps `example_id` to the ids of the dataset.
 
 ## What was captured
 
@@ -200,7 +226,7 @@ are counted by themselves. `examples` maps `example_id` to the ids of the datase
 {pictures}
 ## Columns
 
-{_SCHEMA_TABLE}
+{_columns(manifest)}
 
 Rows are sorted by `example_id` and `position`. `manifest.json` has settings, versions and checksums.
 
@@ -215,19 +241,46 @@ The vectors are made of the model's numbers and the dataset's text: the terms of
 """
 
 
+def describe_kinds(manifest: Mapping[str, Any]) -> str:
+    """The kinds of vectors that are there, such as: queries and keys."""
+    return _listed(KINDS[kind].plural for kind in kinds_of(manifest["settings"]["capture"]))
+
+
+def _listed(names: Iterable[str], word: str = "and") -> str:
+    *others, last = names
+    return f"{', '.join(others)} {word} {last}" if others else last
+
+
+def _about_numbers(kinds: Collection[Kind]) -> str:
+    """How the heads of values and outputs are numbered, where there are some."""
+    numbered = {"v": "Values (`v`) are numbered as keys", "o": "outputs (`o`) as queries"}
+    told = [text for kind, text in numbered.items() if kind in kinds]
+    return f" {_listed(told).capitalize()}." if told else ""
+
+
+def _columns(manifest: Mapping[str, Any]) -> str:
+    """The table of columns, with those of the statistics where they are there."""
+    capture = manifest["settings"]["capture"]
+    names = _listed((KINDS[kind].name for kind in kinds_of(capture)), "or")
+    table = _SCHEMA_TABLE.format(vectors=names)
+    if has_softmax(manifest):
+        n_local = capture.get("local_positions", LOCAL_POSITIONS)
+        table += _STATISTICS_TABLE.format(local_positions=n_local)
+    return table
+
+
 def _captured(manifest: Mapping[str, Any]) -> str:
     capture = manifest["settings"]["capture"]
-    heads = manifest["heads"]
-    queries, keys = (sum(name.endswith(kind) for name in heads) for kind in "qk")
+    heads, kinds = manifest["heads"], kinds_of(capture)
+    counts = {kind: sum(name.endswith(kind) for name in heads) for kind in kinds}
+    counted = _listed(f"{count:,} {KINDS[kind].name} heads" for kind, count in counts.items())
     layers = {int(name[1:].partition("h")[0]) for name in heads}
-    lines = [f"{queries:,} query heads and {keys:,} key heads, in {len(layers)} layers"]
+    lines = [f"{counted}, in {len(layers)} layers"]
     if sampling := capture["head_sampling"]:
         lines.append(f"query heads drawn at random, {sampling['count']:,} with seed {sampling['seed']}")
-    lines.append(
-        "vectors as they are before the rotary embedding"
-        if capture["capture_pre_rope"]
-        else "vectors that the attention multiplied: after the rotary embedding, where there is one"
-    )
+    lines += [text for text in (_about_rope(capture, kinds), _about_outputs(kinds)) if text]
+    if has_softmax(manifest):
+        lines.append("statistics of the softmax of each query, over all keys that it attends to")
     windows = {layer["layer_idx"]: layer["sliding_window"] for layer in manifest["layers"]}
     sliding = [layer for layer in sorted(layers) if windows[layer] is not None]
     if sliding:
@@ -239,6 +292,25 @@ def _captured(manifest: Mapping[str, Any]) -> str:
     elif capture["full_attention_only"]:
         lines.append("layers with a sliding window were left out")
     return "\n".join(f"- {line}" for line in [*lines, *manifest["notes"]])
+
+
+def _about_rope(capture: Mapping[str, Any], kinds: Collection[Kind]) -> str:
+    """At which point queries and keys were captured; empty where there are none."""
+    turned = [KINDS[kind].plural for kind in kinds if kind in "qk"]
+    vectors = "vectors" if len(turned) == len(kinds) else _listed(turned) if turned else ""
+    if not vectors:
+        return ""
+    if capture["capture_pre_rope"]:
+        return f"{vectors} as they are before the rotary embedding"
+    return f"{vectors} that the attention multiplied: after the rotary embedding, where there is one"
+
+
+def _about_outputs(kinds: Collection[Kind]) -> str:
+    """What an output is, where there are some."""
+    told = (
+        "outputs of each query head before the output projection: the sum of its values by probability"
+    )
+    return told if "o" in kinds else ""
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -47,7 +47,8 @@ FILES = {
 
 REPORT_FILE = re.compile(
     rf"index\.html|((rows|positional-r2|norms)-({'|'.join(kind.plural for kind in KINDS.values())})|"
-    rf"(components|predictions)-\d+[{''.join(KINDS)}]|norms-by-(position|pair)-\d+|"
+    rf"(components|predictions)-\d+[{''.join(KINDS)}]|norms-by-(position|pair)-\d+|norms-mixed-\d+|"
+    r"softmax-(entropy|sink_prob|local_prob|previous)|"
     r"attention-(\d+|by-distance|to-first))\.png"
 )
 """Every name of a file that a report has; others in its directory are a person's own."""
