@@ -23,6 +23,7 @@ from transformers.utils import logging
 from qk_sniffer.capture import (
     AttentionLayer,
     Chunks,
+    Selection,
     Sniffer,
     active_sniffer,
     build_sampler,
@@ -129,7 +130,10 @@ def sniff_all(
     chunks = Chunks()
     heads = select_heads(probe_attention(backbone, pre_rope=pre_rope).layers)
     sniffer = Sniffer(
-        captured_streams(heads), build_sampler("all", 1.0, 64), 0, chunks, pre_rope=pre_rope
+        captured_streams(heads),
+        Selection(build_sampler("all", 1.0, 64)),
+        chunks,
+        pre_rope=pre_rope,
     )
     sniffer.begin_batch(range(len(lengths)), lengths)
     return sniffer, chunks

@@ -23,15 +23,13 @@ from qk_sniffer.capture.positions import compute_positions, own_keys
 from qk_sniffer.capture.rows import BatchRows, Block
 from qk_sniffer.capture.sampling import (
     SAMPLERS,
+    PositionsSampler,
     Sampler,
     Segment,
     build_sampler,
-    count_draws,
     draw_positions,
-    expected_rows_by_bucket,
-    keep_probabilities,
-    sampler_of,
 )
+from qk_sniffer.capture.selection import Listed, Selection
 from qk_sniffer.capture.sniffer import (
     CapturesAttention,
     Sniffer,
@@ -53,10 +51,13 @@ __all__ = [
     "CapturesAttention",
     "Chunk",
     "Chunks",
+    "Listed",
     "Portion",
+    "PositionsSampler",
     "Sampler",
     "ScoreFunction",
     "Segment",
+    "Selection",
     "Sniffer",
     "Stream",
     "active_sniffer",
@@ -66,14 +67,10 @@ __all__ = [
     "capped",
     "captured_streams",
     "compute_positions",
-    "count_draws",
     "draw_positions",
-    "expected_rows_by_bucket",
     "get_active_sniffer",
     "heads_to_capture",
-    "keep_probabilities",
     "own_keys",
-    "sampler_of",
     "select_heads",
     "softmax_with_sinks",
 ]

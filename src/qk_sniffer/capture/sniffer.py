@@ -21,7 +21,7 @@ from qk_sniffer.capture.heads import CapturedStream, Stream
 from qk_sniffer.capture.plan import BatchPlan, Passage, Plans
 from qk_sniffer.capture.positions import own_keys
 from qk_sniffer.capture.rows import BatchRows, Block, Sink
-from qk_sniffer.capture.sampling import Sampler
+from qk_sniffer.capture.selection import Listed, Selection
 
 
 class _PendingChunk(NamedTuple):
@@ -81,8 +81,7 @@ class Sniffer:
 
     Args:
         streams: The captured heads of each layer and kind, in the order in which the model calls them.
-        sampler: Which positions are kept.
-        seed: 64-bit seed of the random stream.
+        selection: Which positions are kept.
         sink: Takes the rows that are kept.
         pre_rope: Ask for the vectors as they are before the rotary embedding.
         expected: Example ids and lengths of batches to come, which are then drawn some at a time;
@@ -92,8 +91,7 @@ class Sniffer:
     def __init__(
         self,
         streams: Iterable[CapturedStream],
-        sampler: Sampler,
-        seed: int,
+        selection: Selection,
         sink: Sink,
         *,
         pre_rope: bool = False,
@@ -101,7 +99,7 @@ class Sniffer:
     ) -> None:
         self.pre_rope = pre_rope
         self._heads = {stream.key: stream.heads for stream in streams}
-        self._plans = Plans(tuple(self._heads), sampler, seed, expected)
+        self._plans = Plans(tuple(self._heads), selection, expected)
         self._sink = sink
         self._staging = Staging(sink.take_vectors)
         self._gathers = Gathers(self._heads, self._staging)
@@ -115,15 +113,21 @@ class Sniffer:
         self.rows_kept = 0
         """Rows flushed so far, over all heads."""
 
-    def begin_batch(self, example_ids: Sequence[int], sequence_lengths: Sequence[int]) -> None:
+    def begin_batch(
+        self,
+        example_ids: Sequence[int],
+        sequence_lengths: Sequence[int],
+        listed: Listed | None = None,
+    ) -> None:
         """Draw the rows of a batch.
 
         Args:
             example_ids: One integer for each sequence.
             sequence_lengths: Its number of tokens; where the model generates, the most there can be.
+            listed: Positions to keep of each, where they come with it.
         """
         self.close()
-        self._plan = self._plans.next(example_ids, sequence_lengths)
+        self._plan = self._plans.next(example_ids, sequence_lengths, listed)
         self._sequences = range(len(sequence_lengths))
         self._tokens_read = {layer_idx: [0] * len(sequence_lengths) for layer_idx, _ in self._heads}
 

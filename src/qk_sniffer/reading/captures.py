@@ -198,6 +198,7 @@ class Captures:
             self._place.rows(name, self._model_layers[layer].head_dim),
             self.example_id,
             self.source_ids,
+            self.settings["capture"],
         )
 
     def source_ids(self) -> dict[int, str]:

@@ -12,10 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qk_sniffer.capture import (
     CallSniffer,
     CapturedHeads,
-    Sampler,
+    Selection,
     captured_streams,
     heads_to_capture,
-    sampler_of,
 )
 from qk_sniffer.config import CaptureConfig
 from qk_sniffer.errors import UserError
@@ -88,7 +87,7 @@ class Session:
         """Called behind each call."""
         self._pre_rope = capture.capture_pre_rope
         self._windows = {layer.layer_idx: layer.sliding_window for layer in attention.layers}
-        self._thread = _Thread(self, sampler_of(settings), capture.sampler.seed, stays)
+        self._thread = _Thread(self, Selection.of(settings), stays)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -161,9 +160,9 @@ class Session:
 class _Thread(threading.local):
     """What each thread has of its own while it calls the model."""
 
-    def __init__(self, session: Session, sampler: Sampler, seed: int, stays: bool) -> None:
+    def __init__(self, session: Session, selection: Selection, stays: bool) -> None:
         sink = Intake(session.store)
-        self.sniffer = CallSniffer(session.streams, sampler, seed, sink, stays=stays)
+        self.sniffer = CallSniffer(session.streams, selection, sink, stays=stays)
         self.call: Call | None = None
         self.cache: Any = None
         self.rows: list[Row] = []

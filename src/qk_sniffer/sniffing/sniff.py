@@ -27,10 +27,13 @@ def sniff(
     layers: int | Iterable[int] | None = None,
     heads: int | Iterable[int] | None = None,
     kinds: str = "qk",
-    sampler: str = "all",
+    sampler: str | None = None,
     base_rate: float = 1.0,
     min_bucket_size: int = 8192,
     seed: int = 0,
+    keep_first: int = 0,
+    positions: Iterable[int] | None = None,
+    shared: bool = False,
     pre_rope: bool = False,
     full_attention_only: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -52,10 +55,14 @@ def sniff(
         layers: Layers to capture; None captures all.
         heads: Query heads to capture in each layer, key heads following; None captures all.
         kinds: q for queries, k for keys, qk for both.
-        sampler: Which positions are kept: all, uniform, log_uniform, or a class path, as in a config.
+        sampler: Which positions are kept: all, uniform, log_uniform, positions, or a class path, as in
+            a config. None keeps ``positions`` where they are given, and otherwise all.
         base_rate: Expected rows in each bucket of a text, for every head; not used by all.
         min_bucket_size: Positions in a bucket.
         seed: Seed of the random stream.
+        keep_first: Number of first positions of each text that are kept besides.
+        positions: What the sampler positions keeps of each text, counted from 0.
+        shared: Draw once for queries and keys of all layers, which then keep the same positions.
         pre_rope: Capture the vectors as they are before the rotary embedding.
         full_attention_only: Leave out layers with a sliding window.
         tokenizer: Gives the column token_str; None leaves it empty.
@@ -78,6 +85,7 @@ def sniff(
     """
     for name, number in (
         ("seed", seed),
+        ("keep_first", keep_first),
         ("min_bucket_size", min_bucket_size),
         ("limit_bytes", limit_bytes),
     ):
@@ -94,7 +102,7 @@ def sniff(
         capture_pre_rope=pre_rope,
         capture_token_strings=tokenizer is not None,
         min_bucket_size=min_bucket_size,
-        sampler=as_arguments(lambda: SamplerConfig(sampler, base_rate, seed)),
+        sampler=_sampler_config(sampler, base_rate, seed, keep_first, positions, shared),
     )
     watched = _watched(model, pre_rope)
     session = as_arguments(lambda: Session(watched, capture, tokenizer, limit_bytes, device == "model"))
@@ -115,6 +123,21 @@ def _capture_config(kinds: str, **settings: Any) -> CaptureConfig:
         raise UserError(f"kinds: expected {', '.join(KINDS)} or {''.join(KINDS)}, got {kinds!r}")
     wanted: dict[str, Any] = {facts.setting: kind in kinds for kind, facts in KINDS.items()}
     return as_arguments(lambda: CaptureConfig(**wanted, **settings))
+
+
+def _sampler_config(
+    sampler: str | None,
+    base_rate: float,
+    seed: int,
+    keep_first: int,
+    positions: Iterable[int] | None,
+    shared: bool,
+) -> SamplerConfig:
+    listed = integers("positions", positions)
+    name = sampler or ("all" if listed is None else "positions")
+    if name == "positions" and listed is None:
+        raise UserError("positions: list those that the sampler positions keeps of each text")
+    return as_arguments(lambda: SamplerConfig(name, base_rate, seed, keep_first, listed, shared))
 
 
 def _watched(model: nn.Module, pre_rope: bool) -> Watched:

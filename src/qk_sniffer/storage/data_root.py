@@ -70,6 +70,9 @@ _CLEARED = (DIRECTORIES - {REPORT_DIRECTORY}) | {
     MANIFEST_FILE,
 }
 
+_CAPTURED = "sniffer.capture."
+"""How the fields of the fingerprint begin that say what is captured."""
+
 _TOKEN_FILE = re.compile(r"\.shared-[0-9a-f]+")
 """What ``require_shared`` writes; a run that was killed may leave one."""
 
@@ -118,11 +121,13 @@ def differing_settings(there: Mapping[str, Any], here: Mapping[str, Any]) -> str
 
     Args:
         there: The one that is known in full.
-        here: The other; fields that it does not know yet are left out.
+        here: The other; fields that it does not know yet are left out. It knows all that is captured,
+            and what it lacks of that is not used.
     """
+    unused = dict.fromkeys(name for name in there if name.startswith(_CAPTURED) and name not in here)
     return "; ".join(
         f"{name} is {json.dumps(there.get(name))} there and {json.dumps(value)} here"
-        for name, value in here.items()
+        for name, value in {**here, **unused}.items()
         if name not in there or there[name] != value
     )
 
