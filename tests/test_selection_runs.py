@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import lightning.pytorch as pl
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -293,6 +294,17 @@ def test_a_data_root_of_other_rows_is_refused(
     assert "sniffer.capture.sampler." in line
 
 
+def test_a_data_root_of_another_column_is_refused(
+    predict: Predict, texts: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row | {"marked": some, "other": some} for row, some in zip(texts, LISTS, strict=True)]
+    path = str(write_jsonl(tmp_path / "texts.jsonl", rows))
+    for column, status in ("marked", 0), ("other", 2):
+        data = {"path": path, "positions_column": column}
+        assert predict(data=data, sniffer=COLUMN["sniffer"]) == status
+    assert 'data.positions_column is "marked" there and "other" here' in error_line(capsys)
+
+
 def test_a_plain_run_has_the_settings_of_the_first_version(predict: Predict, tmp_path: Path) -> None:
     """So data roots that it made go on."""
     assert predict(sniffer=with_sampler()) == 0
@@ -370,7 +382,7 @@ def test_a_warning_where_most_texts_have_none_of_their_positions(
     ("name", "change", "found"),
     [
         ("l02h01k", drop(2), "a row is lost, repeated or out of order"),
-        ("l00h00q", drop(0), "a row is lost, repeated or out of order"),
+        ("l00h00k", drop(0), "a row is lost, repeated or out of order"),
         ("l03h03q", lambda table: table.slice(0, table.num_rows - 1), "rows are lost"),
         ("l01h00q", lambda table: table.take([1, 0, *range(2, table.num_rows)]), "out of order"),
     ],
@@ -491,7 +503,7 @@ def test_texts_in_memory_have_positions(
 
 
 @pytest.mark.parametrize(
-    "positions", [[[0]], [[0], [-1]], [[0], None], [[0], [0.5]], [[0], 1]], ids=str
+    "positions", [3, [[0]], [[0], [-1]], [[0], None], [[0], [0.5]], [[0], 1]], ids=str
 )
 def test_positions_of_strings_are_a_list_for_each(positions: Any) -> None:
     with pytest.raises(UserError, match=r"^positions: expected 2 lists of integers of at least 0"):
@@ -520,6 +532,26 @@ def test_a_loader_of_ones_own_gives_positions(case: str, model_dir: ModelDir, tm
     assert table["example_id"].to_pylist() == [0, 0, 1]
     assert table["position"].to_pylist() == [0, 2, 0]
     assert main(["verify", str(tmp_path / "root")]) == 0
+
+
+class OwnData(pl.LightningDataModule):
+    """Tells the lengths of its texts beforehand, and their positions with the batch."""
+
+    def sequence_lengths(self) -> torch.Tensor:
+        return torch.tensor([3, 1])
+
+    def predict_dataloader(self) -> DataLoader:
+        return own_loader(positions=[[0, 2], [0]])
+
+
+def test_nothing_is_warned_of_positions_that_are_not_known_yet(
+    model_dir: ModelDir, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sniffer = SnifferCallback(OutputConfig(str(tmp_path / "root")), BY_LIST)
+    module = SnifferModule(str(model_dir("llama")))
+    trainer(sniffer).predict(module, datamodule=OwnData(), return_predictions=False)
+    assert len(Captures(tmp_path / "root").head(0, 0)) == 3
+    assert "sniffer.capture.sampler" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qk_sniffer.capture import Listed
-from qk_sniffer.data.positions import positions_in
+from qk_sniffer.data.positions import lists_in
 from qk_sniffer.errors import UserError
 
 _INT32 = np.iinfo(np.int32)
@@ -83,14 +83,13 @@ def _listed(batch: Mapping[str, Any], size: int) -> Listed:
             "positions: a batch has none; give each text a list of those to keep, or list those of all "
             "texts in sniffer.capture.sampler.positions"
         )
-    lists = [positions_in(value) for value in values] if hasattr(values, "__len__") else []
-    found = [positions for positions in lists if positions is not None]
-    if not len(found) == len(lists) == size:
+    lists = lists_in(values, size)
+    if lists is None:
         raise UserError(
             f"positions: expected {size} lists of integers of at least 0, one for each sequence; "
             f"{_LIKE}"
         )
-    return Listed.of(found)
+    return Listed.of(lists)
 
 
 def sequence_lengths(batch: Mapping[str, Any]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Positions to keep that come with a text."""
+"""Positions to keep that come with the texts."""
 
 from typing import Any
 
@@ -6,8 +6,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+Positions = npt.NDArray[np.int64]
 
-def positions_in(values: Any) -> npt.NDArray[np.int64] | None:
+
+def positions_in(values: Any) -> Positions | None:
     """The positions in a list, an array or a tensor: (P,) int64, ascending, each once.
 
     None where these are no integers of at least 0. Those beyond any text are left out.
@@ -22,3 +24,13 @@ def positions_in(values: Any) -> npt.NDArray[np.int64] | None:
         return None
     found = np.unique(found)
     return found[found < 2**31].astype(np.int64)
+
+
+def lists_in(values: Any, size: int) -> list[Positions] | None:
+    """The positions of each of some texts; None where these are no such lists, or not so many."""
+    try:
+        found = [positions_in(some) for some in values]
+    except TypeError:
+        return None
+    lists = [positions for positions in found if positions is not None]
+    return lists if len(lists) == len(found) == size else None

@@ -13,7 +13,7 @@ import xxhash
 from datasets.exceptions import DatasetsError
 
 from qk_sniffer.config import absent
-from qk_sniffer.data.positions import positions_in
+from qk_sniffer.data.positions import lists_in
 from qk_sniffer.data.text_files import builder_arguments, is_pattern
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.ids import collision, hash_ids
@@ -116,8 +116,8 @@ def dataset_of(
         raise UserError("texts: the list is empty; give at least one text")
     if positions is None:
         return datasets.Dataset.from_dict({"text": list(texts)})
-    lists = [positions_in(some) for some in positions]
-    if len(lists) != len(texts) or any(some is None for some in lists):
+    lists = lists_in(positions, len(texts))
+    if lists is None:
         raise UserError(
             f"positions: expected {len(texts)} lists of integers of at least 0, one for each text"
         )
