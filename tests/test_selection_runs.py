@@ -29,6 +29,7 @@ from qk_sniffer.errors import UserError
 from qk_sniffer.module import SnifferModule
 from readers import assert_same_rows, error_line, files_of
 from test_callback import own_loader, plain_batch, trainer
+from test_estimate import bytes_before, rows_of_each_head
 from test_ranks import free_port, lightning_variables
 from test_resume import interrupt  # noqa: F401
 from test_verify import drop, faults, rewrite
@@ -356,6 +357,22 @@ def test_estimates_are_exact_where_nothing_is_drawn(
     else:
         n_first = sum(min(length, FIRST if case == "first" else 2) for length in LENGTHS)
         assert n_first < float(expected[0]) < sum(LENGTHS)
+
+
+def test_the_places_of_a_shared_draw_are_counted_once(
+    write_run: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not for the queries and the keys of each of four layers."""
+    estimated = []
+    for shared in False, True:
+        _, *args = write_run(sniffer=with_sampler(shared=shared))
+        capsys.readouterr()
+        assert main(["estimate", *args]) == 0
+        text = capsys.readouterr().out
+        estimated.append((rows_of_each_head(text), bytes_before(text, "on its host: places")))
+    (own_rows, own), (shared_rows, shared_once) = estimated
+    assert shared_rows == own_rows
+    assert own == pytest.approx(8 * shared_once, rel=0.05)
 
 
 @pytest.mark.parametrize(
