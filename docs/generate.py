@@ -20,7 +20,7 @@ import lightning.pytorch as pl
 
 from qk_sniffer.callback import SnifferCallback
 from qk_sniffer.cli import main as command
-from qk_sniffer.config import CaptureConfig
+from qk_sniffer.config import CaptureConfig, SamplerConfig
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.module import SnifferModule
 from qk_sniffer.recording import fingerprint, settings
@@ -189,7 +189,17 @@ def _metavar(annotation: Any) -> str:
 
 
 def _config_page() -> str:
-    fixed = set(fingerprint(settings(SnifferModule(""), TextDataModule(""), CaptureConfig())))
+    # Fields of later versions are settings where they are used.
+    sampler = SamplerConfig("positions", keep_first=1, positions=[0], shared=True)
+    capture = CaptureConfig(
+        capture_values=True,
+        capture_outputs=True,
+        capture_softmax=True,
+        local_positions=1,
+        sampler=sampler,
+    )
+    data = TextDataModule("", positions_column="")
+    fixed = set(fingerprint(settings(SnifferModule(""), data, capture)))
     lines = [CONFIG_TOP]
     for section, members in all_fields().items():
         lines += [f"## {section}", "", *_table(members, fixed), ""]

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from families import FAMILIES, tiny_model
 from killing import Processes
 from loopback import LoopbackHub, client_of
-from qk_sniffer.capture import plan
+from qk_sniffer.capture import selection
 from qk_sniffer.cli import main
 
 Run = Callable[..., int]
@@ -133,13 +133,13 @@ REPO = "someone/attention"
 def draws(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The lengths of the sequences of each draw that a sniffer makes."""
     found: list[torch.Tensor] = []
-    draw = plan.draw_positions
+    draw = selection.draw_positions
 
     def watched(*args: Any) -> Any:
         found.append(args[-1])
         return draw(*args)
 
-    monkeypatch.setattr(plan, "draw_positions", watched)
+    monkeypatch.setattr(selection, "draw_positions", watched)
     return found
 
 

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from qk_sniffer.capture import (
     AttentionLayer,
     Chunks,
+    Selection,
     Sniffer,
     active_sniffer,
     build_sampler,
@@ -149,8 +150,7 @@ def sniff_all(
     heads = select_heads(probe_attention(backbone, pre_rope=pre_rope).layers)
     sniffer = Sniffer(
         captured_streams(heads, parts),
-        build_sampler("all", 1.0, 64),
-        0,
+        Selection(build_sampler("all", 1.0, 64)),
         chunks,
         local_positions=LOCAL,
         pre_rope=pre_rope,

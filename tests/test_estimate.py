@@ -19,7 +19,7 @@ from torch import Tensor
 
 from conftest import WriteRun, byte_tokenizer, write_jsonl
 from families import FAMILIES, tiny_model
-from qk_sniffer.capture import AttentionLayer, Sampler, Segment, expected_rows_by_bucket
+from qk_sniffer.capture import AttentionLayer, Sampler, Segment, Selection
 from qk_sniffer.cli import main
 from qk_sniffer.estimate.timing import Samples
 from qk_sniffer.models import (
@@ -41,6 +41,11 @@ SAMPLERS = {
     "log_uniform": {"sampler": {"type": "log_uniform", "base_rate": 8}, "min_bucket_size": 16},
     "uniform": {"sampler": {"type": "uniform", "base_rate": 16}, "min_bucket_size": 128},
     "all": {"sampler": {"type": "all"}, "min_bucket_size": 128},
+    "first": {
+        "sampler": {"type": "uniform", "base_rate": 16, "keep_first": 20},
+        "min_bucket_size": 128,
+    },
+    "positions": {"sampler": {"type": "positions", "positions": [0, 7, 300]}, "min_bucket_size": 128},
 }
 
 
@@ -358,8 +363,9 @@ def test_rows_of_a_sampler_of_ones_own_are_expected_by_bucket() -> None:
     for length in lengths.tolist():
         for position in range(length):
             sums[position % 2] += 1 / (1 + position)
-    assert expected_rows_by_bucket(EverySecond(1.0, 1), lengths) == pytest.approx(sums)
-    assert expected_rows_by_bucket(EverySecond(1.0, 1), torch.tensor([], dtype=torch.int64)) == {}
+    selection = Selection(EverySecond(1.0, 1))
+    assert selection.expected_rows_by_bucket(lengths) == pytest.approx(sums)
+    assert selection.expected_rows_by_bucket(torch.tensor([], dtype=torch.int64)) == {}
 
 
 def geometry_of(layers: list[AttentionLayer]) -> list[AttentionLayer]:

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from tqdm.auto import tqdm
 
-from qk_sniffer.capture import CapturedHeads, heads_to_capture, sampler_of
+from qk_sniffer.capture import CapturedHeads, Selection, heads_to_capture
 from qk_sniffer.config import CaptureConfig, OutputConfig
 from qk_sniffer.data import batch_fields
 from qk_sniffer.errors import UserError
@@ -42,6 +42,7 @@ from qk_sniffer.recording import (
     describe,
     leave_out_advertisements,
     progress_bar,
+    require_listed,
     require_space,
     settings,
 )
@@ -86,7 +87,7 @@ class SnifferCallback(pl.Callback):
         self.check = check
         self.own_data_root = OwnDataRoot(output)
         self.data_root = self.own_data_root.path
-        self._sampler = sampler_of(capture.as_settings())
+        self._selection = Selection.of(capture.as_settings())
         self._ranks = ALONE
         self._has_joined = False
         self._earlier: EarlierRun | None = None
@@ -122,12 +123,13 @@ class SnifferCallback(pl.Callback):
             )
         header, self._heads = ranks.run(lambda: self._describe(trainer, pl_module))
         ranks.require_same(header["fingerprint"])
-        lengths = texts.sequence_lengths()
+        lengths, listed = texts.sequence_lengths(), texts.listed_positions()
         ranks.first(
             lambda: require_space(
                 self.data_root,
-                self._sampler,
+                self._selection,
                 lengths,
+                listed,
                 header["streams"],
                 next(self._backbone.parameters()).dtype,
             )
@@ -136,7 +138,7 @@ class SnifferCallback(pl.Callback):
         self._recorder = ranks.run(
             lambda: Recorder(
                 self.capture,
-                self._sampler,
+                self._selection,
                 self._heads,
                 self.data_root / JOURNAL_DIRECTORY,
                 header,
@@ -148,7 +150,9 @@ class SnifferCallback(pl.Callback):
         )
         # Of several processes one warns.
         self._text_warnings = (
-            TextWarnings(self._sampler, lengths, header["n_positions"]) if ranks.is_first else None
+            TextWarnings(self._selection, lengths, listed, header["n_positions"])
+            if ranks.is_first
+            else None
         )
         self._checked = not self.check
         self._sigterm.is_deferred = True
@@ -171,7 +175,7 @@ class SnifferCallback(pl.Callback):
                 tokens, or the check fails.
         """
         assert self._recorder is not None
-        self._fields = fields = batch_fields(batch)
+        self._fields = fields = batch_fields(batch, listed=self._selection.needs_lists)
         smallest, largest = fields.input_ids.aminmax()
         require_known_tokens(int(smallest), int(largest), self._backbone)
         if self._text_warnings is not None:
@@ -308,7 +312,9 @@ class SnifferCallback(pl.Callback):
         check_heads = getattr(module, "check_heads", None)
         if check_heads is not None:
             ranks.first(lambda: check_heads(self.capture.as_settings()))
-        run_settings = settings(module, TextsAhead(trainer).data, self.capture)
+        data = TextsAhead(trainer).data
+        ranks.first(lambda: require_listed(self.capture.sampler, data))
+        run_settings = settings(module, data, self.capture)
         self._earlier = ranks.first(lambda: self.own_data_root.pull_earlier_run(run_settings))
 
     def _leave(self, reason: str | None) -> None:

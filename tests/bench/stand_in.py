@@ -25,11 +25,11 @@ from qk_sniffer.capture import (
     BatchRows,
     CapturedHeads,
     Portion,
+    Selection,
     Sniffer,
     buffers,
     captured_streams,
     heads_to_capture,
-    sampler_of,
 )
 from qk_sniffer.capture.buffers import Buffer, Staging
 from qk_sniffer.config import CaptureConfig
@@ -106,7 +106,8 @@ def measure_host(case: Case, capture: CaptureConfig, pairs: int) -> HostCost:
     """Read a batch barely and with a capture, in turn."""
     skeleton = module_of(case, torch.device("meta")).backbone
     layers = attention_geometry(skeleton).layers
-    heads, sampler = heads_to_capture(asdict(capture), layers), sampler_of(asdict(capture))
+    heads = heads_to_capture(asdict(capture), layers)
+    selection = Selection.of(asdict(capture))
     config = copy.deepcopy(HOST_BOUND)
     config.num_hidden_layers = len(layers)
     backbone = decoder_backbone(tiny_model(config).eval())
@@ -126,9 +127,7 @@ def measure_host(case: Case, capture: CaptureConfig, pairs: int) -> HostCost:
     bare, more = [], []
     with tempfile.TemporaryDirectory() as directory, torch.inference_mode(), as_on_a_gpu():
         sink = ToJournal(Path(directory) / "journal", heads)
-        sniffer = Sniffer(
-            captured_streams(heads), sampler, capture.sampler.seed, sink, expected=expected
-        )
+        sniffer = Sniffer(captured_streams(heads), selection, sink, expected=expected)
         sniffer._staging = sniffer._gathers._staging = WithoutCopies(sink.take_vectors)
 
         def report(layer_idx: int, *_: Any) -> None:

@@ -16,6 +16,7 @@ from qk_sniffer.capture import (
     CapturedHeads,
     Chunks,
     Portion,
+    Selection,
     Sniffer,
     build_sampler,
     captured_streams,
@@ -76,7 +77,7 @@ class Counting(Chunks):
 @pytest.mark.parametrize("sampler", ["uniform", "all"])
 def test_every_vector_arrives(sampler: str, passage: int, buffer_bytes: int, device: str) -> None:
     chunks = Counting()
-    sniffer = Sniffer(captured_streams(LAYERS), build_sampler(sampler, 5.0, 8), 0, chunks)
+    sniffer = Sniffer(captured_streams(LAYERS), Selection(build_sampler(sampler, 5.0, 8)), chunks)
     for first in (5, 8):
         sniffer.begin_batch([first, first + 1, first + 2], LENGTHS)
         read(sniffer, passage)
@@ -100,7 +101,7 @@ def test_every_vector_arrives(sampler: str, passage: int, buffer_bytes: int, dev
 def test_batches_can_be_handed_on_together(sampler: str, buffer_bytes: int, device: str) -> None:
     """Also where one between them is given up."""
     chunks = Chunks()
-    sniffer = Sniffer(captured_streams(LAYERS), build_sampler(sampler, 5.0, 8), 0, chunks)
+    sniffer = Sniffer(captured_streams(LAYERS), Selection(build_sampler(sampler, 5.0, 8)), chunks)
     for first in (5, 50, 8):
         sniffer.begin_batch([first, first + 1, first + 2], LENGTHS)
         read(sniffer, 10)
@@ -147,7 +148,7 @@ def test_layers_may_be_alike_or_change(
     """What is prepared for a layer fits it, or is made anew; and no room is left unused."""
     monkeypatch.setattr(buffers_module, "BUFFER_BYTES", buffer)
     chunks = Counting()
-    sniffer = Sniffer(captured_streams(ALIKE), build_sampler(sampler, 5.0, 8), 0, chunks)
+    sniffer = Sniffer(captured_streams(ALIKE), Selection(build_sampler(sampler, 5.0, 8)), chunks)
     expected = []
     for batch, length in enumerate([37, 20, 20, 37, 9, 37]):
         sniffer.begin_batch([2 * batch, 2 * batch + 1], [length, length - 4])
@@ -209,7 +210,7 @@ def test_memory_has_a_limit_and_the_forward_waits_there(
 
     monkeypatch.setattr(buffers_module, "_allocate", counting)
     sink = Slow()
-    sniffer = Sniffer(captured_streams(LAYERS), build_sampler("all", 1.0, 8), 0, sink)
+    sniffer = Sniffer(captured_streams(LAYERS), Selection(build_sampler("all", 1.0, 8)), sink)
     sniffer.begin_batch([0, 1, 2], LENGTHS)
 
     def capture() -> None:
@@ -238,7 +239,7 @@ def test_small_batches_use_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.empty(2**20, dtype=torch.uint8)
 
     monkeypatch.setattr(buffers_module, "_allocate", counting)
-    sniffer = Sniffer(captured_streams(LAYERS), build_sampler("uniform", 1.0, 8), 0, Chunks())
+    sniffer = Sniffer(captured_streams(LAYERS), Selection(build_sampler("uniform", 1.0, 8)), Chunks())
     for batch in range(5):
         sniffer.begin_batch([batch, -batch - 1, 100], LENGTHS)
         read(sniffer)
@@ -248,7 +249,7 @@ def test_small_batches_use_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_batch_that_is_given_up_leaves_nothing_to_the_next() -> None:
     chunks = Chunks()
-    sniffer = Sniffer(captured_streams(LAYERS), build_sampler("all", 1.0, 8), 0, chunks)
+    sniffer = Sniffer(captured_streams(LAYERS), Selection(build_sampler("all", 1.0, 8)), chunks)
     for _ in range(2 * N_BUFFERS):
         sniffer.begin_batch([0, 1, 2], LENGTHS)
         read(sniffer)
@@ -305,7 +306,7 @@ def test_any_layout_is_read_without_its_neighbours(number: int, device: str) -> 
     query = list(layouts())[number]
     heads = {0: CapturedHeads(AttentionLayer(0, 4, 4, 5), query=(0, 2, 3), key=())}
     chunks = Chunks()
-    sniffer = Sniffer(captured_streams(heads, ["q"]), build_sampler("all", 1.0, 8), 0, chunks)
+    sniffer = Sniffer(captured_streams(heads, ["q"]), Selection(build_sampler("all", 1.0, 8)), chunks)
     sniffer.begin_batch([0, 1], [6, 4])
     sniffer.capture(0, query, query, torch.arange(6))
     sniffer.flush_batch()
@@ -322,8 +323,7 @@ def test_axes_of_one(shape: tuple[int, int, int, int]) -> None:
     chunks = Chunks()
     sniffer = Sniffer(
         captured_streams({0: CapturedHeads(layer, everything, everything)}),
-        build_sampler("all", 1.0, 8),
-        0,
+        Selection(build_sampler("all", 1.0, 8)),
         chunks,
     )
     query = torch.randn(shape)
@@ -360,7 +360,9 @@ def test_no_value_of_a_device_is_looked_at(
         return mode.from_tensor(allocate(*args, **options))
 
     monkeypatch.setattr(buffers_module, "_allocate", fake)
-    sniffer = Sniffer(captured_streams({0: LAYERS[0]}), build_sampler(sampler, 4.0, 8), 0, Fake())
+    sniffer = Sniffer(
+        captured_streams({0: LAYERS[0]}), Selection(build_sampler(sampler, 4.0, 8)), Fake()
+    )
     sniffer.begin_batch([0, 1], [30, 22])
     for start, stop in ((0, 12), (12, 30)):
         query, key = (mode.from_tensor(torch.zeros(2, n_heads, 30, 3)) for n_heads in (4, 2))

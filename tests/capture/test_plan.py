@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from qk_sniffer.capture import Sampler, build_sampler
+from qk_sniffer.capture import Sampler, Selection, build_sampler
 from qk_sniffer.capture.plan import BATCHES_AT_ONCE, TOKENS_AT_ONCE, Batch, BatchPlan, Plans, Stream
 
 STREAMS: tuple[Stream, ...] = ((0, "q"), (0, "k"), (3, "q"), (3, "k"))
@@ -39,7 +39,7 @@ def rows(drawn: BatchPlan) -> dict[Stream, list[tuple[int, int, int]]]:
 
 
 def alone(sampler: Sampler, batch: Batch) -> dict[Stream, list[tuple[int, int, int]]]:
-    return rows(Plans(STREAMS, sampler, 7, ()).next(*batch))
+    return rows(Plans(STREAMS, Selection(sampler, 7), ()).next(*batch))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -52,7 +52,7 @@ def test_every_batch_has_the_rows_that_it_has_alone(name: str, come: str) -> Non
         "without some": expected[:3] + expected[9:],
         "more": [*expected, ([100, 101], [50, 60]), ([102], [0])],
     }[come]
-    plans = Plans(STREAMS, sampler, 7, iter(expected))
+    plans = Plans(STREAMS, Selection(sampler, 7), iter(expected))
     for batch in coming:
         drawn = plans.next(*batch)
         assert rows(drawn) == alone(sampler, batch)
@@ -68,7 +68,7 @@ def test_many_are_drawn_at_once_within_a_bound(
     tokens: int, n_draws: int, draws: list[torch.Tensor]
 ) -> None:
     expected = [([number], [tokens]) for number in range(40)]
-    plans = Plans(STREAMS, SAMPLERS["log_uniform"], 0, expected)
+    plans = Plans(STREAMS, Selection(SAMPLERS["log_uniform"]), expected)
     for batch in expected:
         plans.next(*batch)
     assert len(draws) == n_draws
@@ -77,7 +77,7 @@ def test_many_are_drawn_at_once_within_a_bound(
 
 
 def test_nothing_is_drawn_in_vain_once_others_have_come(draws: list[torch.Tensor]) -> None:
-    plans = Plans(STREAMS, SAMPLERS["uniform"], 0, [([number], [50]) for number in range(40)])
+    plans = Plans(STREAMS, Selection(SAMPLERS["uniform"]), [([number], [50]) for number in range(40)])
     for number in range(100, 120):
         plans.next([number], [50])
     assert [len(lengths) // len(STREAMS) for lengths in draws] == [1] * 20

@@ -12,6 +12,7 @@ from qk_sniffer.capture import (
     AttentionLayer,
     CapturedHeads,
     Chunks,
+    Selection,
     Sniffer,
     active_sniffer,
     build_sampler,
@@ -39,8 +40,8 @@ def sniff(
     kinds: Iterable[Kind] = ("q", "k"),
 ) -> tuple[Sniffer, Chunks]:
     chunks = Chunks()
-    sampler = build_sampler("uniform", base_rate, 4)
-    sniffer = Sniffer(captured_streams(LAYERS, kinds), sampler, 0, chunks)
+    selection = Selection(build_sampler("uniform", base_rate, 4))
+    sniffer = Sniffer(captured_streams(LAYERS, kinds), selection, chunks)
     sniffer.begin_batch(example_ids, lengths)
     length = max(lengths)
     for layer in range(3):
@@ -89,7 +90,7 @@ def test_queries_or_keys_alone(kind: Kind) -> None:
 
 def test_the_dtype_of_the_model_is_kept() -> None:
     chunks = Chunks()
-    sniffer = Sniffer(captured_streams({0: LAYERS[0]}), build_sampler("all", 1.0, 4), 0, chunks)
+    sniffer = Sniffer(captured_streams({0: LAYERS[0]}), Selection(build_sampler("all", 1.0, 4)), chunks)
     sniffer.begin_batch([0], [5])
     query, key = states(1, 4, 5, torch.bfloat16), states(1, 2, 5, torch.bfloat16)
     sniffer.capture(0, query, key, torch.arange(5))
@@ -99,7 +100,7 @@ def test_the_dtype_of_the_model_is_kept() -> None:
 
 def test_captured_rows_are_copies() -> None:
     chunks = Chunks()
-    sniffer = Sniffer(captured_streams({0: LAYERS[0]}), build_sampler("all", 1.0, 4), 0, chunks)
+    sniffer = Sniffer(captured_streams({0: LAYERS[0]}), Selection(build_sampler("all", 1.0, 4)), chunks)
     sniffer.begin_batch([0], [5])
     query, key = states(1, 4, 5), states(1, 2, 5)
     sniffer.capture(0, query, key, torch.arange(5))
@@ -113,7 +114,7 @@ def test_captured_rows_are_copies() -> None:
 
 def all_of_layer_0(lengths: list[int]) -> tuple[Sniffer, Chunks]:
     chunks = Chunks()
-    sniffer = Sniffer(captured_streams({0: LAYERS[0]}), build_sampler("all", 1.0, 4), 0, chunks)
+    sniffer = Sniffer(captured_streams({0: LAYERS[0]}), Selection(build_sampler("all", 1.0, 4)), chunks)
     sniffer.begin_batch(list(range(len(lengths))), lengths)
     return sniffer, chunks
 

@@ -24,15 +24,13 @@ from qk_sniffer.capture.positions import compute_positions, own_keys
 from qk_sniffer.capture.rows import BatchRows, Block
 from qk_sniffer.capture.sampling import (
     SAMPLERS,
+    PositionsSampler,
     Sampler,
     Segment,
     build_sampler,
-    count_draws,
     draw_positions,
-    expected_rows_by_bucket,
-    keep_probabilities,
-    sampler_of,
 )
+from qk_sniffer.capture.selection import Listed, Selection
 from qk_sniffer.capture.sniffer import (
     CapturesAttention,
     Sniffer,
@@ -56,10 +54,13 @@ __all__ = [
     "CapturesAttention",
     "Chunk",
     "Chunks",
+    "Listed",
     "Portion",
+    "PositionsSampler",
     "Sampler",
     "ScoreFunction",
     "Segment",
+    "Selection",
     "Sniffer",
     "SoftmaxInput",
     "Stream",
@@ -70,15 +71,11 @@ __all__ = [
     "capped",
     "captured_streams",
     "compute_positions",
-    "count_draws",
     "described_layers",
     "draw_positions",
-    "expected_rows_by_bucket",
     "get_active_sniffer",
     "heads_to_capture",
-    "keep_probabilities",
     "own_keys",
-    "sampler_of",
     "select_heads",
     "softmax_with_sinks",
 ]

@@ -18,7 +18,7 @@ from qk_sniffer.capture.heads import CapturedStream, Stream
 from qk_sniffer.capture.plan import KeptQueries, KeptRows, draws_of
 from qk_sniffer.capture.positions import own_keys
 from qk_sniffer.capture.rows import BatchRows, Sink
-from qk_sniffer.capture.sampling import Sampler, count_draws, draw_positions
+from qk_sniffer.capture.selection import Selection
 from qk_sniffer.capture.softmax import SoftmaxInput, SoftmaxStatistics
 from qk_sniffer.kinds import LOCAL_POSITIONS, Kind
 
@@ -94,8 +94,7 @@ class CallSniffer:
 
     Args:
         streams: The captured heads of each layer and kind, in the order in which the model calls them.
-        sampler: Which positions are kept.
-        seed: 64-bit seed of the random stream.
+        selection: Which positions are kept.
         sink: Takes the rows that are kept.
         local_positions: Positions that the statistic local_prob counts.
         stays: Leave vectors on the device that has them.
@@ -104,8 +103,7 @@ class CallSniffer:
     def __init__(
         self,
         streams: Iterable[CapturedStream],
-        sampler: Sampler,
-        seed: int,
+        selection: Selection,
         sink: Sink,
         *,
         local_positions: int = LOCAL_POSITIONS,
@@ -115,7 +113,7 @@ class CallSniffer:
         self._heads = {stream.key: stream.heads for stream in streams}
         self._softmax = SoftmaxStatistics(streams, local_positions)
         self._has_results = any(stream.kind in ("v", "o") for stream in streams)
-        self._sampler, self._seed, self._sink = sampler, seed, sink
+        self._selection, self._sink = selection, sink
         self._staging = Staging(sink.take_vectors, stays=stays)
         self._gathers = Gathers(self._heads, self._staging)
         self._rows: _CallRows | None = None
@@ -137,11 +135,9 @@ class CallSniffer:
         example_ids, texts = torch.unique(tokens.example_ids, return_inverse=True)
         lengths = torch.zeros_like(example_ids)
         lengths.scatter_reduce_(0, texts, tokens.positions + 1, "amax")
-        n_draws, n_texts = count_draws(self._sampler, self._heads, lengths), len(example_ids)
-        draws, stream_ids = draws_of(tuple(self._heads), n_draws)
-        sequences, positions = draw_positions(
-            self._sampler,
-            self._seed,
+        n_draws, n_texts = self._selection.count_draws(self._heads, lengths), len(example_ids)
+        draws, stream_ids = draws_of(self._selection, tuple(self._heads), n_draws)
+        sequences, positions = self._selection.draw(
             stream_ids.repeat_interleave(n_texts),
             example_ids.repeat(n_draws),
             lengths.repeat(n_draws),
@@ -154,7 +150,7 @@ class CallSniffer:
         # Those before this call were drawn again, since all of a text are drawn from its start.
         is_read = read[places] == drawn
         stops = torch.searchsorted(sequences[is_read], n_texts * torch.arange(1, n_draws + 1))
-        buckets = self._sampler.buckets(tokens.positions)
+        buckets = self._selection.sampler.buckets(tokens.positions)
         return _CallRows(dict(draws), stops.tolist(), tokens, order[places[is_read]], buckets)
 
     def capture(

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from qk_sniffer.capture.buffers import upload
 from qk_sniffer.capture.heads import Stream
-from qk_sniffer.capture.sampling import Sampler, count_draws, draw_positions
-from qk_sniffer.kinds import random_stream, random_streams
+from qk_sniffer.capture.selection import Listed, Selection
 
 Batch = tuple[list[int], list[int]]
 """Example ids and tokens of the sequences of a batch."""
@@ -30,30 +29,34 @@ class Plans:
 
     Args:
         streams: The layers and kinds.
-        sampler: Which positions are kept.
-        seed: 64-bit seed of the random stream.
+        selection: Which positions are kept.
         expected: Example ids and lengths of batches to come; others may come instead.
     """
 
     def __init__(
         self,
         streams: tuple[Stream, ...],
-        sampler: Sampler,
-        seed: int,
+        selection: Selection,
         expected: Iterable[tuple[Sequence[int], Sequence[int]]],
     ) -> None:
-        self._streams, self._sampler, self._seed = streams, sampler, seed
+        self._streams, self._selection = streams, selection
         self._expected: Iterator[Batch] = ((list(ids), list(lengths)) for ids, lengths in expected)
         self._drawn: deque[BatchPlan] = deque()
 
-    def next(self, example_ids: Sequence[int], lengths: Sequence[int]) -> "BatchPlan":
+    def next(
+        self, example_ids: Sequence[int], lengths: Sequence[int], listed: Listed | None = None
+    ) -> "BatchPlan":
         """The rows of the next batch.
 
         Args:
             example_ids: (B,) one integer for each sequence.
             lengths: (B,) tokens in each sequence.
+            listed: Positions to keep of each, where they come with it.
         """
         batch = list(example_ids), list(lengths)
+        if listed is not None:
+            # No call of the random generator is saved here, so nothing is gained by drawing ahead.
+            return next(self._draw([batch], listed))
         if not self._drawn or self._drawn[0].batch != batch:
             self._drawn = deque(self._draw(self._with_following(batch)))
         return self._drawn.popleft()
@@ -71,21 +74,20 @@ class Plans:
             n_tokens += _padded_tokens(following)
         return batches
 
-    def _draw(self, batches: Sequence[Batch]) -> Iterator["BatchPlan"]:
+    def _draw(self, batches: Sequence[Batch], listed: Listed | None = None) -> Iterator["BatchPlan"]:
         lengths = [torch.tensor(lengths, dtype=torch.int64) for _, lengths in batches]
         ids = [torch.tensor(example_ids, dtype=torch.int64) for example_ids, _ in batches]
-        n_draws = count_draws(self._sampler, self._streams, torch.cat(lengths))
-        draws, stream_ids = draws_of(self._streams, n_draws)
+        n_draws = self._selection.count_draws(self._streams, torch.cat(lengths))
+        draws, stream_ids = draws_of(self._selection, self._streams, n_draws)
         sizes = [len(batch_ids) for batch_ids in ids]
-        sequences, positions = draw_positions(
-            self._sampler,
-            self._seed,
+        sequences, positions = self._selection.draw(
             torch.cat([stream_ids.repeat_interleave(size) for size in sizes]),
             torch.cat([batch_ids.repeat(n_draws) for batch_ids in ids]),
             torch.cat([batch_lengths.repeat(n_draws) for batch_lengths in lengths]),
+            listed,
         )
         batch_indices = torch.cat([torch.arange(size).repeat(n_draws) for size in sizes])[sequences]
-        buckets = self._sampler.buckets(positions)
+        buckets = self._selection.sampler.buckets(positions)
         # Sequences are numbered by batch, draw, and their place in the batch.
         ends = torch.tensor(sizes).repeat_interleave(n_draws).cumsum(0)
         stops = torch.searchsorted(sequences, ends).view(len(batches), n_draws)
@@ -114,7 +116,8 @@ class BatchPlan:
     """The rows that each layer and kind keeps of one batch.
 
     Those of every draw lie in one tensor, sorted by draw, sequence and position. Each layer and kind
-    has a draw of its own, but for a sampler that keeps every position: there they share one.
+    has a draw of its own, but where nothing is left to chance or they are to keep the same rows: there
+    they share one.
 
     Attributes:
         batch: What it was drawn for.
@@ -151,11 +154,13 @@ class BatchPlan:
 
 
 @lru_cache(maxsize=16)
-def draws_of(streams: tuple[Stream, ...], n_draws: int) -> tuple[Mapping[Stream, int], Tensor]:
+def draws_of(
+    selection: Selection, streams: tuple[Stream, ...], n_draws: int
+) -> tuple[Mapping[Stream, int], Tensor]:
     """The draw of each layer and part, and what names the random stream of each draw: (n_draws,)."""
-    ids = random_streams(streams)
+    ids = selection.random_streams(streams)
     numbers = {stream_id: min(number, n_draws - 1) for number, stream_id in enumerate(ids)}
-    draws = {stream: numbers[random_stream(*stream)] for stream in streams}
+    draws = {stream: numbers[selection.random_stream(*stream)] for stream in streams}
     return draws, torch.tensor(ids[:n_draws], dtype=torch.int64)
 
 

@@ -9,11 +9,11 @@ A longer sequence keeps the same positions as its prefix.
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from qk_sniffer.capture.random import WORD, Words, mix
 from qk_sniffer.errors import UserError, did_you_mean
-from qk_sniffer.kinds import Part, random_streams
 
 Rows = npt.NDArray[np.int64]
 """Kept rows, each (sequence << 32) + position."""
@@ -114,24 +113,20 @@ class LogUniformSampler(Sampler):
         return exponents.clamp(min=self.min_exponent)
 
 
+class PositionsSampler(UniformSampler):
+    """Draws nothing: what is kept is listed. The buckets are those of ``uniform``."""
+
+    def segments(self, length: int) -> list[Segment]:
+        """None."""
+        return []
+
+
 SAMPLERS: dict[str, type[Sampler]] = {
     "log_uniform": LogUniformSampler,
     "uniform": UniformSampler,
     "all": AllSampler,
+    "positions": PositionsSampler,
 }
-
-
-def sampler_of(capture: Mapping[str, Any]) -> Sampler:
-    """The sampler that a config names.
-
-    Args:
-        capture: The section capture, as a mapping.
-
-    Raises:
-        UserError: There is no such sampler.
-    """
-    sampler = capture["sampler"]
-    return build_sampler(sampler["type"], sampler["base_rate"], capture["min_bucket_size"])
 
 
 def build_sampler(sampler_type: str, base_rate: float, min_bucket_size: int) -> Sampler:
@@ -192,7 +187,7 @@ def draw_positions(
     for segment in sampler.segments(longest):
         reached = np.minimum(lengths.numpy(), segment.stop) - segment.start
         if segment.probability >= 1:
-            found.append(_every_row(segment.start, reached.clip(0)))
+            found.append(every_row(segment.start, reached.clip(0)))
         else:
             drawn.append(segment)
             sizes.append(reached)
@@ -210,51 +205,8 @@ def longest_of(lengths: Tensor) -> int:
     return int(lengths.max()) if lengths.numel() else 0
 
 
-def count_draws(sampler: Sampler, streams: Iterable[tuple[int, Part]], lengths: Tensor) -> int:
-    """How many draws some layers and parts make; those that keep every position share one.
-
-    Args:
-        sampler: Gives the segments and their probabilities.
-        streams: The layers and parts.
-        lengths: (S,) int64, tokens in each sequence.
-    """
-    n_streams = len(random_streams(streams))
-    segments = sampler.segments(longest_of(lengths))
-    keeps_all = all(segment.probability >= 1 for segment in segments)
-    return min(1, n_streams) if keeps_all else n_streams
-
-
-def keep_probabilities(sampler: Sampler, length: int) -> Tensor:
-    """How likely each position is to be kept: (length,) float64.
-
-    Args:
-        sampler: Gives the segments and their probabilities.
-        length: Number of positions.
-    """
-    kept = torch.zeros(length, dtype=torch.float64)
-    for segment in sampler.segments(length):
-        kept[segment.start : segment.stop] = min(1.0, segment.probability)
-    return kept
-
-
-def expected_rows_by_bucket(sampler: Sampler, lengths: Tensor) -> dict[int, float]:
-    """Rows that one layer and kind keeps of some sequences in each bucket, on average.
-
-    Args:
-        sampler: Gives buckets, segments and their probabilities.
-        lengths: (S,) int64, tokens in each sequence.
-    """
-    longest = longest_of(lengths)
-    # Sequences that have a token at each position.
-    reaching = lengths.numel() - torch.bincount(lengths, minlength=longest).cumsum(0)[:longest]
-    rows = keep_probabilities(sampler, longest) * reaching
-    buckets, places = torch.unique(sampler.buckets(torch.arange(longest)), return_inverse=True)
-    sums = torch.zeros(buckets.numel(), dtype=torch.float64).index_add(0, places, rows)
-    return dict(zip(buckets.tolist(), sums.tolist(), strict=True))
-
-
-def _every_row(start: int, sizes: npt.NDArray[np.int64]) -> Rows:
-    """All positions from ``start`` on."""
+def every_row(start: int, sizes: npt.NDArray[np.int64]) -> Rows:
+    """All positions of each sequence from ``start`` on, (S,) of them."""
     sequences = np.repeat(np.arange(sizes.size), sizes)
     firsts = np.repeat(sizes.cumsum() - sizes, sizes)
     return (sequences << 32) + (np.arange(sequences.size) - firsts + start)

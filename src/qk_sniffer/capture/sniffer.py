@@ -21,7 +21,7 @@ from qk_sniffer.capture.heads import CapturedStream, Stream
 from qk_sniffer.capture.plan import BatchPlan, Passage, Plans
 from qk_sniffer.capture.positions import own_keys
 from qk_sniffer.capture.rows import BatchRows, Block, Sink
-from qk_sniffer.capture.sampling import Sampler
+from qk_sniffer.capture.selection import Listed, Selection
 from qk_sniffer.capture.softmax import SoftmaxInput, SoftmaxStatistics
 from qk_sniffer.kinds import LOCAL_POSITIONS, Kind, Part
 
@@ -99,8 +99,7 @@ class Sniffer:
 
     Args:
         streams: The captured heads of each layer and part, in the order in which the model calls them.
-        sampler: Which positions are kept.
-        seed: 64-bit seed of the random stream.
+        selection: Which positions are kept.
         sink: Takes the rows that are kept.
         local_positions: Positions that the statistic local_prob counts.
         pre_rope: Ask for the vectors as they are before the rotary embedding.
@@ -111,8 +110,7 @@ class Sniffer:
     def __init__(
         self,
         streams: Iterable[CapturedStream],
-        sampler: Sampler,
-        seed: int,
+        selection: Selection,
         sink: Sink,
         *,
         local_positions: int = LOCAL_POSITIONS,
@@ -124,7 +122,7 @@ class Sniffer:
         self._heads = {stream.key: stream.heads for stream in streams}
         self.parts = frozenset(stream.kind for stream in streams)
         self._softmax = SoftmaxStatistics(streams, local_positions)
-        self._plans = Plans(tuple(self._heads), sampler, seed, expected)
+        self._plans = Plans(tuple(self._heads), selection, expected)
         self._sink = sink
         self._staging = Staging(sink.take_vectors)
         self._gathers = Gathers(self._heads, self._staging)
@@ -140,15 +138,21 @@ class Sniffer:
         self.rows_kept = 0
         """Rows flushed so far, over all heads."""
 
-    def begin_batch(self, example_ids: Sequence[int], sequence_lengths: Sequence[int]) -> None:
+    def begin_batch(
+        self,
+        example_ids: Sequence[int],
+        sequence_lengths: Sequence[int],
+        listed: Listed | None = None,
+    ) -> None:
         """Draw the rows of a batch.
 
         Args:
             example_ids: One integer for each sequence.
             sequence_lengths: Its number of tokens; where the model generates, the most there can be.
+            listed: Positions to keep of each, where they come with it.
         """
         self.close()
-        self._plan = self._plans.next(example_ids, sequence_lengths)
+        self._plan = self._plans.next(example_ids, sequence_lengths, listed)
         self._sequences = range(len(sequence_lengths))
         self._tokens_read = {layer_idx: [0] * len(sequence_lengths) for layer_idx, _ in self._heads}
         if self._has_results:

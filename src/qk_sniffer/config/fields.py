@@ -4,7 +4,9 @@ The string under each field is its help text on the command line.
 """
 
 import math
+import operator
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +18,8 @@ from qk_sniffer.errors import UserError
 from qk_sniffer.kinds import LOCAL_POSITIONS
 
 _LATER_FIELDS = ("capture_values", "capture_outputs", "capture_softmax", "local_positions")
-"""Fields that came later: settings have them where they are used, so that earlier data roots go on."""
+_LATER_SAMPLER_FIELDS = ("keep_first", "positions", "shared")
+"""Fields that came later: settings have them only where used, so that earlier data roots go on."""
 
 _BRANCH = re.compile(r"(?!refs/)(?!.*(\.\.|\.lock$))\w([\w.-]*\w)?(/\w([\w.-]*\w)?)*", re.ASCII)
 
@@ -41,13 +44,31 @@ class SamplerConfig:
     """Which positions of each sequence are kept."""
 
     type: str = "uniform"
-    """log_uniform, uniform, all, or the class path of a qk_sniffer.capture.Sampler subclass."""
+    """log_uniform, uniform, all, positions, or the class path of a subclass of
+    qk_sniffer.capture.Sampler."""
     base_rate: float = 1.0
-    """Expected rows kept in each bucket of a sequence, for every head; not used by all."""
+    """Expected rows kept in each bucket of a sequence, for every head; all and positions ignore it."""
     seed: int = 0
     """Seed of the random stream, from 0 to 2^64 - 1."""
+    keep_first: int = 0
+    """Number of first positions of each sequence that are kept besides what the sampler keeps."""
+    positions: list[int] | None = None
+    """What type positions keeps of each sequence, counted from 0; null takes data.positions_column."""
+    shared: bool = False
+    """Draw once for queries and keys of all layers, which then keep the same positions."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.keep_first >= 0,
+            f"sniffer.capture.sampler.keep_first: must be at least 0, got {self.keep_first}",
+        )
+        if self.positions is not None:
+            self.positions = _ascending(self.positions)
+            _require(
+                self.type == "positions",
+                f"sniffer.capture.sampler.positions: the sampler {self.type} does not use them; set "
+                "sniffer.capture.sampler.type to positions, or leave them out",
+            )
         _require(
             1e-30 <= self.base_rate < math.inf,
             "sniffer.capture.sampler.base_rate: must be a finite number of at least 1e-30, got "
@@ -57,6 +78,20 @@ class SamplerConfig:
             0 <= self.seed < 2**64,
             f"sniffer.capture.sampler.seed: must lie between 0 and 2^64 - 1, got {self.seed}",
         )
+
+
+def _ascending(positions: Collection[int]) -> list[int]:
+    """Positions in ascending order, each once."""
+    try:
+        found = sorted({operator.index(position) for position in positions})
+    except TypeError:
+        found = []
+    _require(
+        bool(found) and found[0] >= 0 and found[-1] < 2**31,
+        "sniffer.capture.sampler.positions: expected at least one integer, each between 0 and "
+        f"2^31 - 1, got {positions}",
+    )
+    return found
 
 
 @dataclass
@@ -126,11 +161,19 @@ class CaptureConfig:
 
     def as_settings(self) -> dict[str, Any]:
         """The section as JSON takes it, without the fields of later versions that are not used."""
-        plain = CaptureConfig()
-        unused = {name for name in _LATER_FIELDS if getattr(self, name) == getattr(plain, name)}
+        unused = _unused(self, _LATER_FIELDS)
         if not self.capture_softmax:
             unused.add("local_positions")
-        return {name: value for name, value in asdict(self).items() if name not in unused}
+        settings = {name: value for name, value in asdict(self).items() if name not in unused}
+        for name in _unused(self.sampler, _LATER_SAMPLER_FIELDS):
+            del settings["sampler"][name]
+        return settings
+
+
+def _unused(section: Any, names: Collection[str]) -> set[str]:
+    """Those of some fields of a section that have their defaults."""
+    plain = type(section)()
+    return {name for name in names if getattr(section, name) == getattr(plain, name)}
 
 
 @dataclass

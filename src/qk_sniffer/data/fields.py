@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qk_sniffer.capture import Listed
+from qk_sniffer.data.positions import lists_in
 from qk_sniffer.errors import UserError
 
 _INT32 = np.iinfo(np.int32)
@@ -25,6 +27,7 @@ class BatchFields:
         sequence_lengths: (B,) int64, in tokens.
         source_ids: The ids as the dataset has them.
         truncated: Whether a text was cut.
+        listed: Positions to keep of each text; None where they don't come with it.
     """
 
     input_ids: Tensor
@@ -32,13 +35,18 @@ class BatchFields:
     sequence_lengths: Tensor
     source_ids: list[str]
     truncated: list[bool]
+    listed: Listed | None = None
 
 
-def batch_fields(batch: Any) -> BatchFields:
+def batch_fields(batch: Any, *, listed: bool = False) -> BatchFields:
     """Read the fields of a batch.
 
     Each may be a tensor, an array or a list. Lengths are those of ``attention_mask`` where they are
     missing, or else the width; source ids are the example ids, and no text is cut.
+
+    Args:
+        batch: The batch.
+        listed: Whether it has the positions to keep of each text.
 
     Raises:
         UserError: A field is missing or of another kind or size, ids are shared or no int32, or the
@@ -64,7 +72,24 @@ def batch_fields(batch: Any) -> BatchFields:
         sequence_lengths(batch),
         [str(value) for value in _values("source_ids", batch, size, ids.tolist())],
         [bool(value) for value in _values("truncated", batch, size, [False] * size)],
+        _listed(batch, size) if listed else None,
     )
+
+
+def _listed(batch: Mapping[str, Any], size: int) -> Listed:
+    values = batch.get("positions")
+    if values is None:
+        raise UserError(
+            "positions: a batch has none; give each text a list of those to keep, or list those of all "
+            "texts in sniffer.capture.sampler.positions"
+        )
+    lists = lists_in(values, size)
+    if lists is None:
+        raise UserError(
+            f"positions: expected {size} lists of integers of at least 0, one for each sequence; "
+            f"{_LIKE}"
+        )
+    return Listed.of(lists)
 
 
 def sequence_lengths(batch: Mapping[str, Any]) -> Tensor:

@@ -107,7 +107,12 @@ class StreamedBatches(IterableDataset[list[Row]]):
         while rows := list(islice(stream, size)):
             indices = [index for index, _ in rows]
             if indices[0] == 0:
-                check_columns(list(rows[0][1]), self.encode.text_column, id_column)
+                check_columns(
+                    list(rows[0][1]),
+                    self.encode.text_column,
+                    id_column,
+                    self.encode.positions_column,
+                )
             source_ids = indices if id_column is None else [row[id_column] for _, row in rows]
             ids = hash_ids(source_ids, indices)
             if id_column is not None:

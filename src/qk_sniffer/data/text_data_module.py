@@ -15,6 +15,7 @@ import xxhash
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from qk_sniffer.capture import Listed
 from qk_sniffer.config import TokenizerConfig, explained_loading
 from qk_sniffer.data.batches import Batch, longest_first, plan_batches, rest_of, share_of
 from qk_sniffer.data.streaming import StreamedBatches
@@ -26,7 +27,7 @@ from qk_sniffer.data.texts import (
     digest_of,
     example_ids,
 )
-from qk_sniffer.data.tokenizing import FEATURES, Encode
+from qk_sniffer.data.tokenizing import LISTED, Encode
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import are_left
 from qk_sniffer.models import ModelSource, vocabulary_size
@@ -59,7 +60,8 @@ class TextDataModule(pl.LightningDataModule):
     - ``input_ids`` (B, S) int64 and ``attention_mask`` (B, S) int64, 1 up to each text's length,
     - ``example_ids`` (B,) int32 and ``sequence_lengths`` (B,) int64, in tokens,
     - ``source_ids``, B strings: the ids as the dataset has them,
-    - ``truncated``, B booleans: whether ``tokenizer.max_length`` cut the text.
+    - ``truncated``, B booleans: whether ``tokenizer.max_length`` cut the text,
+    - ``positions``, B arrays of int32: the positions to keep, only with a ``positions_column``.
 
     Args:
         path: Hub dataset id, or a local directory, file or pattern of files such as texts/*.jsonl, all
@@ -69,6 +71,8 @@ class TextDataModule(pl.LightningDataModule):
         split: Split to read; local files without splits are train.
         text_column: Column with the texts; a txt file is one text in the column text.
         id_column: Column with unique integer or string ids; null numbers the rows from 0.
+        positions_column: Column with a list of positions for each text, those that the sampler
+            positions keeps of it; null for none.
         max_samples: Rows to read from the start; null reads all.
         streaming: Read the dataset while the model runs instead of downloading it first.
         tokenizer: How text becomes tokens.
@@ -90,6 +94,7 @@ class TextDataModule(pl.LightningDataModule):
         split: str = "train",
         text_column: str = "text",
         id_column: str | None = None,
+        positions_column: str | None = None,
         max_samples: int | None = None,
         streaming: bool = False,
         tokenizer: TokenizerConfig = TokenizerConfig(),  # noqa: B008
@@ -117,6 +122,7 @@ class TextDataModule(pl.LightningDataModule):
         self.split = split
         self.text_column = text_column
         self.id_column = id_column
+        self.positions_column = positions_column
         self.max_samples = max_samples
         self.streaming = streaming
         self.tokenizer_config = tokenizer
@@ -138,6 +144,7 @@ class TextDataModule(pl.LightningDataModule):
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         max_length: int | None = None,
+        positions: Sequence[Sequence[int]] | None = None,
         **settings: Any,
     ) -> "TextDataModule":
         """A data module of texts that are in memory.
@@ -146,15 +153,31 @@ class TextDataModule(pl.LightningDataModule):
             texts: Strings, or a dataset.
             tokenizer: Their tokenizer; None takes that of the trainer's module.
             max_length: Tokens kept from the start of each text; None keeps all.
-            settings: ``text_column``, ``id_column``, ``max_samples``, ``batch_size``,
-                ``max_tokens_per_batch``, ``num_workers`` and ``num_proc``, as of the class.
+            positions: A list of positions for each of the strings, those that the sampler positions
+                keeps of it; a dataset has them in its ``positions_column``.
+            settings: ``text_column``, ``id_column``, ``positions_column``, ``max_samples``,
+                ``batch_size``, ``max_tokens_per_batch``, ``num_workers`` and ``num_proc``, as of the
+                class.
 
         Raises:
-            UserError: There are no texts, or a column is missing.
+            UserError: There are no texts, a column is missing, or positions are no such lists.
         """
-        dataset = texts if isinstance(texts, datasets.Dataset) else dataset_of(texts)
+        if isinstance(texts, datasets.Dataset):
+            dataset = texts
+            if positions is not None:
+                raise UserError(
+                    "positions: a dataset has a column for them; name it in positions_column"
+                )
+        else:
+            dataset = dataset_of(texts, positions)
+        if positions is not None:
+            settings["positions_column"] = "positions"
         name = None if tokenizer is None else tokenizer.name_or_path or type(tokenizer).__name__
-        columns = settings.get("text_column", "text"), settings.get("id_column")
+        columns = (
+            settings.get("text_column", "text"),
+            settings.get("id_column"),
+            settings.get("positions_column"),
+        )
         check_columns(dataset.column_names, *columns)
         path = f"texts-{digest_of(dataset, [column for column in columns if column is not None])}"
         module = cls(path, tokenizer=TokenizerConfig(name, max_length), **settings)
@@ -192,13 +215,17 @@ class TextDataModule(pl.LightningDataModule):
         self.tokenizer = self._load_tokenizer()
         source = TextSource(self.path, self.name, self.revision, self.split, self._texts)
         encode = Encode(
-            self.tokenizer, self.text_column, self.id_column, self.tokenizer_config.max_length
+            self.tokenizer,
+            self.text_column,
+            self.id_column,
+            self.tokenizer_config.max_length,
+            self.positions_column,
         )
         if self.streaming:
             self._stream = source.stream(self.max_samples), encode
             return
         dataset = source.load(self.max_samples)
-        check_columns(dataset.column_names, self.text_column, self.id_column)
+        check_columns(dataset.column_names, self.text_column, self.id_column, self.positions_column)
         ids = example_ids(dataset, self.id_column)
         # Texts that are captured already are tokenized all the same: the cache has them, and batches
         # are to be those of a run that nothing interrupted.
@@ -214,7 +241,7 @@ class TextDataModule(pl.LightningDataModule):
             batch_size=_TEXTS_TOKENIZED_AT_ONCE,
             with_indices=True,
             remove_columns=dataset.column_names,
-            features=FEATURES,
+            features=encode.features,
             num_proc=self.num_proc,
             desc="Tokenizing",
         ).with_format("arrow")
@@ -223,6 +250,8 @@ class TextDataModule(pl.LightningDataModule):
     def _require_same_texts(self, ranks: Ranks) -> None:
         digest = xxhash.xxh3_64(self.example_ids.tobytes())
         digest.update(self._lengths.tobytes())
+        if (listed := self._listed(np.arange(self._lengths.size))) is not None:
+            digest.update(listed.sizes.tobytes() + listed.positions.tobytes())
         found = ranks.gather(digest.hexdigest())
         differing = [str(rank) for rank, other in enumerate(found) if other != found[0]]
         if differing:
@@ -243,6 +272,19 @@ class TextDataModule(pl.LightningDataModule):
     def sequence_lengths(self) -> torch.Tensor | None:
         """Tokens in each text that is left to read, (N,) int64; None where the dataset streams."""
         return None if self.streaming else torch.from_numpy(self._lengths[self._is_left])
+
+    def listed_positions(self) -> Listed | None:
+        """Positions to keep of each of these texts, where they come with it and it doesn't stream."""
+        return self._listed(np.flatnonzero(self._is_left)) if not self.streaming else None
+
+    def _listed(self, rows: Batch) -> Listed | None:
+        if self.positions_column is None:
+            return None
+        if rows.size == 0:
+            return Listed.of([])
+        lists = self._dataset.select_columns(list(LISTED))[rows]["positions"]
+        sizes, positions = pc.list_value_length(lists), pc.list_flatten(lists)
+        return Listed(*(part.to_numpy().astype(np.int64) for part in (sizes, positions)))
 
     def token_range(self) -> tuple[int, int] | None:
         """The smallest and the largest token id of all texts; None where the dataset streams."""
@@ -277,6 +319,10 @@ class TextDataModule(pl.LightningDataModule):
     def batch_lengths(self) -> list[npt.NDArray[np.int64]] | None:
         """Tokens in each text of each batch that ``n_batches`` counts."""
         return None if self.streaming else [self._lengths[batch] for batch in self._batches]
+
+    def batch_positions(self) -> Listed | None:
+        """Positions to keep of each of these texts, batch behind batch, where they come with it."""
+        return self._listed(np.concatenate(self._batches)) if not self.streaming else None
 
     def batch(self, number: int) -> TokenBatch:
         """One of the batches that ``n_batches`` counts."""
@@ -361,9 +407,12 @@ class _EncodedRows(Dataset[list[Row]]):
 
     def __getitem__(self, batch: Batch) -> list[Row]:
         table = self.dataset[batch]
-        rows: list[Row] = table.drop_columns(["input_ids"]).to_pylist()
-        tokens = [value.values.to_numpy() for value in table["input_ids"]]
-        return [row | {"input_ids": ids} for row, ids in zip(rows, tokens, strict=True)]
+        lists = [name for name in ("input_ids", *LISTED) if name in table.column_names]
+        rows: list[Row] = table.drop_columns(lists).to_pylist()
+        for name in lists:
+            for row, value in zip(rows, table[name], strict=True):
+                row[name] = value.values.to_numpy()
+        return rows
 
 
 class _ShareSampler(DistributedSampler[Batch]):
@@ -393,6 +442,7 @@ class _Collate:
         input_ids = torch.full((len(rows), padded_length), self.pad_token_id)
         for index, row in enumerate(rows):
             input_ids.numpy()[index, : len(row["input_ids"])] = row["input_ids"]
+        listed = {name: [row[name] for row in rows] for name in LISTED if name in rows[0]}
         return TokenBatch(
             input_ids=input_ids,
             attention_mask=(torch.arange(padded_length) < lengths[:, None]).to(torch.int64),
@@ -400,6 +450,7 @@ class _Collate:
             sequence_lengths=lengths,
             source_ids=[row["source_id"] for row in rows],
             truncated=[row["truncated"] for row in rows],
+            **listed,
         )
 
 

@@ -13,6 +13,7 @@ import xxhash
 from datasets.exceptions import DatasetsError
 
 from qk_sniffer.config import absent
+from qk_sniffer.data.positions import lists_in
 from qk_sniffer.data.text_files import builder_arguments, is_pattern
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.ids import collision, hash_ids
@@ -101,8 +102,10 @@ class TextSource:
             raise self.unreadable(error) from error
 
 
-def dataset_of(texts: Sequence[str]) -> datasets.Dataset:
-    """Strings as a dataset with the column text.
+def dataset_of(
+    texts: Sequence[str], positions: Sequence[Sequence[int]] | None = None
+) -> datasets.Dataset:
+    """Strings as a dataset with the column text, and positions of each in the column positions.
 
     Raises:
         UserError: There are none, or they are something else.
@@ -111,7 +114,14 @@ def dataset_of(texts: Sequence[str]) -> datasets.Dataset:
         raise UserError("texts: expected a list of strings or a datasets.Dataset")
     if not len(texts):
         raise UserError("texts: the list is empty; give at least one text")
-    return datasets.Dataset.from_dict({"text": list(texts)})
+    if positions is None:
+        return datasets.Dataset.from_dict({"text": list(texts)})
+    lists = lists_in(positions, len(texts))
+    if lists is None:
+        raise UserError(
+            f"positions: expected {len(texts)} lists of integers of at least 0, one for each text"
+        )
+    return datasets.Dataset.from_dict({"text": list(texts), "positions": lists})
 
 
 def digest_of(dataset: datasets.Dataset, columns: Sequence[str]) -> str:
@@ -147,9 +157,15 @@ class StreamedRows:
             raise self.source.no_rows()
 
 
-def check_columns(columns: list[str], text_column: str, id_column: str | None) -> None:
+def check_columns(
+    columns: list[str], text_column: str, id_column: str | None, positions_column: str | None = None
+) -> None:
     """Refuse a dataset that lacks a column that the config names."""
-    for field, column in (("text_column", text_column), ("id_column", id_column)):
+    for field, column in (
+        ("text_column", text_column),
+        ("id_column", id_column),
+        ("positions_column", positions_column),
+    ):
         if column is not None and column not in columns:
             raise UserError(
                 f"data.{field}: the dataset has no column {column!r}; choose from {', '.join(columns)}"

@@ -15,11 +15,8 @@ from qk_sniffer.capture import (
     SOFTMAX_BYTES,
     AttentionLayer,
     CapturedHeads,
-    Sampler,
-    count_draws,
-    expected_rows_by_bucket,
+    Selection,
     heads_to_capture,
-    keep_probabilities,
 )
 from qk_sniffer.config import CaptureConfig
 from qk_sniffer.estimate.texts import Texts
@@ -40,13 +37,13 @@ class Capture:
         config: What is captured.
         geometry: The attention of the model.
         texts: What is read.
-        sampler: Which positions are kept.
+        selection: Which positions are kept.
     """
 
     config: CaptureConfig
     geometry: AttentionGeometry
     texts: Texts
-    sampler: Sampler
+    selection: Selection
 
     @cached_property
     def heads(self) -> Mapping[int, CapturedHeads]:
@@ -75,7 +72,7 @@ class Capture:
     @cached_property
     def rows_by_bucket(self) -> dict[int, float]:
         """Expected rows of each head in each bucket."""
-        rows = expected_rows_by_bucket(self.sampler, self.texts.lengths)
+        rows = self.selection.expected_rows_by_bucket(self.texts.lengths, self.texts.listed)
         return {bucket: count * self.texts.scale for bucket, count in rows.items()}
 
     @property
@@ -105,9 +102,9 @@ class Capture:
     @cached_property
     def rows_of_largest_batch(self) -> float:
         """Expected rows of each head in the batch that keeps the most."""
-        kept = keep_probabilities(self.sampler, int(self.texts.lengths.max())).cumsum(0).numpy()
-        rows = np.concatenate([[0.0], kept])
-        return max(float(rows[lengths].sum()) for lengths in self.texts.batches)
+        rows = self.selection.expected_rows(self.texts.lengths, self.texts.listed)
+        firsts = np.cumsum([0, *(lengths.size for lengths in self.texts.batches[:-1])])
+        return float(np.add.reduceat(rows, firsts).max())
 
     @property
     def plan_bytes(self) -> int:
@@ -129,7 +126,7 @@ class Capture:
     @property
     def _n_draws(self) -> int:
         """Layers and kinds with rows of their own."""
-        return count_draws(self.sampler, stream_keys(self.streams), self.texts.lengths)
+        return self.selection.count_draws(stream_keys(self.streams), self.texts.lengths)
 
     def left_out(self) -> list[tuple[str, list[int]]]:
         """Why layers with attention are not captured, and which."""

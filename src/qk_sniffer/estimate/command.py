@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 
 from qk_sniffer.callback import SnifferCallback
-from qk_sniffer.capture import sampler_of
+from qk_sniffer.capture import Selection
 from qk_sniffer.errors import UserError
 from qk_sniffer.estimate.capture import Capture
 from qk_sniffer.estimate.table import Timing, table
@@ -22,6 +22,7 @@ from qk_sniffer.models import (
 )
 from qk_sniffer.module import SnifferModule, require_positions
 from qk_sniffer.predict import PredictCLI, start
+from qk_sniffer.recording import require_listed
 
 
 class EstimateCLI(PredictCLI):
@@ -76,6 +77,7 @@ def estimate(args: list[str], *, timed: bool) -> str:
     if timed and cli.lacks_device is not None:
         raise cli.lacks_device
     module.check_trainer(trainer)
+    require_listed(sniffer.capture.sampler, data)
     skeleton = module.skeleton()
     backbone = decoder_backbone(skeleton)
     geometry = None if timed else attention_geometry(backbone)
@@ -93,8 +95,7 @@ def estimate(args: list[str], *, timed: bool) -> str:
         seconds_to_load = _load(module, device)
         geometry = attention_geometry(module.backbone)
     settings = sniffer.capture
-    sampler = sampler_of(settings.as_settings())
-    capture = Capture(settings, geometry, texts, sampler)
+    capture = Capture(settings, geometry, texts, Selection.of(settings.as_settings()))
     timing = None
     if timed:
         samples = read_samples(module, capture, device, data.tokenizer)

@@ -270,7 +270,8 @@ def _time(capture: Capture, timing: Timing | None) -> Iterator[Line]:
 
 def _warnings(skeleton: PreTrainedModel, capture: Capture) -> Iterator[Line]:
     n_positions = covered_positions(skeleton.config)
-    for line in forewarnings(capture.sampler, capture.texts.lengths, n_positions):
+    texts = capture.texts
+    for line in forewarnings(capture.selection, texts.lengths, texts.listed, n_positions):
         yield "warning", line
 
 

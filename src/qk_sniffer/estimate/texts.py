@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qk_sniffer.capture import Listed
 from qk_sniffer.data import TextDataModule, TokenBatch
 
 STREAMED_TEXTS = 1000
@@ -25,12 +26,14 @@ class Texts:
         scale: Texts of the run for each one that was counted.
         note: What is assumed of those that were not; None where all were.
         largest: The batch that takes longest to read.
+        listed: Positions to keep of each text that was counted, where they come with it.
     """
 
     batches: list[Lengths]
     scale: float
     note: str | None
     largest: TokenBatch
+    listed: Listed | None
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -79,13 +82,14 @@ def count_texts(data: TextDataModule) -> Texts:
     if batches is None:
         return _count_stream(data)
     number = max(range(len(batches)), key=lambda number: cost(batches[number]))
-    return Texts(batches, 1.0, None, data.batch(number))
+    return Texts(batches, 1.0, None, data.batch(number), data.batch_positions())
 
 
 def _count_stream(data: TextDataModule) -> Texts:
     batches: list[Lengths] = []
     n_texts, has_more = 0, False
     largest: TokenBatch | None = None
+    lists: list[npt.NDArray[np.int32]] = []
     for batch in data.predict_dataloader():
         if n_texts >= STREAMED_TEXTS:
             has_more = True
@@ -93,19 +97,21 @@ def _count_stream(data: TextDataModule) -> Texts:
         lengths = batch["sequence_lengths"].numpy()
         batches.append(lengths)
         n_texts += lengths.size
+        lists += batch.get("positions", [])
         if largest is None or cost(lengths) > cost(largest["sequence_lengths"].numpy()):
             largest = batch
     assert largest is not None  # A stream without rows is refused.
+    listed = Listed.of(lists) if "positions" in largest else None
     if not has_more:
-        return Texts(batches, 1.0, None, largest)
+        return Texts(batches, 1.0, None, largest, listed)
     if data.max_samples is None:
         note = (
             f"the stream goes on after the first {n_texts:,}; everything below is for these alone, "
             "unless data.max_samples says how many there are to be"
         )
-        return Texts(batches, 1.0, note, largest)
+        return Texts(batches, 1.0, note, largest, listed)
     note = (
         f"the first {n_texts:,} of the stream were counted; the {data.max_samples:,} of "
         "data.max_samples are assumed to be there, and as long"
     )
-    return Texts(batches, data.max_samples / n_texts, note, largest)
+    return Texts(batches, data.max_samples / n_texts, note, largest, listed)

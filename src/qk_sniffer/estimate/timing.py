@@ -88,7 +88,7 @@ def read_samples(
     with tempfile.TemporaryDirectory(prefix="qk-sniffer-") as directory, torch.inference_mode():
         recorder = Recorder(
             capture.config,
-            capture.sampler,
+            capture.selection,
             capture.heads,
             Path(directory),
             {"streams": capture.streams},
@@ -99,7 +99,7 @@ def read_samples(
 
         def read(length: int) -> float:
             batch = cut(largest, length)
-            fields = batch_fields(batch)
+            fields = batch_fields(batch, listed=capture.selection.needs_lists)
             _synchronize(device)
             started = time.perf_counter()
             recorder.begin_batch(fields)

@@ -279,6 +279,7 @@ class Captures:
             self._place.rows(name, schema),
             self.example_id,
             self.source_ids,
+            self.settings["capture"],
         )
 
     def source_ids(self) -> dict[int, str]:

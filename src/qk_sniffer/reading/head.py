@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 from torch import Tensor
 
-from qk_sniffer.capture import AttentionLayer
+from qk_sniffer.capture import SAMPLERS, AttentionLayer, Selection
 from qk_sniffer.errors import UserError
 from qk_sniffer.kinds import Kind
 from qk_sniffer.reading.rows import HeadBatches, HeadRows, arrays, numbers_of
@@ -49,6 +49,7 @@ class Head:
     _rows: HeadRows
     _example_id: Callable[[str], int]
     _source_ids: Callable[[], Mapping[int, str]]
+    _capture: Mapping[str, Any]
     _condition: ds.Expression | None = None
 
     @property
@@ -142,6 +143,35 @@ class Head:
         source_ids = frame["example_id"].map(self._source_ids())
         frame.insert(frame.columns.get_loc("example_id") + 1, "source_id", source_ids)
         return frame
+
+    def keep_probability(self, *, trust_code: bool = False) -> npt.NDArray[np.float64]:
+        """How likely each of the rows was to be kept, by the settings of the capture.
+
+        With it as a weight, a sample tells of all positions: ``(x / p).sum() / (1 / p).sum()`` is the
+        mean of a number x of each row as if every position had been kept. Positions that were listed
+        to be kept have 1: they are no random sample, and tell of themselves alone.
+
+        Args:
+            trust_code: Whether a sampler may be imported that is none of ours.
+
+        Returns:
+            (N,), above 0 and up to 1, in the order of ``numpy``.
+
+        Raises:
+            UserError: The sampler is code that is not trusted, or can't be imported.
+        """
+        sampler_type = self._capture["sampler"]["type"]
+        if sampler_type not in SAMPLERS and not trust_code:
+            raise UserError(
+                f"{self.name}: the sampler {sampler_type} is code that would run; if you trust it, "
+                "pass trust_code=True"
+            )
+        positions = self.arrow(["position"])["position"].to_numpy()
+        selection = Selection.of(self._capture)
+        # Only what came with the texts was kept.
+        if selection.needs_lists:
+            return np.ones(len(positions))
+        return selection.keep_probabilities(positions)
 
     def batches(self, batch_size: int, *, shuffle: bool = False) -> HeadBatches:
         """Batches for a training loop, read while it runs: a torch ``IterableDataset``.

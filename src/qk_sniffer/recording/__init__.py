@@ -12,7 +12,7 @@ from qk_sniffer.recording.provenance import (
 )
 from qk_sniffer.recording.recorder import Recorder
 from qk_sniffer.recording.space import require_space
-from qk_sniffer.recording.texts_ahead import TextsAhead
+from qk_sniffer.recording.texts_ahead import TextsAhead, require_listed
 from qk_sniffer.recording.warnings import TextWarnings, forewarnings
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "forewarnings",
     "leave_out_advertisements",
     "progress_bar",
+    "require_listed",
     "require_space",
     "settings",
     "stream_keys",

@@ -28,7 +28,16 @@ _DECISIVE = {
         "config_overrides",
         "models_dir",
     ),
-    "data": ("path", "name", "revision", "split", "text_column", "id_column", "tokenizer"),
+    "data": (
+        "path",
+        "name",
+        "revision",
+        "split",
+        "text_column",
+        "id_column",
+        "positions_column",
+        "tokenizer",
+    ),
 }
 """Fields that decide which rows there are and what is in them; the others may change from run to run:
 devices, batches, passages, and how many texts are read."""
@@ -43,9 +52,14 @@ def settings(
     """The sections model, data and capture as JSON takes them."""
     return {
         "model": _plain(module.hparams),
-        "data": _plain(getattr(data, "hparams", {})),
+        "data": _without_unused(_plain(getattr(data, "hparams", {}))),
         "capture": capture.as_settings(),
     }
+
+
+def _without_unused(data: dict[str, Any]) -> dict[str, Any]:
+    """The section data without fields of later versions that are not used, as ``as_settings`` does."""
+    return {name: value for name, value in data.items() if (name, value) != ("positions_column", None)}
 
 
 def fingerprint(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from qk_sniffer.capture import (
     BatchRows,
     CapturedHeads,
     Portion,
-    Sampler,
+    Selection,
     Sniffer,
     active_sniffer,
     captured_streams,
@@ -30,7 +30,7 @@ class Recorder:
 
     Args:
         capture: What is captured.
-        sampler: Its sampler.
+        selection: Which positions are kept.
         heads: Its heads, by layer.
         journal: Where rows go.
         header: What is captured, for whoever reads the journal.
@@ -46,7 +46,7 @@ class Recorder:
     def __init__(
         self,
         capture: CaptureConfig,
-        sampler: Sampler,
+        selection: Selection,
         heads: Mapping[int, CapturedHeads],
         journal: Path,
         header: dict[str, Any],
@@ -60,8 +60,7 @@ class Recorder:
         self._journal = JournalWriter(journal, header, rank)
         self._sniffer = Sniffer(
             captured_streams(heads, parts_of(capture.as_settings())),
-            sampler,
-            capture.sampler.seed,
+            selection,
             self,
             local_positions=capture.local_positions,
             pre_rope=capture.capture_pre_rope,
@@ -84,7 +83,7 @@ class Recorder:
     def begin_batch(self, batch: BatchFields) -> None:
         """Draw the rows that a batch keeps."""
         lengths = self._to_keep(batch.example_ids, batch.sequence_lengths.numpy())
-        self._sniffer.begin_batch(batch.example_ids.tolist(), lengths)
+        self._sniffer.begin_batch(batch.example_ids.tolist(), lengths, batch.listed)
 
     def end_batch(self, batch: BatchFields, before_saving: Callable[[], None] = lambda: None) -> None:
         """Move the batch's rows to the journal, or keep them for the end of another that soon follows.

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qk_sniffer.capture import Sampler, count_draws, expected_rows_by_bucket
+from qk_sniffer.capture import Listed, Selection
 from qk_sniffer.recording.provenance import stream_keys
 from qk_sniffer.storage import check_space, head_files_bytes, journal_bytes
 
 
 def require_space(
     data_root: Path,
-    sampler: Sampler,
+    selection: Selection,
     lengths: Tensor | None,
+    listed: Listed | None,
     streams: Sequence[Mapping[str, Any]],
     dtype: torch.dtype,
 ) -> None:
@@ -23,8 +24,9 @@ def require_space(
 
     Args:
         data_root: Where they are captured.
-        sampler: Which positions are kept.
+        selection: Which positions are kept.
         lengths: (N,) int64, tokens in each text; None where they stream, and nobody knows.
+        listed: Positions to keep of each text, where they come with it.
         streams: The captured heads of each layer and kind, as in a journal's header.
         dtype: Number format of the vectors.
 
@@ -34,8 +36,8 @@ def require_space(
     if lengths is None:
         return
     name = str(dtype).removeprefix("torch.")
-    rows = sum(expected_rows_by_bucket(sampler, lengths).values())
-    n_draws = count_draws(sampler, stream_keys(streams), lengths)
+    rows = float(selection.expected_rows(lengths, listed).sum())
+    n_draws = selection.count_draws(stream_keys(streams), lengths)
     check_space(
         data_root,
         journal_bytes(streams, name, rows, n_draws=n_draws),

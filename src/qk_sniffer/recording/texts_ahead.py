@@ -8,6 +8,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from qk_sniffer.capture import Listed
+from qk_sniffer.config import SamplerConfig
+from qk_sniffer.data import TextDataModule
+from qk_sniffer.errors import UserError
+
 
 class TextsAhead:
     """What a trainer's data module tells of its texts, and None for what it does not.
@@ -37,6 +42,11 @@ class TextsAhead:
         found: Tensor | None = self._asked("sequence_lengths")
         return found
 
+    def listed_positions(self) -> Listed | None:
+        """Positions to keep of each of these texts, where they come with it."""
+        found: Listed | None = self._asked("listed_positions")
+        return found
+
     def token_range(self) -> tuple[int, int] | None:
         """The smallest and the largest token id."""
         found: tuple[int, int] | None = self._asked("token_range")
@@ -54,3 +64,34 @@ class TextsAhead:
     def _asked(self, name: str) -> Any:
         method = getattr(self.data, name, None)
         return None if method is None else method()
+
+
+def require_listed(sampler: SamplerConfig, data: pl.LightningDataModule | None) -> None:
+    """See that positions are listed in one place where the sampler keeps those, and nowhere else.
+
+    A data module of a user's own may give them with its batches.
+
+    Args:
+        sampler: The sampler's section.
+        data: What reads the texts.
+
+    Raises:
+        UserError: They are listed twice or not at all, or are not used.
+    """
+    column = getattr(data, "positions_column", None)
+    if column is not None and sampler.type != "positions":
+        raise UserError(
+            f"data.positions_column: the sampler {sampler.type} does not use it; set "
+            "sniffer.capture.sampler.type to positions, or leave it out"
+        )
+    if column is not None and sampler.positions is not None:
+        raise UserError(
+            "data.positions_column: sniffer.capture.sampler.positions lists those of every text "
+            "already; leave one of them out"
+        )
+    has_none = column is None and sampler.positions is None
+    if sampler.type == "positions" and has_none and isinstance(data, TextDataModule):
+        raise UserError(
+            "sniffer.capture.sampler.positions: list the positions to keep, or name the column that "
+            "lists them for each text in data.positions_column"
+        )

@@ -3,21 +3,25 @@
 import logging
 from collections.abc import Iterator
 
+import numpy as np
 from torch import Tensor
 
-from qk_sniffer.capture import Sampler, keep_probabilities
+from qk_sniffer.capture import Listed, PositionsSampler, Selection
 
 log = logging.getLogger(__name__)
 
 _STRETCH = "stretch its positions by YaRN in model.config_overrides"
 
 
-def forewarnings(sampler: Sampler, lengths: Tensor, n_positions: int | None) -> Iterator[str]:
+def forewarnings(
+    selection: Selection, lengths: Tensor, listed: Listed | None, n_positions: int | None
+) -> Iterator[str]:
     """One line for each.
 
     Args:
-        sampler: Which positions are kept.
+        selection: Which positions are kept.
         lengths: (N,) int64, tokens in each text that is to be read.
+        listed: Positions to keep of each text, where they come with it.
         n_positions: Positions that the model covers; None for any number.
     """
     if lengths.numel() == 0:
@@ -28,10 +32,20 @@ def forewarnings(sampler: Sampler, lengths: Tensor, n_positions: int | None) -> 
             f"{n_positions:,} positions that the model's config covers, the longest has "
             f"{int(lengths.max()):,} tokens; set max_length to {n_positions}, or {_STRETCH}"
         )
-    # A longer text keeps what its beginning keeps, so that more than half of the texts keep no more.
-    typical = int(lengths.sort().values[lengths.numel() // 2])
-    rows = float(keep_probabilities(sampler, typical).sum())
-    if rows < 1:
+    if selection.needs_lists and listed is None:
+        # They come with the batches of a loader of someone's own.
+        return
+    # More than half of the texts keep no more; a longer text keeps what its beginning keeps.
+    rows = float(np.sort(selection.expected_rows(lengths, listed))[lengths.numel() // 2])
+    if rows >= 1:
+        return
+    if isinstance(selection.sampler, PositionsSampler):
+        yield (
+            "sniffer.capture.sampler: most texts have none of the positions that are listed; list "
+            "others, or keep the beginning of each by sniffer.capture.sampler.keep_first"
+        )
+    else:
+        typical = int(lengths.sort().values[lengths.numel() // 2])
         yield (
             "sniffer.capture.sampler: of most texts a head is expected to keep less than one row, "
             f"{rows:.2g} of the {typical:,} tokens of a typical one; set sniffer.capture.sampler.type: "
@@ -43,15 +57,22 @@ class TextWarnings:
     """Warns of all texts when it is made, or of the first that calls for it where they stream.
 
     Args:
-        sampler: Which positions are kept.
+        selection: Which positions are kept.
         lengths: (N,) int64, tokens in each text that is to be read; None where they stream.
+        listed: Positions to keep of each text, where they come with it.
         n_positions: Positions that the model covers; None for any number.
     """
 
-    def __init__(self, sampler: Sampler, lengths: Tensor | None, n_positions: int | None) -> None:
+    def __init__(
+        self,
+        selection: Selection,
+        lengths: Tensor | None,
+        listed: Listed | None,
+        n_positions: int | None,
+    ) -> None:
         self._watched_positions = n_positions if lengths is None else None
         if lengths is not None:
-            for line in forewarnings(sampler, lengths, n_positions):
+            for line in forewarnings(selection, lengths, listed, n_positions):
                 log.warning("%s", line)
 
     def see(self, lengths: Tensor) -> None:

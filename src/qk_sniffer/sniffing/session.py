@@ -12,11 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qk_sniffer.capture import (
     CallSniffer,
     CapturedHeads,
-    Sampler,
+    Selection,
     captured_streams,
     described_layers,
     heads_to_capture,
-    sampler_of,
 )
 from qk_sniffer.config import CaptureConfig
 from qk_sniffer.errors import UserError
@@ -93,7 +92,7 @@ class Session:
         self._pre_rope = capture.capture_pre_rope
         self._parts = parts_of(settings)
         self._layers = {layer.layer_idx: layer for layer in attention.layers}
-        self._thread = _Thread(self, sampler_of(settings), capture, stays)
+        self._thread = _Thread(self, Selection.of(settings), capture.local_positions, stays)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -176,13 +175,14 @@ class Session:
 class _Thread(threading.local):
     """What each thread has of its own while it calls the model."""
 
-    def __init__(self, session: Session, sampler: Sampler, capture: CaptureConfig, stays: bool) -> None:
+    def __init__(
+        self, session: Session, selection: Selection, local_positions: int, stays: bool
+    ) -> None:
         self.sniffer = CallSniffer(
             session.streams,
-            sampler,
-            capture.sampler.seed,
+            selection,
             Intake(session.store),
-            local_positions=capture.local_positions,
+            local_positions=local_positions,
             stays=stays,
         )
         self.call: Call | None = None

@@ -29,10 +29,13 @@ def sniff(
     kinds: str = "qk",
     softmax: bool = False,
     local_positions: int = LOCAL_POSITIONS,
-    sampler: str = "all",
+    sampler: str | None = None,
     base_rate: float = 1.0,
     min_bucket_size: int = 8192,
     seed: int = 0,
+    keep_first: int = 0,
+    positions: Iterable[int] | None = None,
+    shared: bool = False,
     pre_rope: bool = False,
     full_attention_only: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -57,10 +60,14 @@ def sniff(
             output projection; qkvo for all.
         softmax: Add statistics of each query's softmax over all its keys to the queries.
         local_positions: Positions that the statistic local_prob counts.
-        sampler: Which positions are kept: all, uniform, log_uniform, or a class path, as in a config.
+        sampler: Which positions are kept: all, uniform, log_uniform, positions, or a class path, as in
+            a config. None keeps ``positions`` where they are given, and otherwise all.
         base_rate: Expected rows in each bucket of a text, for every head; not used by all.
         min_bucket_size: Positions in a bucket.
         seed: Seed of the random stream.
+        keep_first: Number of first positions of each text that are kept besides.
+        positions: What the sampler positions keeps of each text, counted from 0.
+        shared: Draw once for queries and keys of all layers, which then keep the same positions.
         pre_rope: Capture the vectors as they are before the rotary embedding.
         full_attention_only: Leave out layers with a sliding window.
         tokenizer: Gives the column token_str; None leaves it empty.
@@ -83,6 +90,7 @@ def sniff(
     """
     for name, number in (
         ("seed", seed),
+        ("keep_first", keep_first),
         ("min_bucket_size", min_bucket_size),
         ("local_positions", local_positions),
         ("limit_bytes", limit_bytes),
@@ -102,7 +110,7 @@ def sniff(
         min_bucket_size=min_bucket_size,
         capture_softmax=bool(softmax),
         local_positions=local_positions,
-        sampler=as_arguments(lambda: SamplerConfig(sampler, base_rate, seed)),
+        sampler=_sampler_config(sampler, base_rate, seed, keep_first, positions, shared),
     )
     watched = _watched(model, capture)
     session = as_arguments(lambda: Session(watched, capture, tokenizer, limit_bytes, device == "model"))
@@ -123,6 +131,21 @@ def _capture_config(kinds: str, **settings: Any) -> CaptureConfig:
         raise UserError(f"kinds: expected some of {''.join(KINDS)}, such as qk or v, got {kinds!r}")
     wanted: dict[str, Any] = {facts.setting: kind in kinds for kind, facts in KINDS.items()}
     return as_arguments(lambda: CaptureConfig(**wanted, **settings))
+
+
+def _sampler_config(
+    sampler: str | None,
+    base_rate: float,
+    seed: int,
+    keep_first: int,
+    positions: Iterable[int] | None,
+    shared: bool,
+) -> SamplerConfig:
+    listed = integers("positions", positions)
+    name = sampler or ("all" if listed is None else "positions")
+    if name == "positions" and listed is None:
+        raise UserError("positions: list those that the sampler positions keeps of each text")
+    return as_arguments(lambda: SamplerConfig(name, base_rate, seed, keep_first, listed, shared))
 
 
 def _watched(model: nn.Module, capture: CaptureConfig) -> Watched:

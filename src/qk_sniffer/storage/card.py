@@ -144,9 +144,7 @@ def describe_run(manifest: Mapping[str, Any]) -> str:
     sampler = capture["sampler"]
     non_finite = describe_non_finite(manifest)
     non_finite = non_finite and f"\n- {non_finite}"
-    kept = "every position"
-    if sampler["type"] != "all":
-        kept = f"sampler `{sampler['type']}`, base rate {sampler['base_rate']}, seed {sampler['seed']}"
+    kept = _kept(sampler)
     beyond = "" if (found := describe_beyond(manifest)) is None else f"; {found}"
     about = {"revision": "revision", "dtype": "dtype", "attn_implementation": "attention"}
     split = _known(data, {"split": "split"})
@@ -156,6 +154,18 @@ def describe_run(manifest: Mapping[str, Any]) -> str:
 - tokens: {_limit(data.get("tokenizer", {}).get("max_length"))} of each text{beyond}
 - positions: {kept}, buckets from {capture["min_bucket_size"]:,}
 - {len(manifest["heads"]):,} heads, {count_rows(manifest):,} rows{non_finite}"""
+
+
+def _kept(sampler: Mapping[str, Any]) -> str:
+    """Which positions were kept."""
+    if sampler["type"] == "all":
+        return "every position"
+    kept = f"sampler `{sampler['type']}`"
+    if sampler["type"] != "positions":
+        kept += f", base rate {sampler['base_rate']}, seed {sampler['seed']}"
+    if sampler.get("keep_first"):
+        kept += f", and the first {sampler['keep_first']:,}"
+    return kept + ", the same in all layers" * bool(sampler.get("shared"))
 
 
 def _name(path: str | None) -> str:

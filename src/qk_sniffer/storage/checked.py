@@ -80,7 +80,12 @@ _CAPTURE = _object(
                 "type": _TEXT,
                 "base_rate": {"type": "number", "minimum": 1e-30, "exclusiveMaximum": math.inf},
                 "seed": {"type": "integer", "minimum": -(2**63), "exclusiveMaximum": 2**64},
-            }
+            },
+            {
+                "keep_first": _integer(),
+                "positions": _array(_integer(0, _MOST_INT32), 1),
+                "shared": _FLAG,
+            },
         ),
     },
     {
@@ -98,6 +103,7 @@ _SETTINGS = _object(
             {
                 "path": _NAME,
                 "split": _NAME,
+                "positions_column": _NAME,
                 "tokenizer": _object({}, {"max_length": _or_null(_integer(1))}),
             },
         ),

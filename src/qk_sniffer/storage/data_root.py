@@ -47,7 +47,7 @@ from qk_sniffer.storage.schema import (
     temporary_name,
 )
 
-_FIELD, _CAPTURE = "sniffer.output.data_root", "sniffer.capture."
+_FIELD = "sniffer.output.data_root"
 _BEFORE_A_JOURNAL = {
     CARD_FILE,
     JOURNAL_DIRECTORY,
@@ -69,6 +69,9 @@ _CLEARED = (DIRECTORIES - {REPORT_DIRECTORY}) | {
     temporary_name(PUBLICATION_FILE),
     MANIFEST_FILE,
 }
+
+_CAPTURED = "sniffer.capture."
+"""How the fields of the fingerprint begin that say what is captured."""
 
 _TOKEN_FILE = re.compile(r"\.shared-[0-9a-f]+")
 """What ``require_shared`` writes; a run that was killed may leave one."""
@@ -118,10 +121,11 @@ def differing_settings(there: Mapping[str, Any], here: Mapping[str, Any]) -> str
 
     Args:
         there: The one that is known in full.
-        here: The other; fields that it does not know yet are left out.
+        here: The other; fields that it does not know yet are left out. It knows all that is captured,
+            and what it lacks of that is not used.
     """
     # A section that is known has all of its fields, but for later ones that are not used.
-    names = [*here, *(name for name in there if name not in here and name.startswith(_CAPTURE))]
+    names = [*here, *(name for name in there if name not in here and name.startswith(_CAPTURED))]
     return "; ".join(
         f"{name} is {_told(there, name)} there and {_told(here, name)} here"
         for name in names

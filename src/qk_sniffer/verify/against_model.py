@@ -14,9 +14,16 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor, nn
 
-from qk_sniffer.capture import Chunk, Chunks, Sniffer, active_sniffer, captured_streams, sampler_of
+from qk_sniffer.capture import (
+    Chunk,
+    Chunks,
+    Selection,
+    Sniffer,
+    active_sniffer,
+    captured_streams,
+)
 from qk_sniffer.config import explain
-from qk_sniffer.data import TextDataModule
+from qk_sniffer.data import TextDataModule, batch_fields
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter
 from qk_sniffer.kinds import LOCAL_POSITIONS, SOFTMAX_COLUMNS, parts_of
@@ -116,6 +123,7 @@ class _Comparison(pl.Callback):
         self._data_root = data_root
         self._heads = captured_heads(manifest)
         self._capture = manifest["settings"]["capture"]
+        self._selection = Selection.of(self._capture)
         examples = read_examples(data_root / EXAMPLES_DIRECTORY / DATA_FILE)
         ids = examples["example_id"].to_pylist()
         self._lengths = dict(zip(ids, examples["n_tokens"].to_pylist(), strict=True))
@@ -134,8 +142,7 @@ class _Comparison(pl.Callback):
         self._dtype = next(self._backbone.parameters()).dtype
         self._sniffer = Sniffer(
             captured_streams(self._heads, parts_of(self._capture)),
-            sampler_of(self._capture),
-            self._capture["sampler"]["seed"],
+            self._selection,
             self._chunks,
             local_positions=self._capture.get("local_positions", LOCAL_POSITIONS),
             pre_rope=self._capture["capture_pre_rope"],
@@ -144,7 +151,8 @@ class _Comparison(pl.Callback):
 
     def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
         """Recompute attention, and draw the rows that were stored; a batch is one text."""
-        (example_id,), lengths = batch["example_ids"].tolist(), batch["sequence_lengths"].tolist()
+        fields = batch_fields(batch, listed=self._selection.needs_lists)
+        (example_id,), lengths = fields.example_ids.tolist(), fields.sequence_lengths.tolist()
         if lengths != [self._lengths[example_id]]:
             self._found.append(
                 f"{EXAMPLES_DIRECTORY}/{DATA_FILE}: the text of example {example_id} has {lengths[0]} "
@@ -154,7 +162,7 @@ class _Comparison(pl.Callback):
             check_capture(self._backbone, batch["input_ids"], list(self._heads))
         except UserError as error:
             self._found.append(f"example {example_id}: {error}")
-        self._sniffer.begin_batch([example_id], lengths)
+        self._sniffer.begin_batch([example_id], lengths, fields.listed)
         self._left.discard(example_id)
 
     def on_predict_batch_end(self, *_: Any) -> None:

@@ -24,14 +24,13 @@ from qk_sniffer.capture import (
     AttentionLayer,
     CapturedHeads,
     CapturedStream,
-    Sampler,
+    Listed,
+    Selection,
     captured_streams,
-    draw_positions,
     heads_to_capture,
-    sampler_of,
 )
 from qk_sniffer.errors import UserError, first_line
-from qk_sniffer.kinds import SOFTMAX_COLUMNS, kinds_of, random_stream
+from qk_sniffer.kinds import SOFTMAX_COLUMNS, kinds_of
 from qk_sniffer.storage import (
     CARD_FILE,
     DATA_FILE,
@@ -70,7 +69,7 @@ def verify(data_root: Path, *, trust_code: bool = False) -> list[str]:
         UserError: There is no manifest, it is damaged, or it names code that is not trusted.
     """
     manifest = require_manifest(data_root)
-    sampler = _sampler_of(data_root, manifest, trust_code)
+    selection = _selection_of(data_root, manifest, trust_code)
     # What a run at work has captured is for that run to merge.
     waiting = [] if owner_of(data_root) is not None else waiting_rows(data_root)
     faults = [
@@ -88,20 +87,23 @@ def verify(data_root: Path, *, trust_code: bool = False) -> list[str]:
     faults += _check_card(data_root, manifest)
     examples, found = _check_examples(data_root, manifest)
     faults += found
+    listed = None
+    if selection.needs_lists and examples is not None:
+        listed = _stored_positions(data_root, manifest, examples)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for found in pool.map(
-            lambda s: _check_stream(data_root, manifest, s, sampler, examples), streams
+            lambda s: _check_stream(data_root, manifest, s, selection, examples, listed), streams
         ):
             faults += found
     return faults
 
 
-def _sampler_of(data_root: Path, manifest: Mapping[str, Any], trust_code: bool) -> Sampler:
+def _selection_of(data_root: Path, manifest: Mapping[str, Any], trust_code: bool) -> Selection:
     capture = manifest["settings"]["capture"]
     sampler_type = capture["sampler"]["type"]
     if not trust_code and sampler_type not in SAMPLERS:
         raise untrusted(data_root, "sniffer.capture.sampler.type", sampler_type)
-    return sampler_of(capture)
+    return Selection.of(capture)
 
 
 def untrusted(data_root: Path, field: str, value: Any) -> UserError:
@@ -197,12 +199,35 @@ def _check_examples(data_root: Path, manifest: Mapping[str, Any]) -> tuple[pa.Ta
     return table, faults
 
 
+def _stored_positions(data_root: Path, manifest: Mapping[str, Any], examples: pa.Table) -> Listed:
+    """The positions that were kept of each text, where the dataset has listed them and nobody else.
+
+    All heads hold the same, so those of one are what the others must have: of the one with the most
+    rows, so that a row that is lost is missed where it is lost.
+    """
+    ids = examples["example_id"].to_numpy()
+    heads: dict[str, FileFacts] = manifest["heads"]
+    for name in sorted(heads, key=lambda name: -heads[name]["rows"]):
+        try:
+            table = pq.read_table(data_root / name / DATA_FILE, columns=["example_id", "position"])
+            texts, positions = (column.to_numpy().astype(np.int64) for column in table.columns)
+        except (*_UNREADABLE, ValueError):
+            # Named as a fault where the heads are checked.
+            continue
+        rows = np.unique((texts << 32) + positions)
+        rows = rows[np.isin(rows >> 32, ids)]
+        first, stop = (np.searchsorted(rows >> 32, ids, side) for side in ("left", "right"))
+        return Listed(stop - first, rows & 0xFFFFFFFF)
+    return Listed.of([np.empty(0, np.int64)] * ids.size)
+
+
 def _check_stream(
     data_root: Path,
     manifest: Mapping[str, Any],
     stream: CapturedStream,
-    sampler: Sampler,
+    selection: Selection,
     examples: pa.Table | None,
+    listed: Listed | None,
 ) -> list[str]:
     """The files of one layer and kind against the rows that they must hold."""
     faults: list[str] = []
@@ -218,7 +243,7 @@ def _check_stream(
                 heads.append(_Head(path, label, window, tokens, "lse" in schema.names))
     if examples is not None and heads:
         try:
-            for expected in _expected_rows(manifest, stream, sampler, examples):
+            for expected in _expected_rows(stream, selection, examples, listed):
                 for head in heads:
                     head.compare(expected)
             for head in heads:
@@ -229,19 +254,24 @@ def _check_stream(
 
 
 def _expected_rows(
-    manifest: Mapping[str, Any], stream: CapturedStream, sampler: Sampler, examples: pa.Table
+    stream: CapturedStream, selection: Selection, examples: pa.Table, listed: Listed | None
 ) -> Iterator[npt.NDArray[np.int64]]:
     """(3, K) example id, position and bucket of the rows that a stream keeps, some texts at a time."""
-    seed = manifest["settings"]["capture"]["sampler"]["seed"]
     ids = torch.from_numpy(examples["example_id"].to_numpy().astype(np.int64))
     lengths = torch.from_numpy(examples["n_tokens"].to_numpy().astype(np.int64))
     borders = (lengths.cumsum(0) // _TOKENS_AT_ONCE).diff().nonzero().flatten() + 1
     groups = [0, *borders.tolist(), len(ids)]
     for start, stop in itertools.pairwise(groups):
         some_ids = ids[start:stop]
-        numbers = torch.full_like(some_ids, random_stream(stream.layer.layer_idx, stream.kind))
-        texts, positions = draw_positions(sampler, seed, numbers, some_ids, lengths[start:stop])
-        yield torch.stack([some_ids[texts], positions, sampler.buckets(positions)]).numpy()
+        numbers = torch.full_like(some_ids, selection.random_stream(*stream.key))
+        texts, positions = selection.draw(
+            numbers,
+            some_ids,
+            lengths[start:stop],
+            None if listed is None else listed.part(start, stop),
+        )
+        buckets = selection.sampler.buckets(positions)
+        yield torch.stack([some_ids[texts], positions, buckets]).numpy()
 
 
 class _Head:
