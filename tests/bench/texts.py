@@ -46,12 +46,17 @@ def long_files(count: int) -> contextlib.AbstractContextManager[str]:
     return text_files([sum(map(len, topics.values())) // count] * count)
 
 
-@contextlib.contextmanager
-def documents(count: int) -> Iterator[TextDataModule]:
+def documents(count: int) -> contextlib.AbstractContextManager[TextDataModule]:
     """``count`` texts of ``TOKENS`` tokens each."""
+    return long_texts(count, TOKENS, BATCH_SIZE)
+
+
+@contextlib.contextmanager
+def long_texts(count: int, length: int, batch_size: int = 1) -> Iterator[TextDataModule]:
+    """``count`` texts of ``length`` tokens each."""
     with long_files(count) as directory:
-        tokenizer = TokenizerConfig(max_length=TOKENS)
-        data = TextDataModule(directory, tokenizer=tokenizer, batch_size=BATCH_SIZE)
+        tokenizer = TokenizerConfig(max_length=length)
+        data = TextDataModule(directory, tokenizer=tokenizer, batch_size=batch_size)
         yield data
         lengths = data.sequence_lengths()
-        assert lengths is not None and bool((lengths == TOKENS).all()), "a text is too short"
+        assert lengths is not None and bool((lengths == length).all()), "a text is too short"
