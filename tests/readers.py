@@ -8,17 +8,19 @@ from typing import Any
 import datasets
 import duckdb
 import numpy as np
+import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qk_sniffer.kinds import SOFTMAX_COLUMNS
 from qk_sniffer.reading import Head
 
 
-def schema(head_dim: int) -> list[tuple[str, pa.DataType]]:
-    return [
+def schema(head_dim: int, softmax: bool) -> list[tuple[str, pa.DataType]]:
+    columns = [
         ("bucket", pa.int32()),
         ("example_id", pa.int32()),
         ("position", pa.int32()),
@@ -26,13 +28,18 @@ def schema(head_dim: int) -> list[tuple[str, pa.DataType]]:
         ("sliding_window", pa.int32()),
         ("token_str", pa.string()),
     ]
+    statistics = [(name, pa.float32()) for name in SOFTMAX_COLUMNS]
+    statistics[3] = ("argmax_position", pa.int32())
+    return columns + (statistics if softmax else [])
 
 
-def assert_readers_agree(root: Path, head: str, head_dim: int) -> pa.Table:
-    """pyarrow, datasets and DuckDB see the same rows, in the exact types of the schema."""
+def assert_readers_agree(root: Path, head: str, head_dim: int, *, softmax: bool = False) -> pa.Table:
+    """pyarrow, datasets, DuckDB and Polars see the same rows, in the exact types of the schema."""
     table = pq.read_table(root / head / "data.parquet")
-    assert [(field.name, field.type) for field in table.schema] == schema(head_dim)
+    assert [(field.name, field.type) for field in table.schema] == schema(head_dim, softmax)
 
+    statistics = dict.fromkeys(SOFTMAX_COLUMNS, datasets.Value("float32"))
+    statistics["argmax_position"] = datasets.Value("int32")
     loaded = datasets.load_dataset(str(root), head, split="train")
     assert loaded.features == datasets.Features(
         bucket=datasets.Value("int32"),
@@ -41,14 +48,18 @@ def assert_readers_agree(root: Path, head: str, head_dim: int) -> pa.Table:
         vector=datasets.List(datasets.Value("float32"), length=head_dim),
         sliding_window=datasets.Value("int32"),
         token_str=datasets.Value("string"),
+        **(statistics if softmax else {}),
     )
     assert loaded.to_list() == table.to_pylist()
 
     columns = ", ".join(table.column_names)
     queried = duckdb.sql(f"SELECT {columns} FROM '{root}/{head}/data.parquet'")
-    assert [str(t) for t in queried.types] == ["INTEGER"] * 3 + ["FLOAT[]", "INTEGER", "VARCHAR"]
+    types = ["INTEGER"] * 3 + ["FLOAT[]", "INTEGER", "VARCHAR"]
+    types += [*["FLOAT"] * 3, "INTEGER", *["FLOAT"] * 2] if softmax else []
+    assert [str(t) for t in queried.types] == types
     rows = [dict(zip(table.column_names, row, strict=True)) for row in queried.fetchall()]
     assert rows == table.to_pylist()
+    assert polars.read_parquet(root / head / "data.parquet").to_dicts() == table.to_pylist()
     return table
 
 
@@ -79,7 +90,11 @@ def assert_same_rows(root: Path, other: Path) -> None:
                 np.stack(table["vector"].to_numpy(zero_copy_only=False)) for table in (mine, theirs)
             ]
             np.testing.assert_allclose(*vectors, atol=1e-5, rtol=0)
-            mine, theirs = mine.drop_columns("vector"), theirs.drop_columns("vector")
+            statistics = [column for column in SOFTMAX_COLUMNS if column in mine.column_names]
+            for column in statistics:
+                np.testing.assert_allclose(mine[column], theirs[column], atol=1e-5, rtol=1e-5)
+            dropped = ["vector", *statistics]
+            mine, theirs = mine.drop_columns(dropped), theirs.drop_columns(dropped)
         assert mine.equals(theirs), name
 
 

@@ -41,6 +41,13 @@ SAMPLERS = {
     "log_uniform": {"sampler": {"type": "log_uniform", "base_rate": 8}, "min_bucket_size": 16},
     "uniform": {"sampler": {"type": "uniform", "base_rate": 16}, "min_bucket_size": 128},
     "all": {"sampler": {"type": "all"}, "min_bucket_size": 128},
+    "everything": {
+        "sampler": {"type": "uniform", "base_rate": 16},
+        "min_bucket_size": 128,
+        "capture_values": True,
+        "capture_outputs": True,
+        "capture_softmax": True,
+    },
     "first": {
         "sampler": {"type": "uniform", "base_rate": 16, "keep_first": 20},
         "min_bucket_size": 128,

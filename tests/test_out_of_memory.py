@@ -51,7 +51,8 @@ def test_a_batch_that_does_not_fit_is_read_in_halves(
     passages: int | None,
 ) -> None:
     sections = {"model": {"prefill_chunk_size": passages}}
-    sections["sniffer"] = {"check": False}
+    everything = {f"capture_{name}": True for name in ("values", "outputs", "softmax")}
+    sections["sniffer"] = {"check": False, "capture": everything}
     assert predict("whole", data=data, **sections) == 0
     tried = device_of(70 if passages is None else 40)
     assert predict("halves", data=data, **sections) == 0
