@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +276,7 @@ def test_any_logger_of_a_trainer_is_told_of_the_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     options = {} if logger == "default" else {"logger": CSVLogger(".", name="lightning_logs")}
-    sniffer = SnifferCallback(OutputConfig("root"), ALL)
+    sniffer = SnifferCallback(OutputConfig("root"), replace(ALL, capture_softmax=True))
     module = SnifferModule(str(model_dir("llama")))
     data = TextDataModule(str(text_file), id_column="id", batch_size=1)
     own = pl.Trainer(accelerator="cpu", callbacks=[sniffer], log_every_n_steps=3, **options)

@@ -304,10 +304,12 @@ class Sniffer:
 
     def _count(self, lengths: Tensor | None) -> int:
         """Rows of the batch, over all heads, within the lengths that its sequences have in the end."""
+        # The statistics are columns of other rows.
+        pending = [chunk for chunk in self._pending if chunk.stream[1] != "softmax"]
         if lengths is None:
-            return sum(chunk.gather.n_vectors for chunk in self._pending)
+            return sum(chunk.gather.n_vectors for chunk in pending)
         rows = 0
-        for passage, chunks in groupby(self._pending, key=attrgetter("passage")):
+        for passage, chunks in groupby(pending, key=attrgetter("passage")):
             sizes = passage.sizes_within(lengths)
             rows += sum(c.gather.n_heads * sizes[passage.draws[c.stream]] for c in chunks)
         return rows
