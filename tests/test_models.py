@@ -19,6 +19,7 @@ from torch import nn
 from examine import TOLERANCE, assert_same, capture, sniff_all, states_of
 from families import FAMILIES, tiny_model
 from qk_sniffer.capture import (
+    CapturesAttention,
     active_sniffer,
 )
 from qk_sniffer.errors import UserError
@@ -35,7 +36,7 @@ from tiny import ARCHITECTURES, MULTIMODAL, tiny_causal_lm
 Predict = Callable[..., int]
 
 
-class Received:
+class Received(CapturesAttention):
     """Takes attention calls and keeps nothing."""
 
     pre_rope = False

@@ -422,7 +422,7 @@ def test_a_launcher_that_the_trainer_was_not_told_of(
 def test_the_first_rank_alone_tokenizes_and_prints(new_run: NewRun) -> None:
     run = new_run(max_samples=6, batch_size=3)
     first, second = run.run(2)
-    assert "heads    24" in first.printed
+    assert "heads    48" in first.printed
     assert second.printed == ""
     assert first.passages["tokenizing"] == 1
     assert second.passages["tokenizing"] == 0
@@ -505,7 +505,7 @@ def test_the_launcher_of_lightning(new_run: NewRun, alone: Alone) -> None:
     command = readme_command("qk-sniffer", run.write_config(2), devices=2)
     ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("heads    24") == 1
+    assert ended.stdout.count("heads    48") == 1
     assert ended.stderr == ""
     assert files_of(run.root) == files_of(alone(batch_size=2))
 
@@ -517,7 +517,7 @@ def test_torchrun_over_two_nodes(new_run: NewRun, alone: Alone) -> None:
     agents = [subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) for _ in range(2)]
     printed = [agent.communicate(timeout=100) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], printed
-    assert sum(out.count("heads    24") for out, _ in printed) == 1
+    assert sum(out.count("heads    48") for out, _ in printed) == 1
     assert files_of(run.root) == files_of(alone(batch_size=2))
 
 
@@ -536,9 +536,9 @@ from qk_sniffer.data import TextDataModule
 from qk_sniffer.module import SnifferModule
 
 if __name__ == "__main__":
-    sniffer = SnifferCallback(
-        OutputConfig({str(run.root)!r}), CaptureConfig(sampler=SamplerConfig(type="all"))
-    )
+    capture = {{"sampler": SamplerConfig(type="all")}}
+    capture |= dict.fromkeys(["capture_values", "capture_outputs", "capture_softmax"], True)
+    sniffer = SnifferCallback(OutputConfig({str(run.root)!r}), CaptureConfig(**capture))
     trainer = pl.Trainer(
         accelerator="cpu", devices=2, strategy={strategy!r}, logger=False, callbacks=[sniffer]
     )

@@ -711,7 +711,7 @@ def test_a_data_root_has_one_owner(tmp_path: Path) -> None:
 def test_many_calls_leave_few_tensors() -> None:
     """Tokens that come one by one are joined, and are the rows of one call."""
     model = model_of("llama")
-    with torch.no_grad(), sniff(model) as captured:
+    with torch.no_grad(), sniff(model, **EVERYTHING) as captured:
         text = model.generate(torch.tensor([[5, 6]]), max_new_tokens=100, eos_token_id=None)
     parts = captured._session.store._parts.values()
     assert max(map(len, parts)) < 12
