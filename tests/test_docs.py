@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import lightning.pytorch as pl
+import pyarrow as pa
 import pytest
 import yaml
 
@@ -153,11 +154,12 @@ def test_commands_that_the_pages_name_exist() -> None:
 
 
 def test_the_columns_are_those_of_the_files() -> None:
-    types = "int32|string|bool|fixed_size_list.*?"
+    types = "int32|float32|string|bool|fixed_size_list.*?"
     rows = re.findall(rf"^\| `(\w+)` \| ({types}) \|", html.unescape(PAGES["docs/files.md"]), re.M)
-    fields = [*head_schema(7), *EXAMPLES_SCHEMA]
+    fields = [*head_schema(7, softmax=True), *EXAMPLES_SCHEMA]
     vector = "fixed_size_list<float32>[head_dim]"
-    assert rows == [(f.name, vector if f.name == "vector" else str(f.type)) for f in fields]
+    named = {"vector": vector, **{f.name: "float32" for f in fields if f.type == pa.float32()}}
+    assert rows == [(f.name, named.get(f.name, str(f.type))) for f in fields]
 
 
 def test_the_documented_ids_are_those_of_the_code() -> None:

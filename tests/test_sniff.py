@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -736,6 +737,49 @@ def test_packed_texts_that_the_model_does_not_keep_apart_are_refused() -> None:
         with pytest.raises(UserError, match="position_ids begin anew"):
             model(input_ids=tokens, position_ids=positions, past_key_values=cache)
     assert captured.examples["n_tokens"].to_pylist() == [12]
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "opt", "falcon", "bert"])
+def test_packed_texts_of_models_that_never_keep_them_apart_are_refused(family: str) -> None:
+    """Their modeling files don't tell what makes the mask of the positions."""
+    model = model_of(family)
+    positions = torch.arange(6).repeat(2)[None]
+    inputs = {"input_ids": torch.arange(5, 17)[None], "position_ids": positions, "use_cache": False}
+    with (
+        pytest.raises(UserError, match="position_ids begin anew within a sequence"),
+        torch.no_grad(),
+        sniff(model),
+    ):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("given", ["position_ids", "none"])
+@pytest.mark.parametrize("family", ["llama4_text", "mpt", "bloom", "falcon", "llama"])
+def test_attention_is_that_of_a_padded_text(family: str, given: str) -> None:
+    """Chunks count from its first token, and some models count the padding or pass over positions."""
+    model = model_of(family, "eager")
+    inputs = tokens_of("two", "a text that has some more tokens")
+    if given == "none":
+        del inputs["position_ids"]
+    with torch.no_grad(), sniff(model, softmax=True) as captured:
+        attentions = model(**inputs, output_attentions=True, use_cache=False).attentions
+    padding = inputs["input_ids"].shape[1] - len("two")
+    for layer in range(len(attentions)):
+        if captured.layers[layer].scores is not None:
+            expected = attentions[layer][0, 1, padding:, padding:]
+            found = captured.attention(layer, 1, 0).probabilities
+            torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_keys_that_the_model_has_left_out_are_seen() -> None:
+    """As by a cache that drops tokens which a layer's window does not tell of."""
+    model = model_of("llama")
+    with torch.no_grad(), sniff(model, softmax=True) as captured:
+        model(torch.arange(5, 17)[None])
+    attention = captured.attention(0, 0, 0)
+    fewer = {"lse": attention.statistics["lse"] - 0.5}
+    with pytest.raises(UserError, match="the stored keys of 12 queries have more than all of their"):
+        _ = replace(attention, statistics=fewer).probabilities
 
 
 @pytest.mark.parametrize(

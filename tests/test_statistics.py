@@ -241,7 +241,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no queries": (
         {"capture_queries": False, "capture_softmax": True},
-        "sniffer.capture.capture_softmax: the statistics are columns in the files of the queries",
+        "sniffer.capture.capture_softmax: the statistics are columns of the queries",
     ),
     "no position": ({"local_positions": 0}, "sniffer.capture.local_positions: must be at least 1"),
 }

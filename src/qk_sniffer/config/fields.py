@@ -135,8 +135,8 @@ class CaptureConfig:
         )
         _require(
             self.capture_queries or not self.capture_softmax,
-            "sniffer.capture.capture_softmax: the statistics are columns in the files of the queries; "
-            "set capture_queries to true, or capture_softmax to false",
+            "sniffer.capture.capture_softmax: the statistics are columns of the queries, which are not "
+            "captured; capture them too, or do without the statistics",
         )
         _require(
             self.local_positions > 0,

@@ -41,7 +41,7 @@ from qk_sniffer.models.probe import (
 from qk_sniffer.models.results import own_width
 from qk_sniffer.models.rotary import RotaryTrace
 from qk_sniffer.models.scores import softmax_input
-from qk_sniffer.models.sequences import CallSequences, sequences_of
+from qk_sniffer.models.sequences import CallSequences, keeps_texts_apart, sequences_of
 from qk_sniffer.models.skeleton import attention_geometry, load_skeleton
 
 __all__ = [
@@ -67,6 +67,7 @@ __all__ = [
     "forward_footprint",
     "frequencies_for",
     "is_probing",
+    "keeps_texts_apart",
     "load_config",
     "load_model",
     "load_skeleton",

@@ -2,7 +2,8 @@
 
 import threading
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
@@ -101,7 +102,7 @@ def probe_attention(
 
 
 def is_probing() -> bool:
-    """Whether this thread runs a model for ``probe_quietly``, which nobody is to capture."""
+    """Whether this thread runs a model ``quietly``, which nobody is to capture."""
     return getattr(_thread, "is_probing", False)
 
 
@@ -139,6 +140,16 @@ def probe_quietly(
     _forget_if_changed(backbone)
     if backbone in _maps:
         return probe_attention(backbone, parts, pre_rope=pre_rope)
+    with quietly(backbone):
+        return probe_attention(backbone, parts, pre_rope=pre_rope)
+
+
+@contextmanager
+def quietly(backbone: nn.Module) -> Iterator[None]:
+    """Leave a backbone's modes, the state of RoPE and random numbers as they are, behind a block.
+
+    Nobody captures what it reads in there.
+    """
     modules = list(backbone.modules())
     training = [module for module in modules if module.training]
     rotary = [module for module in modules if "Rotary" in type(module).__name__]
@@ -149,7 +160,7 @@ def probe_quietly(
         try:
             for module in training:
                 module.training = False
-            return probe_attention(backbone, parts, pre_rope=pre_rope)
+            yield
         finally:
             _thread.is_probing = False
             for module in training:

@@ -40,7 +40,7 @@ class ResultMap:
                 facts = PARTS[part]
                 raise UserError(
                     f"sniffer.capture.{facts.setting}: this architecture {problem}, so its "
-                    f"{facts.plural} can't be told; set it to false"
+                    f"{facts.plural} can't be told; capture without them"
                 )
 
     def notes(self, parts: Collection[Part]) -> list[str]:

@@ -2,15 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from qk_sniffer.errors import UserError
-from qk_sniffer.models.attention import cache_of
+from qk_sniffer.models.attention import cache_of, text_decoder
 from qk_sniffer.models.calls import modeling_globals
 from qk_sniffer.models.decoder import decoder_modules
+from qk_sniffer.models.probe import quietly
 
 _BY_MASK = {"bloom", "opt"}
 _BY_TOKENS = "create_position_ids_from_input_ids"
@@ -34,13 +37,16 @@ class CallSequences:
     keeps_apart: bool
 
 
-def sequences_of(decoder: nn.Module, arguments: Mapping[str, Any], past_length: int) -> CallSequences:
+def sequences_of(
+    decoder: nn.Module, arguments: Mapping[str, Any], past_length: int, *, can_pack: bool
+) -> CallSequences:
     """What a call of a decoder reads.
 
     Args:
         decoder: The text decoder.
         arguments: Those of its forward, by their names.
         past_length: Places that its cache holds already, padding included.
+        can_pack: Whether the model keeps packed texts apart, as ``keeps_texts_apart`` says.
 
     Raises:
         UserError: The call has no tokens, a mask that does not say which of them are padding, or
@@ -56,20 +62,52 @@ def sequences_of(decoder: nn.Module, arguments: Mapping[str, Any], past_length: 
     size, length = input_ids.shape
     mask = _mask(arguments.get("attention_mask"), size, past_length + length)
     positions = _positions(decoder, arguments, mask, past_length)
-    return CallSequences(input_ids, mask, positions, _keeps_apart(decoder, arguments))
+    return CallSequences(input_ids, mask, positions, can_pack and _may_pack(decoder, arguments))
 
 
-def _keeps_apart(decoder: nn.Module, arguments: Mapping[str, Any]) -> bool:
+def _may_pack(decoder: nn.Module, arguments: Mapping[str, Any]) -> bool:
     """Whether transformers looks for packed texts: in a call without mask and cache."""
     config = getattr(decoder, "config", None)
     use_cache = arguments.get("use_cache")
     use_cache = getattr(config, "use_cache", True) if use_cache is None else use_cache
-    return (
-        arguments.get("attention_mask") is None
-        and not use_cache
-        and cache_of(arguments) is None
-        and "create_causal_mask" in modeling_globals(type(decoder))
-    )
+    return arguments.get("attention_mask") is None and not use_cache and cache_of(arguments) is None
+
+
+_apart: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def keeps_texts_apart(backbone: nn.Module) -> bool:
+    """Whether tokens whose positions begin anew don't attend to those before, without mask and cache.
+
+    Seen in two forwards of a few tokens, where the decoder makes such masks at all: some don't tell
+    what makes the mask of the positions. The answer is kept for as long as the backbone lives.
+
+    Args:
+        backbone: As ``decoder_backbone`` gives it.
+    """
+    if backbone not in _apart:
+        makes_mask = "create_causal_mask" in modeling_globals(type(text_decoder(backbone)))
+        with quietly(backbone):
+            _apart[backbone] = makes_mask and _reads_apart(backbone)
+    return _apart[backbone]
+
+
+@torch.no_grad()
+def _reads_apart(backbone: nn.Module) -> bool:
+    """Whether a packed text is read as it is behind another one."""
+    device = next(backbone.parameters()).device
+    positions = torch.arange(5, device=device).repeat(2)[None]
+    outputs = []
+    for token in (4, 6):
+        input_ids = torch.full((1, 10), token, device=device)
+        input_ids[0, 5:] = torch.tensor([5, 4, 5, 5, 4], device=device)
+        try:
+            output = backbone(input_ids=input_ids, position_ids=positions, use_cache=False)
+        # A decoder may take no positions, or none that begin anew.
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        outputs.append(output[0][:, 5:].float())
+    return bool((outputs[0] - outputs[1]).norm() <= 1e-3 * outputs[0].norm())
 
 
 def _mask(mask: Any, size: int, length: int) -> Tensor:
@@ -95,7 +133,9 @@ def _positions(
 ) -> Tensor:
     size, length = mask.shape[0], mask.shape[1] - past_length
     position_ids = arguments.get("position_ids")
-    if isinstance(position_ids, Tensor):
+    # MPT passes over those that it is given.
+    takes_positions = "position_ids" in signature(type(decoder).forward).parameters
+    if takes_positions and isinstance(position_ids, Tensor):
         # Those of text, height and width have the text's first.
         text = position_ids[0] if position_ids.dim() == 3 else position_ids
         rows: Tensor = text.detach().to("cpu", torch.int64).reshape(-1, length)

@@ -16,6 +16,9 @@ from qk_sniffer.capture import (
 )
 from qk_sniffer.errors import UserError
 
+_MOST_MASS = 1.01
+"""What the probabilities of a query may sum to, with room for rounding."""
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -45,7 +48,9 @@ class Attention:
     def is_complete(self) -> Tensor:
         """(Q,) bool: whether every key that the query attends to is stored."""
         window, chunked = self.layer.sliding_window, self.layer.chunked
-        first = attended_from(self.query_positions, window, chunked=chunked).clamp(min=self.start)
+        # Blocks count from the first token of the text.
+        own = self.query_positions - self.start
+        first = attended_from(own, window, chunked=chunked).clamp(min=0) + self.start
         attended = (self.scores > -torch.inf).sum(dim=1)
         return attended == self.query_positions - first + 1
 
@@ -60,7 +65,7 @@ class Attention:
                 its softmax, so the share of the stored ones is unknown.
         """
         if self.statistics:
-            return (self.scores - self.statistics["lse"][:, None]).exp()
+            return self._with_statistics()
         n_incomplete = int((~self.is_complete).sum())
         if n_incomplete:
             raise UserError(
@@ -69,6 +74,17 @@ class Attention:
                 "sampler all, leave out the queries that are not complete, or take among_kept or scores"
             )
         return self.among_kept
+
+    def _with_statistics(self) -> Tensor:
+        """Probabilities by the softmax that the model computed."""
+        probabilities = (self.scores - self.statistics["lse"][:, None]).exp()
+        n_impossible = int((probabilities.sum(dim=1) > _MOST_MASS).sum())
+        if n_impossible:
+            raise UserError(
+                f"attention: the stored keys of {n_impossible:,} queries have more than all of their "
+                "softmax, so the model attends to fewer than its layer's window says; take scores"
+            )
+        return probabilities
 
     @property
     def among_kept(self) -> Tensor:
@@ -110,6 +126,8 @@ def attention_of(
     scores = capped(query @ key.T * function.scaling, function.softcap)
     if function.alibi_slopes is not None:
         scores = scores + function.alibi_slopes[head] * key_positions
-    allowed = attends(query_positions, key_positions, layer.sliding_window, chunked=layer.chunked)
+    allowed = attends(
+        query_positions - start, key_positions - start, layer.sliding_window, chunked=layer.chunked
+    )
     scores = scores.masked_fill(~allowed, -torch.inf)
     return Attention(layer, head, query_positions, key_positions, scores, start, statistics or {})

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from qk_sniffer.errors import UserError
+from qk_sniffer.kinds import KINDS
 
 T = TypeVar("T")
 
@@ -14,6 +15,7 @@ _ARGUMENTS = {
     "sniffer.capture.sampler.": "",
     "sniffer.capture.capture_pre_rope": "pre_rope",
     "sniffer.capture.capture_softmax": "softmax",
+    **{f"sniffer.capture.{KINDS[kind].setting}": "kinds" for kind in KINDS},
     "sniffer.capture.": "",
     "sniffer.output.": "",
 }

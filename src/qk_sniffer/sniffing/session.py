@@ -49,11 +49,13 @@ class Watched:
         model: The transformers model, inside whatever wraps it.
         backbone: Its decoder.
         attention: What a probe saw in it.
+        can_pack: Whether it keeps packed texts apart.
     """
 
     model: PreTrainedModel
     backbone: nn.Module
     attention: AttentionMap
+    can_pack: bool
 
 
 class Session:
@@ -118,7 +120,9 @@ class Session:
             return
         thread, cache = self._thread, cache_of(arguments)
         past_length = 0 if cache is None else int(cache.get_seq_length())
-        sequences = sequences_of(text_decoder(self.watched.backbone), arguments, past_length)
+        watched = self.watched
+        decoder = text_decoder(watched.backbone)
+        sequences = sequences_of(decoder, arguments, past_length, can_pack=watched.can_pack)
         thread.call = call = self.texts.begin(sequences, cache, past_length)
         thread.cache = cache
         thread.sniffer.begin_call(call.tokens)

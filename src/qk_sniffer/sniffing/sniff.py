@@ -11,7 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from qk_sniffer.config import CaptureConfig, SamplerConfig
 from qk_sniffer.errors import UserError
 from qk_sniffer.kinds import KINDS, LOCAL_POSITIONS, parts_of
-from qk_sniffer.models import decoder_backbone, probe_quietly, transformers_model
+from qk_sniffer.models import (
+    decoder_backbone,
+    keeps_texts_apart,
+    probe_quietly,
+    transformers_model,
+)
 from qk_sniffer.sniffing.arguments import as_arguments, integers, require_integer
 from qk_sniffer.sniffing.captured import Captured
 from qk_sniffer.sniffing.saving import writing
@@ -96,6 +101,9 @@ def sniff(
         ("limit_bytes", limit_bytes),
     ):
         require_integer(name, number)
+    for name, flag in (("softmax", softmax), ("shared", shared)):
+        if not isinstance(flag, bool):
+            raise UserError(f"{name}: expected True or False, got {flag!r}")
     if device not in ("host", "model"):
         raise UserError(f"device: expected host or model, got {device!r}")
     if tokenizer is not None and not hasattr(tokenizer, "convert_ids_to_tokens"):
@@ -108,7 +116,7 @@ def sniff(
         capture_pre_rope=pre_rope,
         capture_token_strings=tokenizer is not None,
         min_bucket_size=min_bucket_size,
-        capture_softmax=bool(softmax),
+        capture_softmax=softmax,
         local_positions=local_positions,
         sampler=_sampler_config(sampler, base_rate, seed, keep_first, positions, shared),
     )
@@ -159,4 +167,4 @@ def _watched(model: nn.Module, capture: CaptureConfig) -> Watched:
     parts, pre_rope = parts_of(capture.as_settings()), capture.capture_pre_rope
     attention = as_arguments(lambda: probe_quietly(backbone, parts, pre_rope=pre_rope))
     require_watchable(attention, type(inner).__name__)
-    return Watched(inner, backbone, attention)
+    return Watched(inner, backbone, attention, keeps_texts_apart(backbone))
