@@ -20,6 +20,7 @@ from qk_sniffer.capture.buffers import upload
 from qk_sniffer.capture.heads import CapturedStream, Stream
 from qk_sniffer.capture.plan import KeptQueries, KeptRows, Numbers
 from qk_sniffer.capture.positions import first_new_key
+from qk_sniffer.kinds import SOFTMAX_COLUMNS
 
 MOST_SCORES = 2**22
 """Scores of a tile: 16 MiB in float32, of which some six are there at once."""
@@ -28,8 +29,8 @@ MOST_KEY_NUMBERS = 2**23
 """Numbers in the keys of a tile, copied as float32 where the model has another dtype: 32 MiB."""
 
 SOFTMAX_BYTES = 256 * 2**20
-"""More than all tensors take that are there at once while statistics are computed, beside their result
-and what the model has."""
+"""More than all tensors take that are there at once while statistics are computed, beside what the
+model has and their result: 24 bytes for each kept query of a layer's heads."""
 
 _LEAST = -1e4
 """Where the exponential is 0 in float32 without doubt. An infinity times 0 would be no number."""
@@ -154,7 +155,13 @@ class SoftmaxStatistics:
         )
         numbers_in_key = len(heads.key) * given.key.shape[3]
         tiles = _tiles(queries.sequences, len(heads.query), numbers_in_key, given.key.shape[2])
-        return torch.cat([computing.of_tile(tile) for tile in tiles], dim=1)
+        shape = len(heads.own), len(queries.columns), len(SOFTMAX_COLUMNS)
+        found, first = torch.empty(shape, device=device), 0
+        for tile in tiles:
+            stop = first + tile.slots.size
+            found[:, first:stop] = computing.of_tile(tile)
+            first = stop
+        return found
 
 
 def _tiles(sequences: Numbers, n_heads: int, numbers_in_key: int, n_keys: int) -> Iterator[_Tile]:
@@ -167,10 +174,8 @@ def _tiles(sequences: Numbers, n_heads: int, numbers_in_key: int, n_keys: int) -
         sequence, first, stop = part
         size = max(n_slots, stop - first)
         n_sequences = sequence + 1 - (together[0][0] if together else sequence)
-        fits = (
-            n_sequences * n_keys * max(size * n_heads / MOST_SCORES, numbers_in_key / MOST_KEY_NUMBERS)
-        )
-        if together and fits > 1:
+        scores, numbers = size * n_heads / MOST_SCORES, numbers_in_key / MOST_KEY_NUMBERS
+        if together and n_sequences * n_keys * max(scores, numbers) > 1:
             yield from _tiles_of(together, n_heads, numbers_in_key, n_keys)
             together, n_slots = [], 0
         together.append(part)
@@ -215,7 +220,7 @@ class _Computing:
         local_positions: int,
     ) -> None:
         self._given, self._queries, self._local_positions = given, queries, local_positions
-        self._n_query_heads, self._on_device = len(heads.query), on_device
+        self._on_device = on_device
         # A model that captures all of its key heads needs no copy of them.
         self._is_whole = heads.key == list(range(given.key.shape[1]))
         n_keys = given.key.shape[2]

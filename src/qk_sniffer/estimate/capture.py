@@ -20,7 +20,7 @@ from qk_sniffer.capture import (
 )
 from qk_sniffer.config import CaptureConfig
 from qk_sniffer.estimate.texts import Texts
-from qk_sniffer.kinds import KINDS
+from qk_sniffer.kinds import KINDS, SOFTMAX_COLUMNS
 from qk_sniffer.models import AttentionGeometry
 from qk_sniffer.recording import described_streams, stream_keys
 from qk_sniffer.storage import head_files_bytes, journal_bytes, row_bytes
@@ -121,7 +121,11 @@ class Capture:
     @property
     def softmax_bytes(self) -> int:
         """The most that computing the statistics of softmax takes of a device's memory."""
-        return SOFTMAX_BYTES if self.config.capture_softmax else 0
+        if not self.config.capture_softmax:
+            return 0
+        most_heads = max(len(heads.query) for heads in self.heads.values())
+        result = 4 * len(SOFTMAX_COLUMNS) * most_heads * self.rows_of_largest_batch
+        return SOFTMAX_BYTES + math.ceil(result)
 
     @property
     def _n_draws(self) -> int:
