@@ -16,7 +16,7 @@ import yaml
 
 from conftest import LENGTHS
 from qk_sniffer.ids import example_id
-from qk_sniffer.storage import journal, reader
+from qk_sniffer.storage import journal, nothing_kept, reader
 from qk_sniffer.storage.non_finite import NonFinite
 from readers import assert_readers_agree, schema
 
@@ -145,6 +145,9 @@ def test_a_sample_that_keeps_nothing_says_so(
     assert table.num_rows == 0
     assert [(field.name, field.type) for field in table.schema] == schema(16)
     assert "no rows were kept; set sniffer.capture.sampler.type: all" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "root" / "manifest.json").read_text())
+    manifest["examples"]["rows"] = 0
+    assert "no text was read to its end; run the same command again" in nothing_kept(manifest)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -120,9 +120,9 @@ def _verify(args: list[str]) -> int:
     options = parser.parse_args(args)
 
     from qk_sniffer.storage import (
-        NOTHING_KEPT,
         count_rows,
         note_owner,
+        nothing_kept,
         require_manifest,
         warn_of_non_finite,
     )
@@ -145,7 +145,10 @@ def _verify(args: list[str]) -> int:
     non_finite = warn_of_non_finite(manifest)
     verdict, but = ("the files are whole", f", but {non_finite}") if non_finite else ("all is well", "")
     if rows == 0:
-        verdict, but = "the files are as they must be, and they are empty", f"\n{NOTHING_KEPT}"
+        verdict, but = (
+            "the files are as they must be, and they are empty",
+            f"\n{nothing_kept(manifest)}",
+        )
     sys.stdout.write(f"{data_root}: {verdict}, {heads:,} heads, {rows:,} rows{but}\n")
     return 0
 

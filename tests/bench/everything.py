@@ -42,7 +42,7 @@ def time_everything(repetitions: int) -> str:
         rows.append((name, f"{median(found):.3f}", span, CAPTURES[name][1]))
     return section(
         "Everything",
-        f"{TEXTS} texts of {TOKENS:,} tokens, one at a time, each barely too ({median(bare):.0f} s "
+        f"{TEXTS} texts of {TOKENS:,} tokens, one at a time, each read barely too ({median(bare):.0f} s "
         f"for all). Medians of {repetitions}. Everything is queries, keys, values, outputs, and "
         "statistics of each query's softmax.",
         *rows,

@@ -70,8 +70,8 @@ from qk_sniffer.storage.schema import (
 from qk_sniffer.storage.sizes import head_files_bytes, journal_bytes, row_bytes
 from qk_sniffer.storage.stored_rows import StoredRows, fault_of_columns, fault_of_values
 from qk_sniffer.storage.summary import (
-    NOTHING_KEPT,
     file_progress,
+    nothing_kept,
     published_table,
     summary_table,
     warn_of_non_finite,
@@ -87,7 +87,6 @@ __all__ = [
     "JOURNAL_ALIGNMENT",
     "JOURNAL_DIRECTORY",
     "MANIFEST_FILE",
-    "NOTHING_KEPT",
     "PUBLICATION_FILE",
     "PULLED_DIRECTORY",
     "PULLING_DIRECTORY",
@@ -132,6 +131,7 @@ __all__ = [
     "merge_pulled",
     "n_threads",
     "note_owner",
+    "nothing_kept",
     "own_part",
     "owned",
     "owner_of",

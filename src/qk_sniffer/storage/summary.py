@@ -8,11 +8,15 @@ from tqdm.auto import tqdm
 
 from qk_sniffer.storage import Place, count_rows, describe_beyond, describe_non_finite
 
-NOTHING_KEPT = (
-    "no rows were kept; set sniffer.capture.sampler.type: all for short texts, or raise "
-    "sniffer.capture.sampler.base_rate or lower sniffer.capture.min_bucket_size"
-)
-"""What to do about a run that has sampled nothing."""
+
+def nothing_kept(manifest: dict[str, Any]) -> str:
+    """What to do about a run without rows."""
+    if manifest["examples"]["rows"] == 0:
+        return "no rows were kept, since no text was read to its end; run the same command again"
+    return (
+        "no rows were kept; set sniffer.capture.sampler.type: all for short texts, or raise "
+        "sniffer.capture.sampler.base_rate or lower sniffer.capture.min_bucket_size"
+    )
 
 
 def file_progress(
@@ -44,7 +48,7 @@ def summary_table(data_root: Path, manifest: dict[str, Any], *, seconds: float) 
     }
     table = "\n".join(f"{name:<8} {value}" for name, value in lines.items())
     if rows == 0:
-        table += f"\n{NOTHING_KEPT}"
+        table += f"\n{nothing_kept(manifest)}"
     if (beyond := describe_beyond(manifest)) is not None:
         table += f"\n{beyond}"
     if non_finite := warn_of_non_finite(manifest):
