@@ -19,7 +19,7 @@ from qk_sniffer.kinds import SOFTMAX_COLUMNS
 from qk_sniffer.reading import Head
 
 
-def schema(head_dim: int, softmax: bool) -> list[tuple[str, pa.DataType]]:
+def schema(head_dim: int, softmax: bool = False) -> list[tuple[str, pa.DataType]]:
     columns = [
         ("bucket", pa.int32()),
         ("example_id", pa.int32()),

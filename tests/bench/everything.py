@@ -42,8 +42,8 @@ def time_everything(repetitions: int) -> str:
         rows.append((name, f"{median(found):.3f}", span, CAPTURES[name][1]))
     return section(
         "Everything",
-        f"{TEXTS} texts of {TOKENS:,} tokens, one at a time, each read barely too ({median(bare):.0f} s "
-        f"for all). Medians of {repetitions}. Everything is queries, keys, values, outputs, and "
-        "statistics of each query's softmax.",
+        f"{TEXTS} texts of {TOKENS:,} tokens, one at a time, each read barely too "
+        f"({median(bare):.0f} s for all). Medians of {repetitions}. Everything is queries, keys, "
+        "values, outputs, and statistics of each query's softmax.",
         *rows,
     )
