@@ -650,6 +650,11 @@ note into account. The dataset card of a capture contains its notes.
 - **Passages** (`prefill_chunk_size`): a text read in passages of 1, 8 or 20 tokens gives the rows of
   one forward to 1e-5, or "to 1e-3" where recurrent layers round differently. If the model itself reads
   passages differently from the whole text, a run stops before it captures anything.
+- **Values, outputs** (`capture_values`, `capture_outputs`): the probabilities of eager attention times
+  the captured values are the captured outputs, and these through the output projection are what the
+  module returns. "With a note": a gate, a norm or experts come between outputs and projection.
+- **Softmax** (`capture_softmax`): the six [statistics](files.md#statistics-of-the-softmax) are those of
+  the probabilities that eager attention returns, and `lse` gives these probabilities, to 1e-5.
 
 Each architecture is also tested with every type of RoPE that transformers has and its code accepts
 (default, linear, dynamic, yarn, longrope, llama3, proportional), on texts shorter and longer than its
