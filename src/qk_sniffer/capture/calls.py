@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qk_sniffer.capture.buffers import Staging
-from qk_sniffer.capture.gathers import Gather, Gathers
+from qk_sniffer.capture.gathers import Gather, Gathers, result_states
 from qk_sniffer.capture.heads import CapturedStream, Stream
 from qk_sniffer.capture.plan import KeptQueries, KeptRows, draws_of
 from qk_sniffer.capture.positions import own_keys
@@ -111,11 +111,11 @@ class CallSniffer:
     ) -> None:
         streams = list(streams)
         self._heads = {stream.key: stream.heads for stream in streams}
-        self._softmax = SoftmaxStatistics(streams, local_positions)
         self._has_results = any(stream.kind in ("v", "o") for stream in streams)
         self._selection, self._sink = selection, sink
         self._staging = Staging(sink.take_vectors, stays=stays)
-        self._gathers = Gathers(self._heads, self._staging)
+        statistics = SoftmaxStatistics(streams, local_positions)
+        self._gathers = Gathers(self._heads, self._staging, statistics)
         self._rows: _CallRows | None = None
         self._gathered: list[_Gathered] = []
         self._n_tokens = 0
@@ -178,14 +178,9 @@ class CallSniffer:
         self._layers_seen.add(layer_idx)
         self._n_tokens = query.shape[2]
         key = own_keys(key, past_length, query.shape[2])
-        for stream, gather in self._gathers.gather_call(layer_idx, {"q": query, "k": key}, self._rows):
+        states: dict[Kind, Tensor] = {"q": query, "k": key}
+        for stream, gather in self._gathers.gather_call(layer_idx, states, self._rows, softmax):
             self._gathered.append(_Gathered(stream, sliding_window, gather))
-        if softmax is not None:
-            values = self._softmax.of(layer_idx, softmax, self._rows)
-            if values is not None:
-                stream = layer_idx, "softmax"
-                gather = self._gathers.lay_down(stream, values, self._rows)
-                self._gathered.append(_Gathered(stream, sliding_window, gather))
 
     def capture_result(
         self,
@@ -207,11 +202,7 @@ class CallSniffer:
         """
         assert self._rows is not None
         self._results_seen.add(layer_idx)
-        states: dict[Kind, Tensor] = {}
-        if value is not None:
-            states["v"] = own_keys(value, past_length, self._n_tokens)
-        if output is not None:
-            states["o"] = output.transpose(1, 2)
+        states = result_states(value, output, past_length, self._n_tokens)
         for stream, gather in self._gathers.gather_call(layer_idx, states, self._rows):
             self._gathered.append(_Gathered(stream, sliding_window, gather))
 

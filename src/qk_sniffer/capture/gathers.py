@@ -18,7 +18,9 @@ from torch import Tensor
 from qk_sniffer.capture.buffers import ALIGNMENT, Staging, upload
 from qk_sniffer.capture.heads import Stream
 from qk_sniffer.capture.plan import KeptRows
+from qk_sniffer.capture.positions import own_keys
 from qk_sniffer.capture.rows import Block
+from qk_sniffer.capture.softmax import SoftmaxInput, SoftmaxStatistics
 from qk_sniffer.kinds import Kind
 
 
@@ -128,17 +130,43 @@ class _Prepared(NamedTuple):
     room: Tensor
 
 
+def result_states(
+    value: Tensor | None, output: Tensor | None, start: int, n_tokens: int
+) -> dict[Kind, Tensor]:
+    """The result of an attention call, (B, n_heads, S, width) each, for ``Gathers.gather_call``.
+
+    Args:
+        value: (B, num_key_value_heads, K, width), as the keys of the call; None for none.
+        output: (B, S, num_attention_heads, width); None for none.
+        start: Tokens in the cache before the call.
+        n_tokens: S.
+    """
+    states: dict[Kind, Tensor] = {}
+    if value is not None:
+        states["v"] = own_keys(value, start, n_tokens)
+    if output is not None:
+        states["o"] = output.transpose(1, 2)
+    return states
+
+
 class Gathers:
     """Gathers kept vectors into a staging.
 
     Args:
         heads: The captured heads of each layer and kind, in the order in which a model calls them.
         staging: Takes the vectors.
+        statistics: Computes those of kept queries.
     """
 
-    def __init__(self, heads: Mapping[Stream, tuple[int, ...]], staging: Staging) -> None:
+    def __init__(
+        self,
+        heads: Mapping[Stream, tuple[int, ...]],
+        staging: Staging,
+        statistics: SoftmaxStatistics,
+    ) -> None:
         self._heads = heads
         self._staging = staging
+        self._statistics = statistics
         self._head_numbers = {s: np.array(numbers)[:, None] for s, numbers in heads.items()}
         self._layouts: dict[Stream, Layout] = {}
         self._alike: dict[Stream, list[Stream]] = {}
@@ -150,7 +178,11 @@ class Gathers:
         self._head_steps: dict[tuple[torch.device, tuple[int, ...], int], Tensor] = {}
 
     def gather_call(
-        self, layer_idx: int, states: Mapping[Kind, Tensor], passage: KeptRows
+        self,
+        layer_idx: int,
+        states: Mapping[Kind, Tensor],
+        passage: KeptRows,
+        softmax: SoftmaxInput | None = None,
     ) -> Iterator[tuple[Stream, Gather]]:
         """Lay down the kept vectors of one attention call, and give what there are.
 
@@ -158,6 +190,7 @@ class Gathers:
             layer_idx: The layer.
             states: Vectors of some kinds, (B, n_heads, S, width), those of the queries' own tokens.
             passage: The kept rows of the forward.
+            softmax: What the call's softmax takes, where its statistics are wanted.
         """
         for kind, vectors in states.items():
             stream = layer_idx, kind
@@ -165,6 +198,12 @@ class Gathers:
                 plain = vectors.detach() if vectors.requires_grad else vectors
                 if (gather := self.gather(stream, plain, passage)) is not None:
                     yield stream, gather
+        if softmax is None:
+            return
+        values = self._statistics.of(layer_idx, softmax, passage)
+        if values is not None:
+            of_softmax: Stream = (layer_idx, "softmax")
+            yield of_softmax, self._lay_down(of_softmax, values, passage)
 
     def gather(self, stream: Stream, states: Tensor, passage: KeptRows) -> Gather | None:
         """Lay down the kept vectors of all captured heads, head by head; None where there are none.
@@ -194,7 +233,7 @@ class Gathers:
         torch.index_select(states.as_strided(shape, strides), 0, places, out=room)
         return gather
 
-    def lay_down(self, stream: Stream, values: Tensor, passage: KeptRows) -> Gather:
+    def _lay_down(self, stream: Stream, values: Tensor, passage: KeptRows) -> Gather:
         """Lay down what was computed of all kept rows of a layer.
 
         Args:

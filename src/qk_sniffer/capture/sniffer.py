@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qk_sniffer.capture.buffers import Staging
-from qk_sniffer.capture.gathers import Gather, Gathers
+from qk_sniffer.capture.gathers import Gather, Gathers, result_states
 from qk_sniffer.capture.heads import CapturedStream, Stream
 from qk_sniffer.capture.plan import BatchPlan, Passage, Plans
 from qk_sniffer.capture.positions import own_keys
@@ -121,11 +121,11 @@ class Sniffer:
         streams = list(streams)
         self._heads = {stream.key: stream.heads for stream in streams}
         self.parts = frozenset(stream.kind for stream in streams)
-        self._softmax = SoftmaxStatistics(streams, local_positions)
         self._plans = Plans(tuple(self._heads), selection, expected)
         self._sink = sink
         self._staging = Staging(sink.take_vectors)
-        self._gathers = Gathers(self._heads, self._staging)
+        statistics = SoftmaxStatistics(streams, local_positions)
+        self._gathers = Gathers(self._heads, self._staging, statistics)
         self._ended: list[_EndedBatch] = []
         self._plan: BatchPlan | None = None
         self._passage: Passage | None = None
@@ -225,14 +225,8 @@ class Sniffer:
             )
         read[sequences.start : sequences.stop] = [tokens.stop] * len(sequences)
         key = own_keys(key, tokens.start, length)
-        for stream, gather in self._gathers.gather_call(layer_idx, {"q": query, "k": key}, passage):
-            self._pending.append(_PendingChunk(passage, stream, sliding_window, gather))
-        if (
-            softmax is not None
-            and (values := self._softmax.of(layer_idx, softmax, passage)) is not None
-        ):
-            stream = layer_idx, "softmax"
-            gather = self._gathers.lay_down(stream, values, passage)
+        states: dict[Kind, Tensor] = {"q": query, "k": key}
+        for stream, gather in self._gathers.gather_call(layer_idx, states, passage, softmax):
             self._pending.append(_PendingChunk(passage, stream, sliding_window, gather))
 
     def capture_result(
@@ -255,11 +249,7 @@ class Sniffer:
         if read is None:
             return
         assert passage is not None
-        states: dict[Kind, Tensor] = {}
-        if value is not None:
-            states["v"] = own_keys(value, passage.tokens.start, len(passage.tokens))
-        if output is not None:
-            states["o"] = output.transpose(1, 2)
+        states = result_states(value, output, passage.tokens.start, len(passage.tokens))
         for stream, gather in self._gathers.gather_call(layer_idx, states, passage):
             self._pending.append(_PendingChunk(passage, stream, sliding_window, gather))
         read[passage.sequences.start : passage.sequences.stop] = [passage.tokens.stop] * len(

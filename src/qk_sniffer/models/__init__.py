@@ -38,7 +38,7 @@ from qk_sniffer.models.probe import (
     probe_attention,
     probe_quietly,
 )
-from qk_sniffer.models.results import own_width
+from qk_sniffer.models.results import on_result_of
 from qk_sniffer.models.rotary import RotaryTrace
 from qk_sniffer.models.scores import softmax_input
 from qk_sniffer.models.sequences import CallSequences, keeps_texts_apart, sequences_of
@@ -73,7 +73,7 @@ __all__ = [
     "load_skeleton",
     "model_overlays",
     "name_of",
-    "own_width",
+    "on_result_of",
     "probe_attention",
     "probe_quietly",
     "read_in_passages",

@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
 
-from qk_sniffer.capture import AttentionLayer, compute_positions, get_active_sniffer, own_keys
+from qk_sniffer.capture import compute_positions, get_active_sniffer, own_keys
 from qk_sniffer.models.adapters import OnResult
 from qk_sniffer.models.attention import watch_attention
 from qk_sniffer.models.calls import AttentionCall
 from qk_sniffer.models.probe import AttentionMap, probe_attention
-from qk_sniffer.models.results import own_width
+from qk_sniffer.models.results import on_result_of
 from qk_sniffer.models.rotary import RotaryTrace
 from qk_sniffer.models.scores import softmax_input
 
@@ -46,14 +46,10 @@ def capture_attention(backbone: nn.Module) -> Iterator[None]:
         query, key = states_of(layer_idx, call, past_length, trace, attention)
         softmax = softmax_input(call, layer, past_length) if wants_softmax else None
         sniffer.capture(layer_idx, query, key, positions, layer.sliding_window, softmax)
-        return report_result(layer, call) if wants_result else None
-
-    def report_result(layer: AttentionLayer, call: AttentionCall) -> OnResult:
-        def on_result(output: Tensor | None, _: Tensor | None, value: Tensor | None) -> None:
-            value, output = (own_width(call.module, states) for states in (value, output))
-            sniffer.capture_result(layer.layer_idx, value, output, layer.sliding_window)
-
-        return on_result
+        if not wants_result:
+            return None
+        take = partial(sniffer.capture_result, layer_idx, sliding_window=layer.sliding_window)
+        return on_result_of(call.module, take)
 
     with watch_attention(
         backbone, report, numbered_by_call=attention.numbered_by_call, rotary=sniffer.pre_rope

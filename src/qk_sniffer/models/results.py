@@ -1,6 +1,6 @@
 """What a short forward shows of an attention's result: its values, its outputs, and their way on."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.kinds import PARTS, Part
+from qk_sniffer.models.adapters import OnResult
 from qk_sniffer.models.calls import AttentionCall
 from qk_sniffer.models.notes import in_layers
 from qk_sniffer.models.scores import softmax_problem
@@ -113,6 +114,20 @@ def is_projection(module: nn.Module) -> bool:
     """Whether a module has weights and is no norm."""
     has_weights = next(module.parameters(recurse=False), None) is not None
     return has_weights and "Norm" not in type(module).__name__
+
+
+def on_result_of(module: nn.Module, take: Callable[[Tensor | None, Tensor | None], None]) -> OnResult:
+    """What is called with an attention's result.
+
+    Args:
+        module: The attention module.
+        take: Called with its values and its output, as wide as the module's values.
+    """
+
+    def on_result(output: Tensor | None, _: Tensor | None, value: Tensor | None) -> None:
+        take(own_width(module, value), own_width(module, output))
+
+    return on_result
 
 
 def own_width(module: nn.Module, states: Tensor | None) -> Tensor | None:

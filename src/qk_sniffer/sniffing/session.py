@@ -4,9 +4,10 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qk_sniffer.capture import (
@@ -28,7 +29,7 @@ from qk_sniffer.models import (
     cache_of,
     is_probing,
     name_of,
-    own_width,
+    on_result_of,
     sequences_of,
     softmax_input,
     states_of,
@@ -138,12 +139,13 @@ class Session:
         sniffer.capture(layer_idx, query, key, past_length, layer.sliding_window, softmax)
         if {"v", "o"}.isdisjoint(self._parts):
             return None
-
-        def on_result(output: Tensor | None, _: Tensor | None, value: Tensor | None) -> None:
-            value, output = (own_width(call.module, states) for states in (value, output))
-            sniffer.capture_result(layer_idx, value, output, past_length, layer.sliding_window)
-
-        return on_result
+        take = partial(
+            sniffer.capture_result,
+            layer_idx,
+            past_length=past_length,
+            sliding_window=layer.sliding_window,
+        )
+        return on_result_of(call.module, take)
 
     def _on_stop(self, is_done: list[bool]) -> None:
         rows = self._thread.rows
