@@ -42,6 +42,11 @@ _DECISIVE = {
 """Fields that decide which rows there are and what is in them; the others may change from run to run:
 devices, batches, passages, and how many texts are read."""
 
+_LATER_MODEL_FIELDS: dict[str, Any] = {}
+_LATER_DATA_FIELDS = {"positions_column": None}
+"""Fields that came later, with their defaults: settings have them only where used, so that earlier data
+roots go on."""
+
 _WHOLE = ("config_overrides", "head_sampling")
 """Fields that are null or a mapping: one setting each."""
 
@@ -51,15 +56,15 @@ def settings(
 ) -> dict[str, Any]:
     """The sections model, data and capture as JSON takes them."""
     return {
-        "model": _plain(module.hparams),
-        "data": _without_unused(_plain(getattr(data, "hparams", {}))),
+        "model": _without_unused(_plain(module.hparams), _LATER_MODEL_FIELDS),
+        "data": _without_unused(_plain(getattr(data, "hparams", {})), _LATER_DATA_FIELDS),
         "capture": capture.as_settings(),
     }
 
 
-def _without_unused(data: dict[str, Any]) -> dict[str, Any]:
-    """The section data without fields of later versions that are not used, as ``as_settings`` does."""
-    return {name: value for name, value in data.items() if (name, value) != ("positions_column", None)}
+def _without_unused(section: dict[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """A section without those fields of later versions that have their defaults."""
+    return {name: value for name, value in section.items() if name not in later or value != later[name]}
 
 
 def fingerprint(settings: Mapping[str, Any]) -> dict[str, Any]:
