@@ -101,9 +101,9 @@ class SnifferCallback(pl.Callback):
         return self._uncaptured()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Finish files that an earlier run has begun, and see that the model knows the tokens."""
+        """Finish files that an earlier run has begun, and see that the model can read the texts."""
         self._join(trainer)
-        self._ranks.first(lambda: _check_tokens(TextsAhead(trainer), pl_module))
+        self._ranks.first(lambda: _check_texts(TextsAhead(trainer), pl_module))
         if self._earlier is not None:
             if self._ranks.is_first:
                 n_texts = self._earlier.example_ids.size
@@ -330,7 +330,8 @@ class SnifferCallback(pl.Callback):
         parts = parts_of(run_settings["capture"])
         attention = probe_attention(self._backbone, parts, pre_rope=config.capture_pre_rope)
         heads = heads_to_capture(run_settings["capture"], attention.layers)
-        return describe(run_settings, self._backbone, attention, heads), heads
+        template = TextsAhead(trainer).chat_template
+        return describe(run_settings, self._backbone, attention, heads, template), heads
 
     def _all_batches(self, trainer: pl.Trainer) -> int | None:
         """The batches of all processes, where the bar counts those of this one alone; else None."""
@@ -356,8 +357,10 @@ def _backbone_of(module: pl.LightningModule) -> nn.Module:
     return backbone
 
 
-def _check_tokens(texts: TextsAhead, module: Any) -> None:
-    """See before the weights are loaded that the model knows all tokens, where these are known."""
-    token_range = texts.token_range()
+def _check_texts(texts: TextsAhead, module: Any) -> None:
+    """See before the weights are loaded that the model can read the texts, where these are known."""
+    token_range, lengths = texts.token_range(), texts.sequence_lengths()
     if token_range is not None and hasattr(module, "check_tokens"):
         module.check_tokens(*token_range)
+    if lengths is not None and lengths.numel() and hasattr(module, "check_length"):
+        module.check_length(int(lengths.max()))

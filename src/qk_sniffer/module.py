@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,16 +13,19 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils.logging import disable_progress_bar
 
 from qk_sniffer.capture import Sniffer, get_active_sniffer, heads_to_capture
-from qk_sniffer.data import sequence_lengths
+from qk_sniffer.data import batch_fields, batch_with, sequence_lengths
 from qk_sniffer.errors import UserError
 from qk_sniffer.models import (
+    Continuation,
     ModelSource,
     attention_geometry,
     capture_attention,
     config_vocabulary,
+    covered_positions,
     decoder_backbone,
     depends_on_length,
     frequencies_for,
+    generate_options,
     load_config,
     load_model,
     load_skeleton,
@@ -30,12 +33,15 @@ from qk_sniffer.models import (
     name_of,
     read_in_passages,
     require_known_tokens,
+    require_room,
     spans_of_like_frequencies,
     transformers_model,
 )
 from qk_sniffer.processes import Ranks
 
 log = logging.getLogger(__name__)
+
+Continues = Callable[[Sequence[Tensor], Sequence[int]], list[Tensor]]
 
 
 class SnifferModule(pl.LightningModule):
@@ -58,6 +64,8 @@ class SnifferModule(pl.LightningModule):
             place of those in transformers.
         prefill_chunk_size: Tokens that the model reads at a time, keeping a cache, so that a long text
             fits a small device; null reads each batch at once.
+        generate: Settings of generate, max_new_tokens at least, and a seed: the model first continues
+            each text, and then reads it with what it has added; null reads texts as they are.
     """
 
     backbone: nn.Module
@@ -75,6 +83,7 @@ class SnifferModule(pl.LightningModule):
         config_overrides: dict[str, Any] | None = None,
         models_dir: str | None = None,
         prefill_chunk_size: int | None = None,
+        generate: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(name, str):
@@ -86,6 +95,8 @@ class SnifferModule(pl.LightningModule):
             raise UserError(
                 f"model.prefill_chunk_size: must be at least 1 or null, got {prefill_chunk_size}"
             )
+        if generate is not None:
+            generate_options(generate)
         # The callback gives loggers the settings; Lightning would merge those of module and data.
         self.save_hyperparameters(logger=False)
         self.source = ModelSource(name, revision, gguf_file, trust_remote_code)
@@ -94,6 +105,17 @@ class SnifferModule(pl.LightningModule):
     tokenizer: PreTrainedTokenizerBase | None = None
     """The tokenizer of a model that was loaded already."""
 
+    continuation: Continues | None = None
+    """Gives the new tokens of some texts, by their tokens and example ids; None adds none."""
+
+    _model: PreTrainedModel | None = None
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens that may be added to each text."""
+        generate = self.hparams["generate"]
+        return 0 if generate is None else int(generate["max_new_tokens"])
+
     @classmethod
     def of(
         cls,
@@ -101,6 +123,7 @@ class SnifferModule(pl.LightningModule):
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         prefill_chunk_size: int | None = None,
+        generate: dict[str, Any] | None = None,
     ) -> "SnifferModule":
         """A module around a model that is loaded already; it is put into eval mode.
 
@@ -111,6 +134,7 @@ class SnifferModule(pl.LightningModule):
                 that is spread over devices stays where it is, others go to the trainer's.
             tokenizer: What a data module uses that names none.
             prefill_chunk_size: As of the class.
+            generate: As of the class.
 
         Raises:
             UserError: There is no such model, or its architecture can't be captured.
@@ -122,8 +146,9 @@ class SnifferModule(pl.LightningModule):
             attn_implementation=getattr(inner.config, "_attn_implementation", None),
             device_map="as it was loaded" if hasattr(inner, "hf_device_map") else None,
             prefill_chunk_size=prefill_chunk_size,
+            generate=generate,
         )
-        object.__setattr__(module, "backbone", decoder_backbone(inner.eval()))
+        module._take(inner.eval())
         module.tokenizer = tokenizer
         return module
 
@@ -221,7 +246,7 @@ class SnifferModule(pl.LightningModule):
         """Load the weights, straight to their device; a second call at most moves them there."""
         if self._is_loaded:
             if self.hparams["device_map"] is None:
-                self.backbone.to(self.device)
+                (self.backbone if self._model is None else self._model).to(self.device)  # type: ignore[arg-type]
             return
         ranks = Ranks.of(self._trainer)
         if not ranks.is_first:
@@ -241,9 +266,58 @@ class SnifferModule(pl.LightningModule):
                 device_map=hparams["device_map"] or {"": str(self.device)},
                 config_overrides=hparams["config_overrides"],
             )
-        # Not registered as a submodule: Lightning would move what accelerate has placed, and send the
+        self._take(model)
+
+    def _take(self, model: PreTrainedModel) -> None:
+        """Keep the decoder, and all of the model where it continues texts."""
+        # Not registered as submodules: Lightning would move what accelerate has placed, and send the
         # weights from the first process to all others, which have them.
         object.__setattr__(self, "backbone", decoder_backbone(model))
+        generate = self.hparams["generate"]
+        if generate is not None and self.continuation is None:
+            object.__setattr__(self, "_model", model)
+            self.continuation = Continuation(model, generate, self.hparams["prefill_chunk_size"])
+
+    def check_length(self, longest: int) -> None:
+        """See that the model has positions for the longest text and what it may add to it.
+
+        Args:
+            longest: Tokens of the longest, with all that may be added.
+
+        Raises:
+            UserError: It has not.
+        """
+        if not self.max_new_tokens:
+            return
+        if self._is_loaded:
+            config = self.backbone.config
+        else:
+            with model_overlays(self.hparams["models_dir"]):
+                config = load_config(self.source, self.hparams["config_overrides"])
+        require_room(covered_positions(config), longest, self.max_new_tokens)
+
+    @torch.inference_mode()
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Add what the model writes to the texts of a batch, where it does.
+
+        Args:
+            batch: As ``predict_step`` takes it, with ``example_ids``.
+            dataloader_idx: Not used.
+
+        Returns:
+            The batch, whose texts are longer, with ``n_prompt_tokens`` (B,) int64.
+
+        Raises:
+            UserError: The batch has no example ids, a text is too long, or does not fit into memory.
+        """
+        if self.continuation is None:
+            return batch
+        fields = batch_fields(batch)
+        lengths = fields.sequence_lengths.tolist()
+        longest = max(lengths) + self.max_new_tokens
+        require_room(covered_positions(self.backbone.config), longest, self.max_new_tokens)
+        texts = [row[:length] for row, length in zip(batch["input_ids"], lengths, strict=True)]
+        return batch_with(batch, self.continuation(texts, fields.example_ids.tolist()))
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> int:
         """Run the backbone; an active sniffer captures what its attention sees.

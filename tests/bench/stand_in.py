@@ -59,7 +59,8 @@ class ToJournal:
 
     def __init__(self, directory: Path, heads: dict[int, CapturedHeads]) -> None:
         streams = [{"layer_idx": layer_idx, "kind": kind} for layer_idx in heads for kind in ("q", "k")]
-        self.journal = JournalWriter(directory, {"streams": streams})
+        settings: dict[str, Any] = {"model": {}, "data": {}}
+        self.journal = JournalWriter(directory, {"streams": streams, "settings": settings})
         self.n_bytes = 0
 
     def take_vectors(self, portion: Portion) -> None:

@@ -235,6 +235,9 @@ class TokenizerConfig:
     """Hub id or local directory of the tokenizer; null uses the model's own."""
     max_length: int | None = None
     """Tokens kept from the start of each text; null keeps all."""
+    add_special_tokens: bool | None = None
+    """Add tokens such as the one that begins a text; null does for texts, and leaves it to the chat
+    template for conversations."""
     trust_remote_code: bool = False
     """Run tokenizer code that comes with a Hub repository."""
     padding_side: str = "right"

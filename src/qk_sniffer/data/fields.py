@@ -28,6 +28,10 @@ class BatchFields:
         source_ids: The ids as the dataset has them.
         truncated: Whether a text was cut.
         listed: Positions to keep of each text; None where they don't come with it.
+        n_prompt_tokens: (B,) int64, tokens before the last answer of a conversation, or before what a
+            model has written; None where nobody tells them apart.
+        messages: Role, first token and the token behind the last of each message of each conversation;
+            None where they are none.
     """
 
     input_ids: Tensor
@@ -36,6 +40,8 @@ class BatchFields:
     source_ids: list[str]
     truncated: list[bool]
     listed: Listed | None = None
+    n_prompt_tokens: npt.NDArray[np.int64] | None = None
+    messages: list[list[dict[str, Any]]] | None = None
 
 
 def batch_fields(batch: Any, *, listed: bool = False) -> BatchFields:
@@ -73,7 +79,14 @@ def batch_fields(batch: Any, *, listed: bool = False) -> BatchFields:
         [str(value) for value in _values("source_ids", batch, size, ids.tolist())],
         [bool(value) for value in _values("truncated", batch, size, [False] * size)],
         _listed(batch, size) if listed else None,
+        _n_prompt_tokens(batch, size),
+        batch.get("messages"),
     )
+
+
+def _n_prompt_tokens(batch: Mapping[str, Any], size: int) -> npt.NDArray[np.int64] | None:
+    values = batch.get("n_prompt_tokens")
+    return None if values is None else _integers("n_prompt_tokens", values, size)
 
 
 def _listed(batch: Mapping[str, Any], size: int) -> Listed:

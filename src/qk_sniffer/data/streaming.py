@@ -86,7 +86,7 @@ class StreamedBatches(IterableDataset[list[Row]]):
         for rows, is_left in self._checked_rows(_ROWS_ENCODED_AT_ONCE):
             for row, wanted in zip(self._encoded(rows), is_left.tolist(), strict=True):
                 window.append((row, wanted))
-                if end.add(row["n_tokens"]):
+                if end.add(row["n_tokens"] + self.encode.n_new_tokens):
                     yield from self._planned(window, max_tokens_per_batch, dealer)
                     window = []
         yield from self._planned(window, max_tokens_per_batch, dealer)
@@ -95,6 +95,7 @@ class StreamedBatches(IterableDataset[list[Row]]):
         self, window: list[tuple[Row, bool]], max_tokens_per_batch: int, dealer: Dealer
     ) -> Iterator[_Planned]:
         lengths = np.array([row["n_tokens"] for row, _ in window], np.int64)
+        lengths += self.encode.n_new_tokens
         batches = plan_batches(lengths, self.batch_size, max_tokens_per_batch)
         for batch in rest_of(batches, np.array([wanted for _, wanted in window], np.bool_)):
             rows = [window[number][0] for number in batch]
@@ -107,12 +108,7 @@ class StreamedBatches(IterableDataset[list[Row]]):
         while rows := list(islice(stream, size)):
             indices = [index for index, _ in rows]
             if indices[0] == 0:
-                check_columns(
-                    list(rows[0][1]),
-                    self.encode.text_column,
-                    id_column,
-                    self.encode.positions_column,
-                )
+                check_columns(list(rows[0][1]), self.encode.columns)
             source_ids = indices if id_column is None else [row[id_column] for _, row in rows]
             ids = hash_ids(source_ids, indices)
             if id_column is not None:

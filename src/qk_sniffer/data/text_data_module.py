@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import datasets
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qk_sniffer.capture import Listed
 from qk_sniffer.config import TokenizerConfig, explained_loading
 from qk_sniffer.data.batches import Batch, longest_first, plan_batches, rest_of, share_of
+from qk_sniffer.data.conversations import Conversations
 from qk_sniffer.data.streaming import StreamedBatches
 from qk_sniffer.data.texts import (
     Row,
@@ -27,26 +29,14 @@ from qk_sniffer.data.texts import (
     digest_of,
     example_ids,
 )
-from qk_sniffer.data.tokenizing import LISTED, Encode
-from qk_sniffer.errors import UserError
+from qk_sniffer.data.token_batch import Collate, TokenBatch
+from qk_sniffer.data.tokenizing import LISTED, ConversationColumn, Encode, TextColumn
+from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.ids import are_left
 from qk_sniffer.models import ModelSource, vocabulary_size
 from qk_sniffer.processes import Ranks, tidied_up
 
 _TEXTS_TOKENIZED_AT_ONCE = 64
-
-
-class TokenBatch(dict[str, Any]):
-    """A batch of which only the tokens move to a device: ids, lengths and mask are read on the host."""
-
-    host_input_ids: torch.Tensor
-    """``input_ids`` as they were made, from ``to`` on."""
-
-    def to(self, device: torch.device) -> "TokenBatch":
-        """The batch with ``input_ids`` on ``device``; Lightning calls this for every batch."""
-        batch = TokenBatch(self | {"input_ids": self["input_ids"].to(device, non_blocking=True)})
-        batch.host_input_ids = self["input_ids"]
-        return batch
 
 
 class TextDataModule(pl.LightningDataModule):
@@ -61,7 +51,9 @@ class TextDataModule(pl.LightningDataModule):
     - ``example_ids`` (B,) int32 and ``sequence_lengths`` (B,) int64, in tokens,
     - ``source_ids``, B strings: the ids as the dataset has them,
     - ``truncated``, B booleans: whether ``tokenizer.max_length`` cut the text,
-    - ``positions``, B arrays of int32: the positions to keep, only with a ``positions_column``.
+    - ``positions``, B arrays of int32: the positions to keep, only with a ``positions_column``,
+    - ``n_prompt_tokens`` (B,) int64, tokens before the last answer, and ``messages``, B lists of
+      ``role``, ``start`` and ``stop``, the tokens of each message: only with a ``messages_column``.
 
     Args:
         path: Hub dataset id, or a local directory, file or pattern of files such as texts/*.jsonl, all
@@ -70,6 +62,12 @@ class TextDataModule(pl.LightningDataModule):
         revision: Branch, tag or commit of a Hub dataset.
         split: Split to read; local files without splits are train.
         text_column: Column with the texts; a txt file is one text in the column text.
+        messages_column: Column with conversations, each a list of messages, which the chat template
+            makes texts of; null reads text_column.
+        messages_format: What a message is called: messages (role, content) or sharegpt (from, value).
+        tools_column: Column with the tools that the assistant may call; null for none.
+        chat_template: File with a Jinja template in place of the tokenizer's own.
+        chat_template_kwargs: What the template is given besides, such as enable_thinking.
         id_column: Column with unique integer or string ids; null numbers the rows from 0.
         positions_column: Column with a list of positions for each text, those that the sampler
             positions keeps of it; null for none.
@@ -94,6 +92,11 @@ class TextDataModule(pl.LightningDataModule):
         split: str = "train",
         text_column: str = "text",
         id_column: str | None = None,
+        messages_column: str | None = None,
+        messages_format: Literal["messages", "sharegpt"] = "messages",
+        tools_column: str | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         positions_column: str | None = None,
         max_samples: int | None = None,
         streaming: bool = False,
@@ -114,6 +117,17 @@ class TextDataModule(pl.LightningDataModule):
         ):
             if value is not None and value < 1:
                 raise UserError(f"data.{field}: must be at least 1, got {value}")
+        for_conversations = {
+            "tools_column": tools_column,
+            "chat_template": chat_template,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+        unused = next((name for name, value in for_conversations.items() if value is not None), None)
+        if messages_column is None and unused is not None:
+            raise UserError(
+                f"data.{unused}: only conversations have a use for it; name their column in "
+                "data.messages_column, or leave it out"
+            )
         # The callback gives loggers the settings; Lightning would merge those of module and data.
         self.save_hyperparameters(logger=False)
         self.path = path
@@ -122,6 +136,11 @@ class TextDataModule(pl.LightningDataModule):
         self.split = split
         self.text_column = text_column
         self.id_column = id_column
+        self.messages_column = messages_column
+        self.messages_format = messages_format
+        self.tools_column = tools_column
+        self.chat_template = chat_template
+        self.chat_template_kwargs = chat_template_kwargs
         self.positions_column = positions_column
         self.max_samples = max_samples
         self.streaming = streaming
@@ -173,14 +192,11 @@ class TextDataModule(pl.LightningDataModule):
         if positions is not None:
             settings["positions_column"] = "positions"
         name = None if tokenizer is None else tokenizer.name_or_path or type(tokenizer).__name__
-        columns = (
-            settings.get("text_column", "text"),
-            settings.get("id_column"),
-            settings.get("positions_column"),
-        )
-        check_columns(dataset.column_names, *columns)
-        path = f"texts-{digest_of(dataset, [column for column in columns if column is not None])}"
-        module = cls(path, tokenizer=TokenizerConfig(name, max_length), **settings)
+        module = cls("texts", tokenizer=TokenizerConfig(name, max_length), **settings)
+        columns = module._columns()
+        check_columns(dataset.column_names, columns)
+        digest = digest_of(dataset, [column for column in columns.values() if column is not None])
+        module.path = module.hparams["path"] = f"texts-{digest}"
         module._texts, module._given_tokenizer = dataset, tokenizer
         return module
 
@@ -211,21 +227,52 @@ class TextDataModule(pl.LightningDataModule):
             ranks.run(lambda: self._require_same_texts(ranks))
             self._plan()
 
+    def _columns(self) -> dict[str, str | None]:
+        """The columns that are read, by the field that names them."""
+        reads_texts = self.messages_column is None
+        return {
+            "text_column": self.text_column if reads_texts else None,
+            "messages_column": self.messages_column,
+            "tools_column": self.tools_column,
+            "id_column": self.id_column,
+            "positions_column": self.positions_column,
+        }
+
+    def _encode(self) -> Encode:
+        """What makes tokens of rows."""
+        module = getattr(self.trainer, "lightning_module", None)
+        n_new_tokens = getattr(module, "max_new_tokens", 0)
+        texts: TextColumn | ConversationColumn = TextColumn(self.text_column)
+        if self.messages_column is not None:
+            conversations = Conversations(
+                self.tokenizer,
+                self.messages_format,
+                self.chat_template_kwargs or {},
+                is_continued=n_new_tokens > 0,
+            )
+            texts = ConversationColumn(self.messages_column, self.tools_column, conversations)
+        special = self.tokenizer_config.add_special_tokens
+        return Encode(
+            self.tokenizer,
+            texts,
+            self.id_column,
+            self.tokenizer_config.max_length,
+            # A chat template writes them itself.
+            add_special_tokens=self.messages_column is None if special is None else special,
+            positions_column=self.positions_column,
+            n_new_tokens=n_new_tokens,
+        )
+
     def _load(self) -> None:
         self.tokenizer = self._load_tokenizer()
         source = TextSource(self.path, self.name, self.revision, self.split, self._texts)
-        encode = Encode(
-            self.tokenizer,
-            self.text_column,
-            self.id_column,
-            self.tokenizer_config.max_length,
-            self.positions_column,
-        )
+        encode = self._encode()
+        self._n_new_tokens = encode.n_new_tokens
         if self.streaming:
             self._stream = source.stream(self.max_samples), encode
             return
         dataset = source.load(self.max_samples)
-        check_columns(dataset.column_names, self.text_column, self.id_column, self.positions_column)
+        check_columns(dataset.column_names, encode.columns)
         ids = example_ids(dataset, self.id_column)
         # Texts that are captured already are tokenized all the same: the cache has them, and batches
         # are to be those of a run that nothing interrupted.
@@ -245,7 +292,7 @@ class TextDataModule(pl.LightningDataModule):
             num_proc=self.num_proc,
             desc="Tokenizing",
         ).with_format("arrow")
-        self._lengths = _token_counts(self._dataset)
+        self._lengths = _token_counts(self._dataset) + self._n_new_tokens
 
     def _require_same_texts(self, ranks: Ranks) -> None:
         digest = xxhash.xxh3_64(self.example_ids.tobytes())
@@ -270,7 +317,10 @@ class TextDataModule(pl.LightningDataModule):
         self._own: list[Batch] | None = None
 
     def sequence_lengths(self) -> torch.Tensor | None:
-        """Tokens in each text that is left to read, (N,) int64; None where the dataset streams."""
+        """Tokens in each text that is left to read, (N,) int64; None where the dataset streams.
+
+        Where the module continues the texts, these are the most that there can be, here and below.
+        """
         return None if self.streaming else torch.from_numpy(self._lengths[self._is_left])
 
     def listed_positions(self) -> Listed | None:
@@ -304,9 +354,9 @@ class TextDataModule(pl.LightningDataModule):
     ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]] | None:
         """Example ids and tokens of the texts of each batch of this process, in their order.
 
-        None where the dataset streams.
+        None where the dataset streams, or nobody knows how long the texts will be.
         """
-        if self.streaming:
+        if self.streaming or self._n_new_tokens:
             return None
         return ((self.example_ids[batch], self._lengths[batch]) for batch in self._own_batches())
 
@@ -326,7 +376,7 @@ class TextDataModule(pl.LightningDataModule):
 
     def batch(self, number: int) -> TokenBatch:
         """One of the batches that ``n_batches`` counts."""
-        collate = _Collate(self._pad_token_id())
+        collate = Collate(self._pad_token_id())
         return collate(_EncodedRows(self._dataset)[self._batches[number]])
 
     def predict_dataloader(self) -> DataLoader[Any]:
@@ -350,7 +400,7 @@ class TextDataModule(pl.LightningDataModule):
             batch_size=None,
             sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=_Collate(self._pad_token_id()),
+            collate_fn=Collate(self._pad_token_id()),
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -370,7 +420,7 @@ class TextDataModule(pl.LightningDataModule):
         if given is None and self.tokenizer_config.name is None:
             given = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
         if given is not None:
-            return self._cutting_on_the_right(deepcopy(given))
+            return self._prepared(deepcopy(given))
         source = self._tokenizer_source()
         field = "model.name" if self.tokenizer_config.name is None else "data.tokenizer.name"
         with explained_loading(
@@ -379,10 +429,20 @@ class TextDataModule(pl.LightningDataModule):
             source.name,
         ):
             tokenizer = AutoTokenizer.from_pretrained(**source.kwargs())
-        return self._cutting_on_the_right(tokenizer)
+        return self._prepared(tokenizer)
 
-    def _cutting_on_the_right(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    def _prepared(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """A tokenizer of our own that cuts on the right, and has the template that the config names."""
         tokenizer.truncation_side = "right"
+        if self.chat_template is not None:
+            try:
+                template = Path(self.chat_template).expanduser().read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(
+                    f"data.chat_template: {self.chat_template} can't be read ({first_line(error)}); "
+                    "name a file with a Jinja template"
+                ) from error
+            tokenizer.chat_template = template
         return tokenizer
 
     def _tokenizer_source(self) -> ModelSource:
@@ -427,31 +487,6 @@ class _ShareSampler(DistributedSampler[Batch]):
     def __len__(self) -> int:
         # Lightning passes over the hooks of a process without batches, and they are collective.
         return max(1, len(self.batches))
-
-
-class _Collate:
-    """Pads encoded rows on the right to the longest of the batch."""
-
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, rows: list[Row]) -> TokenBatch:
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        # A batch of empty texts still needs one column for the forward.
-        padded_length = max(1, int(lengths.max()))
-        input_ids = torch.full((len(rows), padded_length), self.pad_token_id)
-        for index, row in enumerate(rows):
-            input_ids.numpy()[index, : len(row["input_ids"])] = row["input_ids"]
-        listed = {name: [row[name] for row in rows] for name in LISTED if name in rows[0]}
-        return TokenBatch(
-            input_ids=input_ids,
-            attention_mask=(torch.arange(padded_length) < lengths[:, None]).to(torch.int64),
-            example_ids=torch.tensor([row["example_id"] for row in rows], dtype=torch.int32),
-            sequence_lengths=lengths,
-            source_ids=[row["source_id"] for row in rows],
-            truncated=[row["truncated"] for row in rows],
-            **listed,
-        )
 
 
 def _token_counts(dataset: datasets.Dataset) -> npt.NDArray[np.int64]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,15 +157,14 @@ class StreamedRows:
             raise self.source.no_rows()
 
 
-def check_columns(
-    columns: list[str], text_column: str, id_column: str | None, positions_column: str | None = None
-) -> None:
-    """Refuse a dataset that lacks a column that the config names."""
-    for field, column in (
-        ("text_column", text_column),
-        ("id_column", id_column),
-        ("positions_column", positions_column),
-    ):
+def check_columns(columns: Sequence[str], named: Mapping[str, str | None]) -> None:
+    """Refuse a dataset that lacks a column that the config names.
+
+    Args:
+        columns: Those that it has.
+        named: The column that each field of the section data names; None for none.
+    """
+    for field, column in named.items():
         if column is not None and column not in columns:
             raise UserError(
                 f"data.{field}: the dataset has no column {column!r}; choose from {', '.join(columns)}"

@@ -23,3 +23,9 @@ def last_line(error: BaseException) -> str:
     """The last line of an exception's text, where the first only says that there is something wrong."""
     lines = str(error).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__
+
+
+def shortened(value: object) -> str:
+    """A value as Python writes it, in at most 40 characters, for a message of one line."""
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

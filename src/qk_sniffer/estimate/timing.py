@@ -91,7 +91,7 @@ def read_samples(
             capture.selection,
             capture.heads,
             Path(directory),
-            {"streams": capture.streams},
+            {"streams": capture.streams, "settings": {"model": dict(module.hparams), "data": {}}},
             0,
             EVERY_EXAMPLE,
             tokenizer,

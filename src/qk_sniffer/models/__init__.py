@@ -14,6 +14,12 @@ from qk_sniffer.models.calls import AttentionCall
 from qk_sniffer.models.capturing import capture_attention, states_of
 from qk_sniffer.models.check import check_capture
 from qk_sniffer.models.checkpoint import Quantization, stored_quantization
+from qk_sniffer.models.continuing import (
+    Continuation,
+    generate_options,
+    require_room,
+    text_seed,
+)
 from qk_sniffer.models.footprint import Footprint, forward_footprint
 from qk_sniffer.models.frequencies import (
     begin_batch_of_like_frequencies,
@@ -49,6 +55,7 @@ __all__ = [
     "AttentionGeometry",
     "AttentionMap",
     "CallSequences",
+    "Continuation",
     "Footprint",
     "ModelSource",
     "OnResult",
@@ -66,6 +73,7 @@ __all__ = [
     "depends_on_length",
     "forward_footprint",
     "frequencies_for",
+    "generate_options",
     "is_probing",
     "keeps_texts_apart",
     "load_config",
@@ -78,12 +86,14 @@ __all__ = [
     "probe_quietly",
     "read_in_passages",
     "require_known_tokens",
+    "require_room",
     "sequences_of",
     "softmax_input",
     "spans_of_like_frequencies",
     "states_of",
     "stored_quantization",
     "text_decoder",
+    "text_seed",
     "transformers_model",
     "vocabulary_size",
     "watch_attention",

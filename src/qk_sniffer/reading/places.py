@@ -18,6 +18,7 @@ from qk_sniffer.storage import (
     DATA_FILE,
     EXAMPLES_DIRECTORY,
     MANIFEST_FILE,
+    examples_schema,
     existing_data_root,
     note_owner,
     read_examples,
@@ -59,7 +60,8 @@ class _Files(CapturePlace):
 
     def examples(self) -> pa.Table:
         """The table of texts."""
-        return read_examples(self.file(f"{EXAMPLES_DIRECTORY}/{DATA_FILE}"))
+        schema = examples_schema(self.manifest["settings"])
+        return read_examples(self.file(f"{EXAMPLES_DIRECTORY}/{DATA_FILE}"), schema=schema)
 
     def rows(self, name: str, schema: pa.Schema) -> HeadRows:
         """Those of a head's file, which is opened when they are read."""

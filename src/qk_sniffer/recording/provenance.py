@@ -27,6 +27,7 @@ _DECISIVE = {
         "attn_implementation",
         "config_overrides",
         "models_dir",
+        "generate",
     ),
     "data": (
         "path",
@@ -35,6 +36,11 @@ _DECISIVE = {
         "split",
         "text_column",
         "id_column",
+        "messages_column",
+        "messages_format",
+        "tools_column",
+        "chat_template",
+        "chat_template_kwargs",
         "positions_column",
         "tokenizer",
     ),
@@ -42,12 +48,20 @@ _DECISIVE = {
 """Fields that decide which rows there are and what is in them; the others may change from run to run:
 devices, batches, passages, and how many texts are read."""
 
-_LATER_MODEL_FIELDS: dict[str, Any] = {}
-_LATER_DATA_FIELDS = {"positions_column": None}
+_LATER_MODEL_FIELDS = {"generate": None}
+_LATER_DATA_FIELDS = {
+    "messages_column": None,
+    "messages_format": "messages",
+    "tools_column": None,
+    "chat_template": None,
+    "chat_template_kwargs": None,
+    "positions_column": None,
+}
+_LATER_TOKENIZER_FIELDS = {"add_special_tokens": None}
 """Fields that came later, with their defaults: settings have them only where used, so that earlier data
 roots go on."""
 
-_WHOLE = ("config_overrides", "head_sampling")
+_WHOLE = ("config_overrides", "head_sampling", "generate", "chat_template_kwargs")
 """Fields that are null or a mapping: one setting each."""
 
 
@@ -55,9 +69,12 @@ def settings(
     module: pl.LightningModule, data: pl.LightningDataModule | None, capture: CaptureConfig
 ) -> dict[str, Any]:
     """The sections model, data and capture as JSON takes them."""
+    texts = _without_unused(_plain(getattr(data, "hparams", {})), _LATER_DATA_FIELDS)
+    if isinstance(texts.get("tokenizer"), dict):
+        texts["tokenizer"] = _without_unused(texts["tokenizer"], _LATER_TOKENIZER_FIELDS)
     return {
         "model": _without_unused(_plain(module.hparams), _LATER_MODEL_FIELDS),
-        "data": _without_unused(_plain(getattr(data, "hparams", {})), _LATER_DATA_FIELDS),
+        "data": texts,
         "capture": capture.as_settings(),
     }
 
@@ -112,6 +129,7 @@ def describe(
     backbone: nn.Module,
     attention: AttentionMap,
     heads: Mapping[int, CapturedHeads],
+    chat_template: str | None = None,
 ) -> dict[str, Any]:
     """What is known of a run before its first batch, and kept with its rows.
 
@@ -120,6 +138,7 @@ def describe(
         backbone: The model that runs.
         attention: What a probe saw in it.
         heads: What is captured, by layer.
+        chat_template: What makes texts of conversations; None where there are none.
 
     Returns:
         Its fingerprint, versions, settings, the geometry of all layers, notes, the captured heads of
@@ -130,12 +149,17 @@ def describe(
     layers = described_layers(attention.layers, capture)
     shapes = [{name: layer[name] for name in layer if name != "scores"} for layer in layers]
     geometry = json.dumps([streams, shapes], sort_keys=True)
+    template = {}
+    if chat_template is not None:
+        # A file, or a tokenizer's own, may have changed under its name.
+        template["data.chat_template.text"] = xxhash.xxh3_64_hexdigest(chat_template.encode())
     return {
         "fingerprint": fingerprint(settings)
         | {
             "model.weights": weights_digest(backbone),
             "model.heads": xxhash.xxh3_64_hexdigest(geometry.encode()),
-        },
+        }
+        | template,
         "versions": _versions(),
         "settings": settings,
         "layers": layers,

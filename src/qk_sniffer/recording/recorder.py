@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Recorder:
         header: What is captured, for whoever reads the journal.
         rank: Number of this process.
         is_left: The texts that no earlier run has captured.
-        tokenizer: Gives the token strings, where they are captured.
+        tokenizer: Gives the token strings, where they are captured, and the text that a model writes.
         expected: Example ids, int32, and lengths, int64, of batches to come; others may come instead.
 
     Raises:
@@ -56,7 +57,9 @@ class Recorder:
         expected: Iterable[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = (),
     ) -> None:
         self._is_left = is_left
-        self._tokenizer = tokenizer if capture.capture_token_strings else None
+        self._tokenizer = tokenizer
+        self._needs_tokens = capture.capture_token_strings
+        self._is_continued = header["settings"]["model"].get("generate") is not None
         self._journal = JournalWriter(journal, header, rank)
         self._sniffer = Sniffer(
             captured_streams(heads, parts_of(capture.as_settings())),
@@ -134,15 +137,30 @@ class Recorder:
         return kept
 
     def _examples_of(self, batch: BatchFields) -> list[Example]:
-        lengths = batch.sequence_lengths.tolist()
-        tokens: list[list[str] | None] = [None] * len(lengths)
-        if self._tokenizer is not None:
-            tokens = [
-                self._tokenizer.convert_ids_to_tokens(ids[:length])
-                for ids, length in zip(batch.input_ids.tolist(), lengths, strict=True)
-            ]
-        rows = zip(
-            batch.example_ids.tolist(), batch.source_ids, lengths, batch.truncated, tokens, strict=True
-        )
         is_new = self._is_left(batch.example_ids).tolist()
-        return [Example(*fields) for fields, new in zip(rows, is_new, strict=True) if new]
+        return [self._example_of(batch, number) for number, new in enumerate(is_new) if new]
+
+    def _example_of(self, batch: BatchFields, number: int) -> Example:
+        length = int(batch.sequence_lengths[number])
+        example = Example(
+            int(batch.example_ids[number]), batch.source_ids[number], length, batch.truncated[number]
+        )
+        beside: dict[str, Any] = {}
+        if self._needs_tokens:
+            assert self._tokenizer is not None
+            token_ids = batch.input_ids[number, :length].tolist()
+            beside["tokens"] = self._tokenizer.convert_ids_to_tokens(token_ids)
+        if batch.messages is not None:
+            beside["messages"] = batch.messages[number]
+        if batch.n_prompt_tokens is not None:
+            n_prompt_tokens = int(batch.n_prompt_tokens[number])
+            beside["n_prompt_tokens"] = n_prompt_tokens
+            if self._is_continued:
+                new = batch.input_ids[number, n_prompt_tokens:length].tolist()
+                beside["generated_ids"] = new
+                if self._tokenizer is not None:
+                    # As the model wrote it, with the tokens that end a turn.
+                    beside["generated_text"] = self._tokenizer.decode(
+                        new, skip_special_tokens=False, clean_up_tokenization_spaces=False
+                    )
+        return replace(example, **beside)

@@ -1,5 +1,6 @@
 """What is known of the texts of a trainer before they are read."""
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,6 +32,14 @@ class TextsAhead:
     def tokenizer(self) -> Any:
         """Their tokenizer, of transformers."""
         return getattr(self.data, "tokenizer", None)
+
+    @property
+    def chat_template(self) -> str | None:
+        """What makes texts of conversations; None where there are none."""
+        if getattr(self.data, "messages_column", None) is None:
+            return None
+        template = getattr(self.tokenizer, "chat_template", None)
+        return template if template is None or isinstance(template, str) else json.dumps(template)
 
     @property
     def example_ids(self) -> npt.NDArray[np.int32] | None:

@@ -54,11 +54,11 @@ from qk_sniffer.storage.reports import remove_report
 from qk_sniffer.storage.schema import (
     DATA_FILE,
     EXAMPLES_DIRECTORY,
-    EXAMPLES_SCHEMA,
     FINISHED_JOURNAL_DIRECTORY,
     JOURNAL_DIRECTORY,
     MANIFEST_FILE,
     PULLED_DIRECTORY,
+    examples_schema,
     head_name,
 )
 
@@ -224,14 +224,15 @@ def _drop_damaged(journal: Path, damaged: Sequence[Commit]) -> None:
 
 def _all_examples(journal: JournalReader, earlier: Sequence[FinishedRun]) -> pa.Table:
     """The examples table: those of the finished runs that are merged, and the others of the journal."""
-    tables = [EXAMPLES_SCHEMA.empty_table()]
+    schema = examples_schema(journal.header["settings"])
+    tables = [schema.empty_table()]
     for run in earlier:
-        stored = read_examples(run.directory / EXAMPLES_DIRECTORY / DATA_FILE)
+        stored = read_examples(run.directory / EXAMPLES_DIRECTORY / DATA_FILE, schema=schema)
         tables.append(stored.filter(pa.array(run.selects(stored["example_id"].to_numpy()))))
     stored_ids = pa.concat_tables(tables)["example_id"].to_numpy()
     for batch in journal.examples():
         is_new = ~np.isin(batch["example_id"].to_numpy(), stored_ids)
-        tables.append(batch.select(EXAMPLES_SCHEMA.names).filter(pa.array(is_new)))
+        tables.append(batch.select(schema.names).filter(pa.array(is_new)))
     return pa.concat_tables(tables).sort_by("example_id")
 
 

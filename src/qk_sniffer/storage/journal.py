@@ -39,7 +39,7 @@ from qk_sniffer.storage.commits import (
 )
 from qk_sniffer.storage.direct import PAGE, DirectFile
 from qk_sniffer.storage.files import explained_writing, sync_directory, write_text
-from qk_sniffer.storage.schema import EXAMPLES_SCHEMA
+from qk_sniffer.storage.schema import examples_schema
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ rows it has (0 for none), the layer's window (-1 for none) and the number of its
 index has a block for each layer and kind, then second ones, and so on for as many as one of them has,
 in the order of their tokens."""
 
-TOKENS_SCHEMA = EXAMPLES_SCHEMA.append(pa.field("tokens", pa.list_(pa.string())))
+_TOKENS = pa.field("tokens", pa.list_(pa.string()))
 _CONTINUE = (
     "make room or mend the disk, then run the same command again, which goes on after the last batch "
     "that was saved"
@@ -140,6 +140,10 @@ class Example:
     n_tokens: int
     truncated: bool
     tokens: list[str] | None = None
+    n_prompt_tokens: int | None = None
+    messages: list[dict[str, Any]] | None = None
+    generated_ids: list[int] | None = None
+    generated_text: str | None = None
 
 
 class _Segment:
@@ -201,6 +205,7 @@ class JournalWriter:
         self._streams = {
             (stream["layer_idx"], stream["kind"]): i for i, stream in enumerate(header["streams"])
         }
+        self._texts = examples_schema(header["settings"]).append(_TOKENS)
         with ExitStack() as undo, explained_writing(directory, _CONTINUE):
             directory.mkdir(parents=True, exist_ok=True)
             undo.enter_context(locked_part(directory))
@@ -246,8 +251,8 @@ class JournalWriter:
         self._last_write = time.monotonic()
         # Made here, since a thread that wants the interpreter takes it from the forward's.
         content = pa.BufferOutputStream()
-        with pa.ipc.new_stream(content, TOKENS_SCHEMA) as stream:
-            stream.write_table(pa.Table.from_pylist([vars(e) for e in examples], TOKENS_SCHEMA))
+        with pa.ipc.new_stream(content, self._texts) as stream:
+            stream.write_table(pa.Table.from_pylist([vars(e) for e in examples], self._texts))
         ids = np.array([example.example_id for example in examples], np.int32)
         task = partial(self._end_batch, self._index(blocks), numbers, content.getvalue(), ids)
         self._queue.put(partial(self._attempt, task))

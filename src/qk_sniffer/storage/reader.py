@@ -47,7 +47,7 @@ class JournalReader:
         self._batch_of_example: dict[int, int] | None = None
 
     def examples(self) -> Iterator[pa.Table]:
-        """The examples of each batch, with the columns of ``TOKENS_SCHEMA``."""
+        """The examples of each batch, with their tokens in the column ``tokens``."""
         for commit in self.log.commits:
             yield self._examples_of(commit)
 

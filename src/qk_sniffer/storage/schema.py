@@ -61,6 +61,29 @@ EXAMPLES_SCHEMA = pa.schema(
         pa.field("truncated", pa.bool_(), nullable=False),
     ]
 )
+"""Columns of the table of texts that every run has."""
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("start", pa.int32()), ("stop", pa.int32())]))
+"""The messages of a conversation: who speaks, the first token, and the token behind the last."""
+
+
+def examples_schema(settings: Mapping[str, Any]) -> pa.Schema:
+    """Columns of the table of texts of a run.
+
+    Args:
+        settings: Its sections model, data and capture.
+    """
+    has_messages = settings["data"].get("messages_column") is not None
+    is_continued = settings["model"].get("generate") is not None
+    fields = list(EXAMPLES_SCHEMA)
+    if has_messages or is_continued:
+        fields.append(pa.field("n_prompt_tokens", pa.int32()))
+    if has_messages:
+        fields.append(pa.field("messages", MESSAGES))
+    if is_continued:
+        fields.append(pa.field("generated_ids", pa.list_(pa.int32())))
+        fields.append(pa.field("generated_text", pa.string()))
+    return pa.schema(fields)
 
 
 def temporary_name(name: str) -> str:

@@ -35,12 +35,12 @@ from qk_sniffer.storage import (
     CARD_FILE,
     DATA_FILE,
     EXAMPLES_DIRECTORY,
-    EXAMPLES_SCHEMA,
     MANIFEST_FILE,
     FileFacts,
     StoredRows,
     checksum,
     damaged,
+    examples_schema,
     fault_of_columns,
     has_softmax,
     head_name,
@@ -187,7 +187,8 @@ def _check_file(
 
 
 def _check_examples(data_root: Path, manifest: Mapping[str, Any]) -> tuple[pa.Table | None, list[str]]:
-    path, faults = _check_file(data_root, EXAMPLES_DIRECTORY, manifest["examples"], EXAMPLES_SCHEMA)
+    schema = examples_schema(manifest["settings"])
+    path, faults = _check_file(data_root, EXAMPLES_DIRECTORY, manifest["examples"], schema)
     if path is None:
         return None, [*faults, "heads: their rows can't be checked without the examples"]
     table = pq.read_table(path, columns=["example_id", "n_tokens"])
