@@ -150,7 +150,13 @@ class SnifferCallback(pl.Callback):
         )
         # Of several processes one warns.
         self._text_warnings = (
-            TextWarnings(self._selection, lengths, listed, header["n_positions"])
+            TextWarnings(
+                self._selection,
+                lengths,
+                listed,
+                header["n_positions"],
+                getattr(texts.tokenizer, "bos_token_id", None),
+            )
             if ranks.is_first
             else None
         )
@@ -179,7 +185,7 @@ class SnifferCallback(pl.Callback):
         smallest, largest = fields.input_ids.aminmax()
         require_known_tokens(int(smallest), int(largest), self._backbone)
         if self._text_warnings is not None:
-            self._text_warnings.see(fields.sequence_lengths)
+            self._text_warnings.see(fields)
         if not isinstance(pl_module, SnifferModule):
             # That one takes texts apart by itself.
             begin_batch_of_like_frequencies(

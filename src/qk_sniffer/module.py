@@ -273,10 +273,19 @@ class SnifferModule(pl.LightningModule):
         # Not registered as submodules: Lightning would move what accelerate has placed, and send the
         # weights from the first process to all others, which have them.
         object.__setattr__(self, "backbone", decoder_backbone(model))
-        generate = self.hparams["generate"]
-        if generate is not None and self.continuation is None:
+        if self.hparams["generate"] is not None:
             object.__setattr__(self, "_model", model)
-            self.continuation = Continuation(model, generate, self.hparams["prefill_chunk_size"])
+            if self.continuation is None:
+                self.continuation = self._continuation()
+
+    def _continuation(self, **settings: Any) -> Continuation:
+        assert self._model is not None
+        generate = self.hparams["generate"] | settings
+        return Continuation(self._model, generate, self.hparams["prefill_chunk_size"])
+
+    def continuation_by(self, n_tokens: int) -> Continues:
+        """A continuation that adds so many tokens to each text, whatever the model writes."""
+        return self._continuation(max_new_tokens=n_tokens, min_new_tokens=n_tokens)
 
     def check_length(self, longest: int) -> None:
         """See that the model has positions for the longest text and what it may add to it.

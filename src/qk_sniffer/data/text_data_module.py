@@ -1,5 +1,6 @@
 """TextDataModule: texts from a Hub dataset or local files as batches of tokens, with example ids."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -35,6 +36,8 @@ from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.ids import are_left
 from qk_sniffer.models import ModelSource, vocabulary_size
 from qk_sniffer.processes import Ranks, tidied_up
+
+log = logging.getLogger(__name__)
 
 _TEXTS_TOKENIZED_AT_ONCE = 64
 
@@ -203,6 +206,9 @@ class TextDataModule(pl.LightningDataModule):
     example_ids: npt.NDArray[np.int32]
     """(N,) ids of all texts, from ``setup`` on; unset where the dataset streams."""
 
+    n_new_tokens: int
+    """Tokens that the trainer's module may add to each text, from ``setup`` on."""
+
     def setup(self, stage: str) -> None:
         """Load the tokenizer and the dataset; where it doesn't stream, check ids and tokenize it.
 
@@ -223,6 +229,8 @@ class TextDataModule(pl.LightningDataModule):
             datasets.disable_progress_bars()
         with tidied_up():
             ranks.after_first(self._load)
+        if ranks.is_first:
+            self._warn_of_date()
         if not self.streaming:
             ranks.run(lambda: self._require_same_texts(ranks))
             self._plan()
@@ -267,7 +275,7 @@ class TextDataModule(pl.LightningDataModule):
         self.tokenizer = self._load_tokenizer()
         source = TextSource(self.path, self.name, self.revision, self.split, self._texts)
         encode = self._encode()
-        self._n_new_tokens = encode.n_new_tokens
+        self.n_new_tokens = encode.n_new_tokens
         if self.streaming:
             self._stream = source.stream(self.max_samples), encode
             return
@@ -292,7 +300,16 @@ class TextDataModule(pl.LightningDataModule):
             num_proc=self.num_proc,
             desc="Tokenizing",
         ).with_format("arrow")
-        self._lengths = _token_counts(self._dataset) + self._n_new_tokens
+        self._lengths = _token_counts(self._dataset) + self.n_new_tokens
+
+    def _warn_of_date(self) -> None:
+        """Say that the texts of another day would be others, where a chat template asks for the date."""
+        template = str(self.tokenizer.chat_template) if self.messages_column is not None else ""
+        if "strftime_now" in template and "date_string" not in (self.chat_template_kwargs or {}):
+            log.warning(
+                "data.chat_template_kwargs: the chat template may write the date of today, so that a run "
+                "of another day has other texts; set {date_string: ...} to the date that it is to write"
+            )
 
     def _require_same_texts(self, ranks: Ranks) -> None:
         digest = xxhash.xxh3_64(self.example_ids.tobytes())
@@ -356,7 +373,7 @@ class TextDataModule(pl.LightningDataModule):
 
         None where the dataset streams, or nobody knows how long the texts will be.
         """
-        if self.streaming or self._n_new_tokens:
+        if self.streaming or self.n_new_tokens:
             return None
         return ((self.example_ids[batch], self._lengths[batch]) for batch in self._own_batches())
 

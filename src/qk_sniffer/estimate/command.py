@@ -13,7 +13,7 @@ from qk_sniffer.errors import UserError
 from qk_sniffer.estimate.capture import Capture
 from qk_sniffer.estimate.table import Timing, table
 from qk_sniffer.estimate.texts import count_texts
-from qk_sniffer.estimate.timing import read_samples
+from qk_sniffer.estimate.timing import read_samples, seconds_a_token
 from qk_sniffer.models import (
     attention_geometry,
     decoder_backbone,
@@ -82,13 +82,16 @@ def estimate(args: list[str], *, timed: bool) -> str:
     backbone = decoder_backbone(skeleton)
     geometry = None if timed else attention_geometry(backbone)
     # What a data module asks of a trainer; the real one would have the callback take the data root.
-    model = SimpleNamespace(source=module.source, backbone=backbone)
+    model = SimpleNamespace(
+        source=module.source, backbone=backbone, max_new_tokens=module.max_new_tokens
+    )
     data.trainer = SimpleNamespace(lightning_module=model, world_size=1, callbacks=[])
     data.setup("predict")
     texts = count_texts(data)
     smallest, largest = data.token_range() or texts.largest["input_ids"].aminmax()
     require_known_tokens(int(smallest), int(largest), backbone)
     require_positions(backbone.config, int(texts.lengths.max()))
+    module.check_length(int(texts.lengths.max()))
     seconds_to_load = 0.0
     if geometry is None:
         device = trainer.strategy.root_device
@@ -99,7 +102,8 @@ def estimate(args: list[str], *, timed: bool) -> str:
     timing = None
     if timed:
         samples = read_samples(module, capture, device, data.tokenizer)
-        timing = Timing(seconds_to_load, samples, trainer.world_size, str(device))
+        step = seconds_a_token(module, capture, device) if module.max_new_tokens else None
+        timing = Timing(seconds_to_load, samples, trainer.world_size, str(device), step)
     quantization = stored_quantization(module.source.name, module.source.revision, skeleton.config)
     return table(
         data,

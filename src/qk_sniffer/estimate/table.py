@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from math import prod
 from pathlib import Path
 from textwrap import wrap
 
@@ -41,12 +42,14 @@ class Timing:
         samples: Batches that were read.
         n_devices: Devices of the run.
         device: Where the batches were read.
+        step: Seconds by which a batch is continued by a token in each text; None where it is not.
     """
 
     load: float
     samples: Samples
     n_devices: int
     device: str
+    step: float | None = None
 
 
 def table(
@@ -74,8 +77,8 @@ def table(
         *_texts(data, capture),
         *_rows(capture),
         *_disk(capture, data_root),
-        *_memory(skeleton, capture, quantization, prefill_chunk_size),
-        *_time(capture, timing),
+        *_memory(skeleton, capture, quantization, prefill_chunk_size, data.n_new_tokens),
+        *_time(capture, timing, data.n_new_tokens),
         *_warnings(skeleton, capture),
     ]
     return "\n".join(line for label, text in lines for line in _filled(label, text))
@@ -128,6 +131,8 @@ def _texts(data: TextDataModule, capture: Capture) -> Iterator[Line]:
     longest = int(texts.lengths.max())
     yield "tokens", f"{texts.n_tokens:,}; {mean:,.0f} a text, the longest {longest:,}{cut}"
     padded = round(int(texts.shapes.prod(axis=1).sum()) * texts.scale)
+    if data.n_new_tokens:
+        yield "", f"of them {data.n_new_tokens:,} in each text that the model may add, at most"
     yield "batches", f"{texts.n_batches:,}, with padding {padded:,} tokens"
 
 
@@ -185,6 +190,7 @@ def _memory(
     capture: Capture,
     quantization: Quantization | None,
     prefill_chunk_size: int | None,
+    n_new_tokens: int,
 ) -> Iterator[Line]:
     weights = list(skeleton.parameters())
     count, dtype = sum(weight.numel() for weight in weights), str(skeleton.dtype)
@@ -195,6 +201,14 @@ def _memory(
     if quantization is not None and quantization.n_bytes is None:
         yield "", f"less, since they are quantized by {quantization.method}; the checkpoint would tell"
     yield from _device_memory(n_bytes, skeleton, capture, prefill_chunk_size)
+    if n_new_tokens:
+        size, length = max(map(tuple, capture.texts.shapes.tolist()), key=prod)
+        numbers_a_token = sum(
+            layer.num_key_value_heads * (layer.width("k") + layer.width("v"))
+            for layer in capture.geometry.layers
+        )
+        cache = size * length * numbers_a_token * skeleton.dtype.itemsize
+        yield "", f"{_size(cache)}  more there while texts are continued: their keys and values"
     yield "", f"{_size(capture.plan_bytes)}  on its host: places of the rows of the largest batch"
     yield (
         "",
@@ -247,7 +261,7 @@ def _largest_forward(
     )
 
 
-def _time(capture: Capture, timing: Timing | None) -> Iterator[Line]:
+def _time(capture: Capture, timing: Timing | None, n_new_tokens: int) -> Iterator[Line]:
     if timing is None:
         yield "time", "not measured; --time loads the model and reads some tokens of the run"
         return
@@ -260,6 +274,13 @@ def _time(capture: Capture, timing: Timing | None) -> Iterator[Line]:
     vectors = 4 * sum(capture.rows * len(s["heads"]) * s["head_dim"] for s in capture.streams)
     files = vectors / FILE_BYTES_PER_SECOND / n_threads()
     yield "time", f"{_duration(timing.load)}  to load the weights, measured"
+    if timing.step is not None:
+        n_steps = -(-texts.n_batches // timing.n_devices) * n_new_tokens
+        yield (
+            "",
+            f"{_duration(timing.step * n_steps)}  to continue all texts, at most, as the largest batch "
+            "would be",
+        )
     yield "", f"{_duration(totals[len(totals) // 2])}  to read all batches ({spread})"
     yield (
         "",

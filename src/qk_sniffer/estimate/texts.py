@@ -89,17 +89,18 @@ def _count_stream(data: TextDataModule) -> Texts:
     batches: list[Lengths] = []
     n_texts, has_more = 0, False
     largest: TokenBatch | None = None
+    most = 0, 0
     lists: list[npt.NDArray[np.int32]] = []
     for batch in data.predict_dataloader():
         if n_texts >= STREAMED_TEXTS:
             has_more = True
             break
-        lengths = batch["sequence_lengths"].numpy()
+        lengths = batch["sequence_lengths"].numpy() + data.n_new_tokens
         batches.append(lengths)
         n_texts += lengths.size
         lists += batch.get("positions", [])
-        if largest is None or cost(lengths) > cost(largest["sequence_lengths"].numpy()):
-            largest = batch
+        if largest is None or cost(lengths) > most:
+            largest, most = batch, cost(lengths)
     assert largest is not None  # A stream without rows is refused.
     listed = Listed.of(lists) if "positions" in largest else None
     if not has_more:

@@ -31,6 +31,7 @@ most of it, it takes longer than its length suggests."""
 
 _SHORTEST = 128
 _ROUNDS = 3
+_STEPS = 16
 
 FILE_BYTES_PER_SECOND = 165e6
 """Float32 vectors that a thread makes Parquet of; measured, see docs/scale.md."""
@@ -112,6 +113,33 @@ def read_samples(
             return _sample(read, largest["input_ids"].shape[0], lengths)
         finally:
             recorder.close()
+
+
+def seconds_a_token(module: SnifferModule, capture: Capture, device: torch.device) -> float:
+    """Seconds by which the largest batch of a run is continued by a token in each text.
+
+    Args:
+        module: With its model loaded, which continues texts.
+        capture: What the run captures.
+        device: Where the model is.
+    """
+    largest = capture.texts.largest
+    fields = batch_fields(largest)
+    lengths = fields.sequence_lengths.tolist()
+    tokens = largest["input_ids"].to(device)
+    texts = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+
+    def continue_by(n_tokens: int) -> float:
+        continuation = module.continuation_by(n_tokens)
+        _synchronize(device)
+        started = time.perf_counter()
+        continuation(texts, fields.example_ids.tolist())
+        _synchronize(device)
+        return time.perf_counter() - started
+
+    with torch.inference_mode():
+        continue_by(1)  # The first of a process is slower.
+        return max(0.0, continue_by(1 + _STEPS) - continue_by(1)) / _STEPS
 
 
 def _sample(read: Callable[[int], float], size: int, lengths: Sequence[int]) -> Samples:

@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from qk_sniffer.capture import Listed, PositionsSampler, Selection
+from qk_sniffer.data import BatchFields
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +55,14 @@ def forewarnings(
 
 
 class TextWarnings:
-    """Warns of all texts when it is made, or of the first that calls for it where they stream.
+    """Warns of all texts when it is made, or of the first that calls for it once it is read.
 
     Args:
         selection: Which positions are kept.
         lengths: (N,) int64, tokens in each text that is to be read; None where they stream.
         listed: Positions to keep of each text, where they come with it.
         n_positions: Positions that the model covers; None for any number.
+        bos_token_id: The token that begins a text; None where there is none.
     """
 
     def __init__(
@@ -69,20 +71,22 @@ class TextWarnings:
         lengths: Tensor | None,
         listed: Listed | None,
         n_positions: int | None,
+        bos_token_id: int | None,
     ) -> None:
         self._watched_positions = n_positions if lengths is None else None
+        self._watched_token = bos_token_id
         if lengths is not None:
             for line in forewarnings(selection, lengths, listed, n_positions):
                 log.warning("%s", line)
 
-    def see(self, lengths: Tensor) -> None:
-        """Look at the texts of a batch.
+    def see(self, batch: BatchFields) -> None:
+        """Look at the texts of a batch."""
+        self._see_longest(int(batch.sequence_lengths.max()))
+        self._see_beginnings(batch)
 
-        Args:
-            lengths: (B,) int64, their tokens.
-        """
+    def _see_longest(self, longest: int) -> None:
         watched = self._watched_positions
-        if watched is None or (longest := int(lengths.max())) <= watched:
+        if watched is None or longest <= watched:
             return
         self._watched_positions = None
         log.warning(
@@ -93,3 +97,17 @@ class TextWarnings:
             watched,
             _STRETCH,
         )
+
+    def _see_beginnings(self, batch: BatchFields) -> None:
+        if self._watched_token is None or batch.input_ids.shape[1] < 2:
+            return
+        begins_twice = (batch.input_ids[:, :2] == self._watched_token).all(1).cpu()
+        begins_twice &= batch.sequence_lengths >= 2
+        if begins_twice.any():
+            self._watched_token = None
+            log.warning(
+                "data.tokenizer.add_special_tokens: the text %s begins with its own beginning-of-text "
+                "token and with another that the tokenizer adds; set it to false if the texts have "
+                "theirs",
+                batch.source_ids[int(begins_twice.nonzero()[0])],
+            )

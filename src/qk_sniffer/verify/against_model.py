@@ -1,7 +1,7 @@
 """Stored vectors against the model: it reads a few of the texts again."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +9,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
@@ -34,6 +35,7 @@ from qk_sniffer.storage import (
     EXAMPLES_DIRECTORY,
     MANIFEST_FILE,
     damaged,
+    examples_schema,
     head_name,
     read_examples,
     require_manifest,
@@ -70,6 +72,9 @@ def verify_against_model(data_root: Path, *, trust_code: bool = False) -> list[s
         _refuse_code(data_root, settings)
     comparison = _Comparison(data_root, manifest)
     made = _modules_of(data_root, settings)
+    if settings["model"].get("generate") is not None:
+        # What it would write now may differ in a token, by a rounding.
+        made.model.continuation = comparison.stored_continuation
     trainer = pl.Trainer(
         devices=1,
         logger=False,
@@ -124,13 +129,25 @@ class _Comparison(pl.Callback):
         self._heads = captured_heads(manifest)
         self._capture = manifest["settings"]["capture"]
         self._selection = Selection.of(self._capture)
-        examples = read_examples(data_root / EXAMPLES_DIRECTORY / DATA_FILE)
+        schema = examples_schema(manifest["settings"])
+        examples = read_examples(data_root / EXAMPLES_DIRECTORY / DATA_FILE, schema=schema)
         ids = examples["example_id"].to_pylist()
         self._lengths = dict(zip(ids, examples["n_tokens"].to_pylist(), strict=True))
         self._left = set(random.Random(0).sample(ids, min(_TEXTS, len(ids))))
+        self._generated = dict[int, list[int]]()
+        if "generated_ids" in schema.names:
+            chosen = examples.filter(
+                pc.is_in(examples["example_id"], pa.array(sorted(self._left), pa.int32()))
+            )
+            columns = (chosen[name].to_pylist() for name in ("example_id", "generated_ids"))
+            self._generated = dict(zip(*columns, strict=True))
         self._found: list[str] = []
         self._chunks = Chunks()
         self._running = ExitStack()
+
+    def stored_continuation(self, texts: Sequence[Tensor], example_ids: Sequence[int]) -> list[Tensor]:
+        """What the model has added to each text in the run, (N,) int64."""
+        return [torch.tensor(self._generated[example_id]) for example_id in example_ids]
 
     def example_filter(self, trainer: pl.Trainer) -> ExampleFilter:
         """The chosen texts, which are all that the data module reads."""
