@@ -303,12 +303,13 @@ class TextDataModule(pl.LightningDataModule):
         self._lengths = _token_counts(self._dataset) + self.n_new_tokens
 
     def _warn_of_date(self) -> None:
-        """Say that the texts of another day would be others, where a chat template asks for the date."""
+        """Say that another day has other texts, where a chat template asks for the date."""
         template = str(self.tokenizer.chat_template) if self.messages_column is not None else ""
         if "strftime_now" in template and "date_string" not in (self.chat_template_kwargs or {}):
             log.warning(
-                "data.chat_template_kwargs: the chat template may write the date of today, so that a run "
-                "of another day has other texts; set {date_string: ...} to the date that it is to write"
+                "data.chat_template_kwargs: the chat template may write the date of today, so that a "
+                "run of another day has other texts; set {date_string: ...} to the date that it is to "
+                "write"
             )
 
     def _require_same_texts(self, ranks: Ranks) -> None:

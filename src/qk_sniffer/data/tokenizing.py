@@ -142,15 +142,18 @@ def _n_prompt_tokens(text: Rendered, tokens: Tokens) -> int:
 
 
 def _messages(text: Rendered, tokens: Tokens) -> list[dict[str, Any]]:
-    """Role, first token and the token behind the last of each message; a token is where it ends."""
+    """Role, first token and the token behind the last of each message.
+
+    A token with a character of a message is one of it; a tokenizer may join the message's ends with
+    what the template writes around it.
+    """
     assert tokens.offsets is not None
-    # Tokens without characters are those that the tokenizer adds.
-    ends = np.where(tokens.offsets[:, 1] > tokens.offsets[:, 0], tokens.offsets[:, 1] - 1, -1)
-    found = []
+    starts, stops = tokens.offsets.T
+    found, stop = [], 0
     for span in text.spans:
-        inside = np.flatnonzero((ends >= span.start) & (ends < span.stop))
-        if inside.size:
-            start, stop = int(inside[0]), int(inside[-1]) + 1
+        inside = np.flatnonzero((starts < span.stop) & (stops > span.start) & (stops > starts))
+        if inside.size and inside[-1] >= stop:
+            start, stop = max(stop, int(inside[0])), int(inside[-1]) + 1
             found.append({"role": span.role, "start": start, "stop": stop})
     return found
 

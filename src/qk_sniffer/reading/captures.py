@@ -81,7 +81,11 @@ class Captures:
 
     @cached_property
     def examples(self) -> pa.Table:
-        """The texts: example_id, source_id, n_tokens and truncated."""
+        """The texts: example_id, source_id, n_tokens and truncated.
+
+        Conversations and continued texts have n_prompt_tokens besides, conversations their messages,
+        and continued texts generated_ids and generated_text.
+        """
         return self._place.examples()
 
     def example_id(self, source_id: str) -> int:
@@ -279,6 +283,7 @@ class Captures:
             self._place.rows(name, schema),
             self.example_id,
             self.source_ids,
+            lambda: self.examples,
             self.settings["capture"],
         )
 

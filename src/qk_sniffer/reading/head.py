@@ -17,6 +17,7 @@ from torch import Tensor
 from qk_sniffer.capture import SAMPLERS, AttentionLayer, Selection
 from qk_sniffer.errors import UserError
 from qk_sniffer.kinds import Kind
+from qk_sniffer.reading.roles import roles_of
 from qk_sniffer.reading.rows import HeadBatches, HeadRows, arrays, numbers_of
 from qk_sniffer.storage import head_name
 
@@ -49,6 +50,7 @@ class Head:
     _rows: HeadRows
     _example_id: Callable[[str], int]
     _source_ids: Callable[[], Mapping[int, str]]
+    _examples: Callable[[], pa.Table]
     _capture: Mapping[str, Any]
     _condition: ds.Expression | None = None
 
@@ -137,12 +139,33 @@ class Head:
         """The rows as a data frame, with ``source_id``, the dataset's own id of the text.
 
         Each vector is an array of its own. ``token_str`` is the tokenizer's raw token, such as ``Ġqu``;
-        its ``convert_tokens_to_string`` turns a list of them into text.
+        its ``convert_tokens_to_string`` turns a list of them into text. Rows of conversations have
+        their ``role``.
         """
         frame: pandas.DataFrame = self.arrow().to_pandas()
         source_ids = frame["example_id"].map(self._source_ids())
         frame.insert(frame.columns.get_loc("example_id") + 1, "source_id", source_ids)
+        if "messages" in self._examples().column_names:
+            frame.insert(frame.columns.get_loc("position") + 1, "role", self.roles())
         return frame
+
+    def roles(self) -> npt.NDArray[np.object_]:
+        """Who speaks at each of the rows, such as user or assistant, in the order of ``numpy``.
+
+        Returns:
+            (N,) strings; None at a token that the chat template wrote.
+
+        Raises:
+            UserError: The texts are no conversations.
+        """
+        examples = self._examples()
+        if "messages" not in examples.column_names:
+            raise UserError(
+                f"{self.name}: its texts are no conversations, so that no row has a role; capture with "
+                "data.messages_column"
+            )
+        rows = self.arrow(["example_id", "position"])
+        return roles_of(examples, rows["example_id"].to_numpy(), rows["position"].to_numpy())
 
     def keep_probability(self, *, trust_code: bool = False) -> npt.NDArray[np.float64]:
         """How likely each of the rows was to be kept, by the settings of the capture.
