@@ -322,7 +322,7 @@ def test_a_mistake_is_one_line(
 
 
 def test_fields_of_conversations_need_their_column() -> None:
-    with pytest.raises(UserError, match="data.tools_column: only conversations"):
+    with pytest.raises(UserError, match=r"data\.tools_column: only conversations"):
         TextDataModule("texts.jsonl", tools_column="tools")
 
 

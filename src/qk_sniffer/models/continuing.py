@@ -154,6 +154,8 @@ class Continuation:
         """As the call does; where the device runs out of memory, in halves."""
         try:
             return self._generate(texts, example_ids)
+        except ValueError as error:
+            raise UserError(f"model.generate: {first_line(error)}") from error
         except torch.OutOfMemoryError as error:
             if len(texts) == 1:
                 raise UserError(
