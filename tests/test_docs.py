@@ -19,7 +19,7 @@ import yaml
 import generate
 from qk_sniffer.cli import main
 from qk_sniffer.ids import example_id
-from qk_sniffer.storage.schema import EXAMPLES_SCHEMA, head_schema
+from qk_sniffer.storage.schema import examples_schema, head_schema
 
 REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
@@ -128,7 +128,8 @@ def test_fields_that_the_pages_name_exist() -> None:
     assert not [
         f"{page}: {name}"
         for page, name in named(field)
-        if name not in known | sections and not name.startswith("model.config_overrides.")
+        if name not in known | sections
+        and not name.startswith(("model.config_overrides.", "model.generate."))
     ]
 
 
@@ -154,11 +155,16 @@ def test_commands_that_the_pages_name_exist() -> None:
 
 
 def test_the_columns_are_those_of_the_files() -> None:
-    types = "int32|float32|string|bool|fixed_size_list.*?"
+    types = "int32|float32|string|bool|fixed_size_list.*?|list.*?"
     rows = re.findall(rf"^\| `(\w+)` \| ({types}) \|", html.unescape(PAGES["docs/files.md"]), re.M)
-    fields = [*head_schema(7, softmax=True), *EXAMPLES_SCHEMA]
-    vector = "fixed_size_list<float32>[head_dim]"
-    named = {"vector": vector, **{f.name: "float32" for f in fields if f.type == pa.float32()}}
+    settings = {"data": {"messages_column": "chat"}, "model": {"generate": {}}}
+    fields = [*head_schema(7, softmax=True), *examples_schema(settings)]
+    named = {
+        "vector": "fixed_size_list<float32>[head_dim]",
+        "messages": "list<struct<role, start, stop>>",
+        "generated_ids": "list<int32>",
+    }
+    named |= {f.name: "float32" for f in fields if f.type == pa.float32()}
     assert rows == [(f.name, named.get(f.name, str(f.type))) for f in fields]
 
 

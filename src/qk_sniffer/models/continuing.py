@@ -69,8 +69,15 @@ def generate_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     try:
         GenerationConfig(**options)
     except (TypeError, ValueError) as error:
-        raise UserError(f"model.generate: {first_line(error)}") from error
+        raise _refused(error) from error
     return options
+
+
+def _refused(error: Exception) -> UserError:
+    return UserError(
+        f"model.generate: these settings can't be used ({first_line(error)}); see GenerationConfig of "
+        "transformers"
+    )
 
 
 def require_room(n_positions: int | None, longest: int, n_new_tokens: int) -> None:
@@ -155,7 +162,7 @@ class Continuation:
         try:
             return self._generate(texts, example_ids)
         except ValueError as error:
-            raise UserError(f"model.generate: {first_line(error)}") from error
+            raise _refused(error) from error
         except torch.OutOfMemoryError as error:
             if len(texts) == 1:
                 raise UserError(
