@@ -32,7 +32,7 @@ check: lint ## Run lint and the quick tests, at every save
 
 test-architectures: $(INSTALLED) ## Examine every causal language model of transformers
 	$(BIN)/pytest -m '' tests/test_architectures.py tests/test_company.py
-	$(BIN)/pytest -m every_architecture tests/test_estimate.py
+	$(BIN)/pytest -m every_architecture tests/test_estimate.py tests/test_continuations.py
 
 test-transformers: ## Examine a dozen with another release, as in RELEASE=5.2.0
 	mkdir -p .cache

@@ -21,13 +21,15 @@ from qk_sniffer.cli import main
 from qk_sniffer.config import CaptureConfig, OutputConfig, SamplerConfig
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.errors import UserError
-from qk_sniffer.models import text_seed
+from qk_sniffer.models import Continuation, text_seed, transformers_model
 from qk_sniffer.module import SnifferModule
 from readers import assert_same_rows, error_line, files_of
+from test_architectures import DOZEN, read_table
 from test_callback import plain_batch, trainer
 from test_conversations import CONVERSATIONS, TAGGED
 from test_ranks import free_port, lightning_variables
 from test_resume import interrupt  # noqa: F401
+from tiny import ARCHITECTURES, tiny_causal_lm
 
 Predict = Callable[..., int]
 ModelDir = Callable[[str], Path]
@@ -268,6 +270,39 @@ def test_listed_positions_may_lie_in_what_the_model_writes(
     for row in texts:
         found = frame["position"][frame["source_id"] == row["id"]].tolist()
         assert found == [0, len(row["text"])]
+
+
+OFTEN = {*DOZEN, "git", "xlm", "llama4", "gpt2"}
+"""Three of them read the padding: at once, behind it with a cache, and where a chunk ends."""
+
+OTHERS = {"musicgen", "musicgen_melody"}
+"""Decoders of music, which fail in a generate of text."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in OFTEN else pytest.mark.every_architecture)
+        for name in ARCHITECTURES
+        if name not in OTHERS
+    ],
+)
+def test_an_architecture_continues_each_text_as_if_it_were_alone(name: str) -> None:
+    if "refused" in read_table()[name]:
+        pytest.skip("refused")
+    model = transformers_model(tiny_causal_lm(name))
+    draws = torch.Generator().manual_seed(0)
+    texts = [torch.randint(5, 60, (length,), generator=draws) for length in (5, 17, 3, 24)]
+    options = {"max_new_tokens": 6, "temperature": 0.9, "top_k": 50}
+    pad = model.generation_config.pad_token_id or 0
+    with torch.inference_mode():
+        together = Continuation(model, options | {"seed": SEED, "pad_token_id": pad}, None)
+        found = together(texts, [1, 2, 3, 4])
+        for number, (text, new) in enumerate(zip(texts, found, strict=True), 1):
+            expected = own_continuation(
+                model, text.tolist(), number, do_sample=True, pad_token_id=pad, **options
+            )
+            assert new.tolist() == expected
 
 
 class _ReadsPadding(type(tiny_model(FAMILIES["llama"]))):  # type: ignore[misc]

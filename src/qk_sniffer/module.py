@@ -47,7 +47,7 @@ Continues = Callable[[Sequence[Tensor], Sequence[int]], list[Tensor]]
 class SnifferModule(pl.LightningModule):
     """A causal language model whose backbone reads text so that its attention can be captured.
 
-    Only the backbone runs: without mask (sequences are padded on the right), without the
+    Only the backbone is captured: without mask (sequences are padded on the right), without the
     language-model head, and without a cache unless it reads in passages. The weights are loaded when
     the trainer asks for the model.
 

@@ -211,7 +211,7 @@ class Continuation:
         opening = text[:_OPENING]
         try:
             alone, padded = (
-                self._first_logits(opening, opening.numel() + padding) for padding in (0, _PADDING)
+                self._second_logits(opening, opening.numel() + padding) for padding in (0, _PADDING)
             )
         # Some models fail on such a batch, each in its own way.
         except Exception:
@@ -228,15 +228,20 @@ class Continuation:
             )
         return is_changed
 
-    def _first_logits(self, text: Tensor, width: int) -> Tensor:
-        options = {"max_new_tokens": 1, "do_sample": False, "output_logits": True}
+    def _second_logits(self, text: Tensor, width: int) -> Tensor:
+        """What the model makes of a padded text and the first token that it has added.
+
+        That token is read with a cache, where some models forget the padding.
+        """
+        options = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
         output: Any = self._model.generate(
             **self._padded([text], width),
             **options,
+            output_logits=True,
             return_dict_in_generate=True,
             pad_token_id=self._options["pad_token_id"],
         )
-        logits: Tensor = output.logits[0]
+        logits: Tensor = output.logits[1]
         return logits
 
 
