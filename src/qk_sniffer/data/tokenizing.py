@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
+from qk_sniffer.data.columns import values_of
 from qk_sniffer.data.positions import positions_in
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import hash_ids
@@ -64,19 +65,19 @@ class Encode:
         """
         if self.row_numbers is not None:
             rows = self.row_numbers[rows].tolist()
-        texts = columns[self.text_column]
+        texts = values_of(columns, self.text_column)
         for text, row in zip(texts, rows, strict=True):
             if not isinstance(text, str):
                 raise UserError(
                     f"data.text_column: row {row} has {_shorten(text)} in {self.text_column!r}, not a "
                     "string; mend or drop the row, or name another column"
                 )
-        source_ids = rows if self.id_column is None else columns[self.id_column]
+        source_ids = rows if self.id_column is None else values_of(columns, self.id_column)
         input_ids, truncated = self._tokenize(texts)
         n_tokens = [len(ids) for ids in input_ids]
         listed = {}
         if (name := self.positions_column) is not None:
-            lists = zip(columns[name], rows, n_tokens, strict=True)
+            lists = zip(values_of(columns, name), rows, n_tokens, strict=True)
             listed["positions"] = [self._positions(*each) for each in lists]
         return {
             "input_ids": input_ids,

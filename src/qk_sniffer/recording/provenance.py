@@ -33,6 +33,7 @@ _DECISIVE = {
         "name",
         "revision",
         "split",
+        "data_files",
         "text_column",
         "id_column",
         "positions_column",
@@ -43,11 +44,11 @@ _DECISIVE = {
 devices, batches, passages, and how many texts are read."""
 
 _LATER_MODEL_FIELDS: dict[str, Any] = {}
-_LATER_DATA_FIELDS = {"positions_column": None}
+_LATER_DATA_FIELDS = {"positions_column": None, "data_files": None}
 """Fields that came later, with their defaults: settings have them only where used, so that earlier data
 roots go on."""
 
-_WHOLE = ("config_overrides", "head_sampling")
+_WHOLE = ("config_overrides", "head_sampling", "data_files")
 """Fields that are null or a mapping: one setting each."""
 
 
