@@ -16,10 +16,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qk_sniffer.capture import Listed
-from qk_sniffer.config import TokenizerConfig, explained_loading
+from qk_sniffer.config import TokenizerConfig, described, explained_loading
 from qk_sniffer.data.batches import Batch, longest_first, plan_batches, rest_of, share_of
 from qk_sniffer.data.streaming import StreamedBatches
-from qk_sniffer.data.text_files import described
 from qk_sniffer.data.texts import (
     Row,
     TextSource,

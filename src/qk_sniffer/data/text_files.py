@@ -6,6 +6,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from qk_sniffer.config import described
 from qk_sniffer.errors import UserError
 
 Builder = tuple[str, dict[str, Any]]
@@ -33,13 +34,6 @@ _SUFFIX = re.compile(rf"\.({'|'.join(_KINDS)})(\.(gz|bz2|xz|zst))?$")
 def is_pattern(path: str) -> bool:
     """Whether a path stands for the files that match it; a file that is called so comes first."""
     return glob.has_magic(path) and not Path(path).expanduser().exists()
-
-
-def described(path: Paths) -> str:
-    """A path, or the first of several and how many more there are."""
-    if isinstance(path, str):
-        return path
-    return path[0] if len(path) == 1 else f"{path[0]} and {len(path) - 1} more"
 
 
 def builders(path: Paths, data_files: DataFiles | None = None) -> list[Builder]:

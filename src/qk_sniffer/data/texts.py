@@ -13,10 +13,10 @@ import numpy.typing as npt
 import xxhash
 from datasets.exceptions import DatasetsError
 
-from qk_sniffer.config import absent
+from qk_sniffer.config import absent, described
 from qk_sniffer.data.columns import column_of, has_values, names_in, value_of, values_of
 from qk_sniffer.data.positions import lists_in
-from qk_sniffer.data.text_files import DataFiles, Paths, builders, described, is_pattern
+from qk_sniffer.data.text_files import DataFiles, Paths, builders, is_pattern
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.ids import collision, hash_ids
 
