@@ -27,7 +27,7 @@ _READ_ERRORS = (OSError, ValueError, StopIteration, DatasetsError)
 _FIELDS = {
     "split": "(Unknown|Bad) split",
     "name": "BuilderConfig .* not found|Config name is missing",
-    "data_files": "Unable to find '",
+    "data_files": r"Unable to find '|No \(supported\) data files|Couldn't find cache for",
 }
 """How a message of datasets begins that is about another field than path."""
 
@@ -85,6 +85,8 @@ class TextSource:
         if isinstance(error, StopIteration) or any(words in reason for words in _EMPTY):
             return self.no_rows()
         field = next((field for field, start in _FIELDS.items() if re.match(start, reason)), "path")
+        if field == "data_files" and self.data_files is None:
+            field = "path"
         if _COMPRESSION in reason:
             return UserError(
                 f"data.path: {described(self.path)} is compressed, and reading it needs the package "
