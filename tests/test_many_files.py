@@ -165,7 +165,11 @@ def test_configurations_are_read_one_behind_the_other(
         ("", {"data_files": {"train": []}}, r"data\.data_files: the list is empty"),
         ("", {"data_files": "z*"}, r"data\.data_files: no file matches z\*; .* starts from /"),
         ("", {"data_files": ["a.jsonl", "f.csv"]}, r"data\.data_files: they have files of several"),
-        ("a.jsonl", {"data_files": "a.jsonl"}, r"data\.data_files: data\.path is .*a\.jsonl, and these"),
+        (
+            "a.jsonl",
+            {"data_files": "a.jsonl"},
+            r"data\.data_files: data\.path is .*a\.jsonl, and these",
+        ),
         (["deep"], {"data_files": "a.jsonl"}, r"data\.data_files: data\.path is .*deep, and these"),
         ("", {"data_files": "a.jsonl", "split": "test"}, r"data\.split: .* can't be read"),
         ("*.jsonl", {"name": ["x"]}, r"data\.name: .*\.jsonl is read as files, which have no config"),
@@ -198,7 +202,9 @@ def test_compressed_files(read: Read, tmp_path: Path, kind: str, suffix: str, st
     file.write_bytes(pack(content[kind].encode()))
     for path in (file, tmp_path / f"*.{kind}.*", [file]):
         if suffix == "zst" and importlib.util.find_spec("zstandard") is None:
-            with pytest.raises(UserError, match=r"^data\.path: .* needs the package zstandard; install"):
+            with pytest.raises(
+                UserError, match=r"^data\.path: .* needs the package zstandard; install"
+            ):
                 read(path, streaming=streaming)
         else:
             rest = read(path, streaming=streaming)
@@ -222,9 +228,7 @@ def test_columns_inside_structs(read: Read, tmp_path: Path, form: str, streaming
     assert inside == [("A", "a"), ("BC", "bc"), ("D", "d")]
     assert words(read(path, text_column="doc.title", streaming=streaming)) == "top top top"
     for name in ("doc.body", "doc.text.body", "doc.about.key.x"):
-        message = (
-            rf"no column '{name}'; choose from doc\.text, doc\.about\.key, doc\.kept, doc\.title$"
-        )
+        message = rf"no column '{name}'; choose from doc\.text, doc\.about\.key, doc\.kept, doc\.title$"
         with pytest.raises(UserError, match=message):
             read(path, text_column=name, streaming=streaming)
 
