@@ -48,9 +48,9 @@ TRAINER = {
     "limit_predict_batches": "Batches, or a share of them, after which each process stops; the card "
     "then says that it is a part.",
     "enable_progress_bar": "Whether to show batches, tokens a second and rows.",
-    "logger": "Loggers, such as CSVLogger; they get the settings, tokens per second, tokens read "
-    "and rows kept.",
-    "log_every_n_steps": "Batches between what loggers get; the end is always told.",
+    "logger": "Loggers, one or a list, such as CSVLogger, that are told how far the run is "
+    "([Scaling](scale.md#watching-a-run)).",
+    "log_every_n_steps": "Batches between what loggers get; a minute and the end are told too.",
     "callbacks": "Callbacks of your own, beside the one of the section sniffer.",
 }
 """The fields of Lightning's Trainer that a prediction needs."""
