@@ -32,7 +32,7 @@ class ProgressReport:
     def __init__(self, trainer: pl.Trainer, settings: dict[str, Any]) -> None:
         self._trainer = trainer
         self._started = self._last = time.monotonic()
-        self._logged = 0
+        self._logged = Progress(0, 0, 0, 0, 0)
         for logger in trainer.loggers:
             logger.log_hyperparams(settings)
 
@@ -53,15 +53,15 @@ class ProgressReport:
         every: Any = getattr(self._trainer, "log_every_n_steps", None)
         if not every:
             return
-        is_due = progress.batches // every > self._logged // every
+        is_due = progress.batches // every > self._logged.batches // every
         if is_due or time.monotonic() - self._last >= _SECONDS:
             self.log(progress)
 
     def log(self, progress: Progress) -> None:
-        """Log the numbers now, with the batches as the step."""
-        if progress.batches == self._logged:
+        """Log the numbers now if they are others, with the batches as the step."""
+        if progress == self._logged:
             return
-        self._logged, self._last = progress.batches, time.monotonic()
+        self._logged, self._last = progress, time.monotonic()
         metrics = {
             "texts_read": progress.texts,
             "tokens_read": progress.tokens,
