@@ -48,9 +48,8 @@ TRAINER = {
     "limit_predict_batches": "Batches, or a share of them, after which each process stops; the card "
     "then says that it is a part.",
     "enable_progress_bar": "Whether to show batches, tokens a second and rows.",
-    "logger": "Loggers, such as CSVLogger; they get the settings, tokens per second, tokens read "
-    "and rows kept.",
-    "log_every_n_steps": "Batches between what loggers get; the end is always told.",
+    "logger": "Loggers, one or a list, such as CSVLogger, that are told how far the run is.",
+    "log_every_n_steps": "Batches between what loggers get; a minute and the end are told too.",
     "callbacks": "Callbacks of your own, beside the one of the section sniffer.",
 }
 """The fields of Lightning's Trainer that a prediction needs."""
@@ -198,7 +197,7 @@ def _config_page() -> str:
         local_positions=1,
         sampler=sampler,
     )
-    data = TextDataModule("", positions_column="")
+    data = TextDataModule("", positions_column="", data_files="")
     fixed = set(fingerprint(settings(SnifferModule(""), data, capture)))
     lines = [CONFIG_TOP]
     for section, members in all_fields().items():

@@ -288,16 +288,35 @@ def test_any_logger_of_a_trainer_is_told_of_the_run(
     assert float(metrics[-1]["rows_kept"]) == sum(head["rows"] for head in manifest["heads"].values())
     assert float(metrics[-1]["tokens_read"]) == sum(LENGTHS)
     assert all(float(row["tokens_per_second"]) > 0 for row in metrics)
+    assert [float(row["texts_read"]) for row in metrics] == [3, 6, 7]
+    vectors = sum(
+        head["rows"] * 4 * manifest["layers"][0]["head_dim"] for head in manifest["heads"].values()
+    )
+    assert vectors < float(metrics[-1]["bytes_written"]) < 2 * vectors
+    assert ("device_memory_peak" in metrics[-1]) == torch.cuda.is_available()
     settings = yaml.safe_load((directory / "hparams.yaml").read_text())
     assert settings["model"]["name"] == str(model_dir("llama"))
     assert settings["data"]["path"] == str(text_file)
 
 
-def test_a_logger_on_the_command_line(predict: Predict, tmp_path: Path) -> None:
+def test_loggers_on_the_command_line(predict: Predict, tmp_path: Path) -> None:
+    loggers = [
+        {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path / "logs"), "name": name}}
+        for name in ("one", "two")
+    ]
+    assert predict(trainer={"logger": loggers}) == 0
+    one, two = ((tmp_path / "logs" / name).rglob("metrics.csv") for name in ("one", "two"))
+    assert next(one).read_text() == next(two).read_text() != ""
+
+
+def test_loggers_are_told_after_a_minute(
+    predict: Predict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qk_sniffer.recording.progress._SECONDS", 0.0)
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path / "logs")}}
     assert predict(trainer={"logger": logger}) == 0
     (metrics,) = (tmp_path / "logs").rglob("metrics.csv")
-    assert "rows_kept" in metrics.read_text()
+    assert [row["step"] for row in csv.DictReader(metrics.open())] == ["1", "2", "3", "3"]
 
 
 @pytest.mark.parametrize("mask", [[[0, 1, 1], [1, 1, 1]], [[1, 0, 1]]])

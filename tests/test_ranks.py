@@ -1,5 +1,6 @@
 """One run in several processes: the same files as in one, and an end for all where one dies."""
 
+import csv
 import json
 import os
 import signal
@@ -429,6 +430,18 @@ def test_the_first_rank_alone_tokenizes_and_prints(new_run: NewRun) -> None:
     for ended in run.run(2):
         assert ended.exitcode == 0
         assert ended.passages["tokenizing"] == 0
+
+
+def test_the_first_rank_alone_logs_what_all_have_read(new_run: NewRun) -> None:
+    run = new_run(batch_size=2)
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(run.directory), "name": "logs"}}
+    run.succeed(2, logger=logger, log_every_n_steps=1)
+    (file,) = (run.directory / "logs").rglob("metrics.csv")
+    *_, last = csv.DictReader(file.open())
+    manifest = json.loads((run.root / "manifest.json").read_text())
+    assert float(last["texts_read"]) == manifest["examples"]["rows"] == len(TEXTS)
+    assert float(last["rows_kept"]) == sum(head["rows"] for head in manifest["heads"].values())
+    assert float(last["bytes_written"]) > 0
 
 
 @pytest.mark.parametrize("stopped", [0, 1])

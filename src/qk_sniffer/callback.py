@@ -35,6 +35,7 @@ from qk_sniffer.processes import (
 )
 from qk_sniffer.recording import (
     OwnDataRoot,
+    Progress,
     ProgressReport,
     Recorder,
     TextsAhead,
@@ -65,7 +66,7 @@ class SnifferCallback(pl.Callback):
     ``qk_sniffer.models.capture_attention``, as ``SnifferModule`` does, and whose batches are like those
     of ``TextDataModule``: ``input_ids`` and ``example_ids``, and what ``batch_fields`` takes beside
     them. In a run of several processes each captures what it reads, and all share the data root.
-    Loggers of the trainer are given the settings, tokens per second and rows kept.
+    Loggers of the trainer are given the settings, and while it runs what was read, kept and written.
 
     Args:
         output: Where the captured vectors go.
@@ -225,29 +226,31 @@ class SnifferCallback(pl.Callback):
             if lifeline.failure is not None:
                 raise SystemExit(1)
         if self._ranks.is_first:
-            progress = lifeline.total_progress() if lifeline else self._recorder.progress
+            progress = self._recorder.progress
+            if lifeline is not None:
+                progress = Progress(*lifeline.total_progress())
             self._progress.show(progress, self._all_batches(trainer))
         self._sigterm.raise_where_it_came()
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show and log what all processes have read, when the last of them has."""
+        """Close the journal, then show and log what all processes have read."""
         assert self._recorder is not None
         self._sigterm.is_deferred = False
         self._sigterm.raise_where_it_came()
+        # The last rows are written first, so that the bytes are all of them.
+        self._ranks.run(self._recorder.close)
         gathered = self._ranks.gather(self._recorder.progress)
-        progress = [sum(numbers) for numbers in zip(*gathered, strict=True)]
+        progress = Progress(*(sum(numbers) for numbers in zip(*gathered, strict=True)))
         if self._ranks.is_first:
             self._progress.show(progress, self._all_batches(trainer))
             self._progress.log(progress)
-            n_batches = progress[0]
-            if n_batches > 0 or not (self.data_root / CONFIG_FILE).exists():
+            if progress.batches > 0 or not (self.data_root / CONFIG_FILE).exists():
                 self.own_data_root.save_config()
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the Parquet files, card and manifest, print what there is, and publish it."""
         assert self._recorder is not None
         ranks = self._ranks
-        ranks.run(self._recorder.close)
         ranks.first(self.own_data_root.ownership.require)
         limit = trainer.limit_predict_batches
         complete = isinstance(limit, float) and limit == 1.0

@@ -9,7 +9,7 @@ from qk_sniffer.config.fields import (
     require_hub_names,
 )
 from qk_sniffer.config.files import bases_first
-from qk_sniffer.config.local_or_hub import absent, explained_loading, is_address
+from qk_sniffer.config.local_or_hub import absent, described, explained_loading, is_address
 from qk_sniffer.config.parser_messages import HELP, explain
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "TokenizerConfig",
     "absent",
     "bases_first",
+    "described",
     "explain",
     "explained_loading",
     "is_address",

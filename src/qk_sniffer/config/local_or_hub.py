@@ -19,6 +19,13 @@ def is_address(name: str) -> bool:
     return "://" in name
 
 
+def described(names: str | list[str]) -> str:
+    """A name, or the first of a list and how many more there are."""
+    if isinstance(names, str):
+        return names
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
 def absent(field: str, name: str, what: str, error: Exception) -> UserError | None:
     """The error for a name that leads nowhere; None where something is there, or the Hub has it.
 

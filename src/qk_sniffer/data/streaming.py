@@ -9,6 +9,7 @@ import numpy.typing as npt
 from torch.utils.data import IterableDataset, get_worker_info
 
 from qk_sniffer.data.batches import Window, padded_tokens, plan_batches, rest_of
+from qk_sniffer.data.columns import value_of
 from qk_sniffer.data.texts import Row, StreamedRows, check_columns
 from qk_sniffer.data.tokenizing import Encode
 from qk_sniffer.errors import UserError
@@ -108,8 +109,8 @@ class StreamedBatches(IterableDataset[list[Row]]):
         while rows := list(islice(stream, size)):
             indices = [index for index, _ in rows]
             if indices[0] == 0:
-                check_columns(list(rows[0][1]), self.encode.columns)
-            source_ids = indices if id_column is None else [row[id_column] for _, row in rows]
+                check_columns(self.rows.columns(rows[0][1]), self.encode.columns)
+            source_ids = indices if id_column is None else [value_of(row, id_column) for _, row in rows]
             ids = hash_ids(source_ids, indices)
             if id_column is not None:
                 for number, source_id in zip(ids, source_ids, strict=True):
@@ -121,12 +122,15 @@ class StreamedBatches(IterableDataset[list[Row]]):
         """The error for a shared id; its first row is looked for only now."""
         column = str(self.encode.id_column)
         for index, row in self.rows:
-            if hash_ids([row[column]], [index]) == [number]:
-                return collision(row[column], second)
+            source_id = value_of(row, column)
+            if hash_ids([source_id], [index]) == [number]:
+                return collision(source_id, second)
         raise RuntimeError(f"the stream had another row with the id {second!r} before")
 
     def _encoded(self, rows: Sequence[tuple[int, Row]]) -> list[Row]:
-        columns = {name: [row[name] for _, row in rows] for name in rows[0][1]}
+        # Rows of two parts may have other columns.
+        names = dict.fromkeys(name for _, row in rows for name in row)
+        columns = {name: [row.get(name) for _, row in rows] for name in names}
         encoded = self.encode(columns, [index for index, _ in rows])
         return [
             dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)

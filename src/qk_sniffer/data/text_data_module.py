@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qk_sniffer.capture import Listed
-from qk_sniffer.config import TokenizerConfig, explained_loading
+from qk_sniffer.config import TokenizerConfig, described, explained_loading
 from qk_sniffer.data.batches import Batch, longest_first, plan_batches, rest_of, share_of
 from qk_sniffer.data.conversations import Conversations
 from qk_sniffer.data.streaming import StreamedBatches
@@ -60,11 +60,15 @@ class TextDataModule(pl.LightningDataModule):
 
     Args:
         path: Hub dataset id, or a local directory, file or pattern of files such as texts/*.jsonl, all
-            of one kind (jsonl, parquet, csv or txt) and read in the order of their names.
-        name: Configuration of a Hub dataset that has several.
+            of one kind (jsonl, parquet, csv or txt) and read in the order of their names; or a list of
+            these without a Hub dataset, read in its order.
+        name: Configuration of a Hub dataset that has several, or a list of them, read in its order.
         revision: Branch, tag or commit of a Hub dataset.
         split: Split to read; local files without splits are train.
-        text_column: Column with the texts; a txt file is one text in the column text.
+        data_files: Files within path, a directory or a Hub dataset: a name or pattern such as
+            en/*.json.gz, a list of them, or those of each split; null reads what path has.
+        text_column: Column with the texts, or a field of a struct such as doc.text, as in the other
+            columns; a txt file is one text in the column text.
         messages_column: Column with conversations, each a list of messages, which the chat template
             makes texts of; null reads text_column.
         messages_format: What a message is called: messages (role, content) or sharegpt (from, value).
@@ -89,10 +93,11 @@ class TextDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        path: str,
-        name: str | None = None,
+        path: str | list[str],
+        name: str | list[str] | None = None,
         revision: str | None = None,
         split: str = "train",
+        data_files: str | list[str] | dict[str, str | list[str]] | None = None,
         text_column: str = "text",
         id_column: str | None = None,
         messages_column: str | None = None,
@@ -131,12 +136,16 @@ class TextDataModule(pl.LightningDataModule):
                 f"data.{unused}: only conversations have a use for it; name their column in "
                 "data.messages_column, or leave it out"
             )
+        for field, given in (("path", path), ("name", name), ("data_files", data_files)):
+            if given in ([], {}) or (isinstance(given, dict) and [] in given.values()):
+                raise UserError(f"data.{field}: the list is empty; name at least one")
         # The callback gives loggers the settings; Lightning would merge those of module and data.
         self.save_hyperparameters(logger=False)
         self.path = path
-        self.name = name
+        self.dataset_name = name
         self.revision = revision
         self.split = split
+        self.data_files = data_files
         self.text_column = text_column
         self.id_column = id_column
         self.messages_column = messages_column
@@ -197,7 +206,7 @@ class TextDataModule(pl.LightningDataModule):
         name = None if tokenizer is None else tokenizer.name_or_path or type(tokenizer).__name__
         module = cls("texts", tokenizer=TokenizerConfig(name, max_length), **settings)
         columns = module._columns()
-        check_columns(dataset.column_names, columns)
+        check_columns(dataset.features, columns)
         digest = digest_of(dataset, [column for column in columns.values() if column is not None])
         module.path = module.hparams["path"] = f"texts-{digest}"
         module._texts, module._given_tokenizer = dataset, tokenizer
@@ -273,33 +282,24 @@ class TextDataModule(pl.LightningDataModule):
 
     def _load(self) -> None:
         self.tokenizer = self._load_tokenizer()
-        source = TextSource(self.path, self.name, self.revision, self.split, self._texts)
+        source = TextSource(
+            self.path, self.dataset_name, self.revision, self.split, self.data_files, self._texts
+        )
         encode = self._encode()
         self.n_new_tokens = encode.n_new_tokens
         if self.streaming:
             self._stream = source.stream(self.max_samples), encode
             return
-        dataset = source.load(self.max_samples)
-        check_columns(dataset.column_names, encode.columns)
-        ids = example_ids(dataset, self.id_column)
+        parts = source.load(self.max_samples)
+        for part in parts:
+            check_columns(part.features, encode.columns)
+        ids = example_ids(parts, self.id_column)
         # Texts that are captured already are tokenized all the same: the cache has them, and batches
         # are to be those of a run that nothing interrupted.
         listed = [selects for selects in self._filters if selects.listed]
-        rows = np.flatnonzero(are_left(ids, listed))
-        if len(rows) < len(dataset):
-            encode.row_numbers = rows
-            dataset = dataset.select(rows)
-        self.example_ids = ids[rows]
-        self._dataset = dataset.map(
-            encode,
-            batched=True,
-            batch_size=_TEXTS_TOKENIZED_AT_ONCE,
-            with_indices=True,
-            remove_columns=dataset.column_names,
-            features=encode.features,
-            num_proc=self.num_proc,
-            desc="Tokenizing",
-        ).with_format("arrow")
+        is_left = are_left(ids, listed)
+        self.example_ids = ids[is_left]
+        self._dataset = self._tokenized(parts, encode, is_left).with_format("arrow")
         self._lengths = _token_counts(self._dataset) + self.n_new_tokens
 
     def _warn_of_date(self) -> None:
@@ -312,6 +312,32 @@ class TextDataModule(pl.LightningDataModule):
                 "write"
             )
 
+    def _tokenized(
+        self, parts: Sequence[datasets.Dataset], encode: Encode, is_left: npt.NDArray[np.bool_]
+    ) -> datasets.Dataset:
+        """The encoded rows of all parts, whose columns may be of other types in each."""
+        encoded, first = [], 0
+        for part in parts:
+            rows = np.flatnonzero(is_left[first : first + len(part)])
+            of_part = copy(encode)
+            if len(parts) > 1 or len(rows) < len(part):
+                of_part.row_numbers = first + rows
+            encoded.append(
+                (part if len(rows) == len(part) else part.select(rows)).map(
+                    of_part,
+                    batched=True,
+                    batch_size=_TEXTS_TOKENIZED_AT_ONCE,
+                    with_indices=True,
+                    remove_columns=part.column_names,
+                    features=encode.features,
+                    num_proc=self.num_proc,
+                    desc="Tokenizing",
+                )
+            )
+            first += len(part)
+        # One that was mapped without rows has no columns.
+        return datasets.concatenate_datasets([some for some in encoded if len(some)] or encoded[:1])
+
     def _require_same_texts(self, ranks: Ranks) -> None:
         digest = xxhash.xxh3_64(self.example_ids.tobytes())
         digest.update(self._lengths.tobytes())
@@ -321,7 +347,7 @@ class TextDataModule(pl.LightningDataModule):
         differing = [str(rank) for rank, other in enumerate(found) if other != found[0]]
         if differing:
             raise UserError(
-                f"data.path: {self.path} or its tokenizer is not the same everywhere: rank "
+                f"data.path: {described(self.path)} or its tokenizer is not the same everywhere: rank "
                 f"{', '.join(differing)} found other texts than rank 0; give all nodes the same files"
             )
 

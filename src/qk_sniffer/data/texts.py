@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import datasets
@@ -12,9 +13,10 @@ import numpy.typing as npt
 import xxhash
 from datasets.exceptions import DatasetsError
 
-from qk_sniffer.config import absent
+from qk_sniffer.config import absent, described
+from qk_sniffer.data.columns import column_of, has_values, names_in, value_of, values_of
 from qk_sniffer.data.positions import lists_in
-from qk_sniffer.data.text_files import builder_arguments, is_pattern
+from qk_sniffer.data.text_files import DataFiles, Paths, builders, is_pattern
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.ids import collision, hash_ids
 
@@ -22,8 +24,14 @@ Row = dict[str, Any]
 
 _ROWS_AT_ONCE = 16
 _READ_ERRORS = (OSError, ValueError, StopIteration, DatasetsError)
-_FIELDS = {"split": "(Unknown|Bad) split", "name": "BuilderConfig .* not found|Config name is missing"}
+_FIELDS = {
+    "split": "(Unknown|Bad) split",
+    "name": "BuilderConfig .* not found|Config name is missing",
+    "data_files": r"Unable to find '|No \(supported\) data files|Couldn't find cache for",
+}
 """How a message of datasets begins that is about another field than path."""
+
+_COMPRESSION = "Compression type zstd not supported"
 
 _EMPTY = ("corresponds to no data", "No columns to parse", "BatchSize must be greater than 0")
 
@@ -32,24 +40,29 @@ _EMPTY = ("corresponds to no data", "No columns to parse", "BatchSize must be gr
 class TextSource:
     """A split of a Hub dataset, of local files, or a dataset that is in memory."""
 
-    path: str
-    name: str | None
+    path: Paths
+    name: str | list[str] | None
     revision: str | None
     split: str
+    data_files: DataFiles | None = None
     in_memory: datasets.Dataset | None = None
 
-    def load(self, max_samples: int | None) -> datasets.Dataset:
-        """The rows as a map-style dataset, the first ``max_samples`` of them where that is given.
+    def load(self, max_samples: int | None) -> list[datasets.Dataset]:
+        """The rows as map-style datasets, the first ``max_samples`` of them where that is given.
 
         Raises:
             UserError: The dataset can't be read, or has no rows.
         """
-        dataset = self._open(streaming=False)
-        if len(dataset) == 0:
+        parts, left = [], max_samples
+        for part in self._open(streaming=False):
+            if left is not None:
+                part = part.select(range(min(left, len(part))))
+                left -= len(part)
+            if len(part):
+                parts.append(part)
+        if not parts:
             raise self.no_rows()
-        if max_samples is not None:
-            dataset = dataset.select(range(min(max_samples, len(dataset))))
-        return dataset
+        return parts
 
     def stream(self, max_samples: int | None) -> "StreamedRows":
         """The same rows, read as they are asked for.
@@ -57,13 +70,13 @@ class TextSource:
         Raises:
             UserError: The dataset can't be opened.
         """
-        dataset = self._open(streaming=True)
-        return StreamedRows(self, dataset if max_samples is None else dataset.take(max_samples))
+        return StreamedRows(self, self._open(streaming=True), max_samples)
 
     def no_rows(self) -> UserError:
         """The error for an empty dataset."""
         return UserError(
-            f"data.path: {self.path} has no rows in split {self.split}; name another file or split"
+            f"data.path: {described(self.path)} has no rows in split {self.split}; name another file "
+            "or split"
         )
 
     def unreadable(self, error: Exception) -> UserError:
@@ -72,7 +85,14 @@ class TextSource:
         if isinstance(error, StopIteration) or any(words in reason for words in _EMPTY):
             return self.no_rows()
         field = next((field for field, start in _FIELDS.items() if re.match(start, reason)), "path")
-        if field == "path" and not is_pattern(self.path):
+        if field == "data_files" and self.data_files is None:
+            field = "path"
+        if _COMPRESSION in reason:
+            return UserError(
+                f"data.path: {described(self.path)} is compressed, and reading it needs the package "
+                "zstandard; install it with `pip install zstandard`"
+            )
+        if field == "path" and isinstance(self.path, str) and not is_pattern(self.path):
             missing = absent("data.path", self.path, "file or directory", error)
             if missing is not None:
                 return missing
@@ -83,23 +103,29 @@ class TextSource:
         reason = re.sub(
             r" with any supported extension \[.*\]$", " with a suffix that datasets knows", reason
         )
-        return UserError(f"data.{field}: {self.path} can't be read ({reason}); {remedy}")
+        return UserError(f"data.{field}: {described(self.path)} can't be read ({reason}); {remedy}")
 
-    def _open(self, *, streaming: bool) -> Any:
+    def _open(self, *, streaming: bool) -> list[Any]:
+        """Its parts, which are read one behind the other."""
         if self.in_memory is not None:
-            return self.in_memory.to_iterable_dataset() if streaming else self.in_memory
-        path, options = builder_arguments(self.path)
-        try:
-            return datasets.load_dataset(
-                path,
-                self.name,
-                split=self.split,
-                revision=self.revision,
-                streaming=streaming,
-                **options,
+            return [self.in_memory.to_iterable_dataset() if streaming else self.in_memory]
+        found = builders(self.path, self.data_files)
+        names = self.name if isinstance(self.name, list) else [self.name]
+        if isinstance(self.name, list) and any("data_files" in options for _, options in found):
+            raise UserError(
+                f"data.name: {described(self.path)} is read as files, which have no configurations; "
+                "leave the list out"
             )
+        parts = [(builder, name) for name in names for builder in found]
+        try:
+            return [self._load(*builder, name, streaming=streaming) for builder, name in parts]
         except _READ_ERRORS as error:
             raise self.unreadable(error) from error
+
+    def _load(self, path: str, options: dict[str, Any], name: str | None, *, streaming: bool) -> Any:
+        return datasets.load_dataset(
+            path, name, split=self.split, revision=self.revision, streaming=streaming, **options
+        )
 
 
 def dataset_of(
@@ -127,7 +153,8 @@ def dataset_of(
 def digest_of(dataset: datasets.Dataset, columns: Sequence[str]) -> str:
     """What names the rows of a dataset that is in memory: XXH3 of some columns as JSON, 64 bits."""
     digest = xxhash.xxh3_64()
-    for rows in dataset.select_columns(list(columns)).with_format(None).iter(_ROWS_AT_ONCE):
+    columns = [*dict.fromkeys(column_of(dataset.features, name) for name in columns)]
+    for rows in dataset.select_columns(columns).with_format(None).iter(_ROWS_AT_ONCE):
         digest.update(json.dumps(rows, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
@@ -139,61 +166,97 @@ class StreamedRows:
         UserError: While iterating: a row can't be read, or there are none.
     """
 
-    def __init__(self, source: TextSource, dataset: datasets.IterableDataset) -> None:
+    def __init__(
+        self, source: TextSource, parts: list[datasets.IterableDataset], max_samples: int | None
+    ) -> None:
         self.source = source
-        self.dataset = dataset
+        self.parts = [part if max_samples is None else part.take(max_samples) for part in parts]
+        self.max_samples = max_samples
 
     def __iter__(self) -> Iterator[tuple[int, Row]]:
-        index = 0
+        return islice(enumerate(self._rows()), self.max_samples)
+
+    def _rows(self) -> Iterator[Row]:
+        is_empty = True
         try:
-            # Iterated row by row, a dataset would give each worker of a data loader a part of its own.
-            for columns in self.dataset.iter(_ROWS_AT_ONCE):
-                for values in zip(*columns.values(), strict=True):
-                    yield index, dict(zip(columns, values, strict=True))
-                    index += 1
+            for part in self.parts:
+                # Iterated row by row, a dataset would give each worker of a data loader a part of its
+                # own.
+                for columns in part.iter(_ROWS_AT_ONCE):
+                    for values in zip(*columns.values(), strict=True):
+                        yield dict(zip(columns, values, strict=True))
+                        is_empty = False
         except _READ_ERRORS as error:
             raise self.source.unreadable(error) from error
-        if index == 0:
+        if is_empty:
             raise self.source.no_rows()
 
+    def columns(self, row: Row) -> Mapping[str, Any]:
+        """What is known of the columns that the first row has: their features, or else its values."""
+        return self.parts[0].features or row
 
-def check_columns(columns: Sequence[str], named: Mapping[str, str | None]) -> None:
+
+def check_columns(columns: Mapping[str, Any], named: Mapping[str, str | None]) -> None:
     """Refuse a dataset that lacks a column that the config names.
 
     Args:
-        columns: Those that it has.
-        named: The column that each field of the section data names; None for none.
+        columns: Features by column, or a row.
+        named: The column, or field inside a struct, that each field of the section data names; None for
+            none.
     """
     for field, column in named.items():
-        if column is not None and column not in columns:
+        if column is not None and not has_values(columns, column):
             raise UserError(
-                f"data.{field}: the dataset has no column {column!r}; choose from {', '.join(columns)}"
+                f"data.{field}: the dataset has no column {column!r}; choose from "
+                f"{', '.join(names_in(columns))}"
             )
 
 
-def example_ids(dataset: datasets.Dataset, id_column: str | None) -> npt.NDArray[np.int32]:
+def example_ids(parts: Sequence[datasets.Dataset], id_column: str | None) -> npt.NDArray[np.int32]:
     """The example id of every row.
 
     They are one int32 array, so that memory holds 4 bytes a row; the source ids are read for an error's
     message alone.
 
+    Args:
+        parts: The rows, one part behind the other.
+        id_column: Where their ids are; None numbers them.
+
     Raises:
         UserError: Two rows have one example id, or a source id is none.
     """
+    sizes = [len(part) for part in parts]
     if id_column is None:
-        return np.arange(len(dataset), dtype=np.int32)
-    hashed = dataset.map(
-        lambda source_ids, rows: {"example_id": hash_ids(source_ids, rows)},
-        batched=True,
-        with_indices=True,
-        input_columns=[id_column],
-        remove_columns=dataset.column_names,
-        desc="Checking ids",
+        return np.arange(sum(sizes), dtype=np.int32)
+    firsts = np.cumsum([0, *sizes[:-1]])
+    numbers = np.concatenate(
+        [_hashed(part, id_column, int(first)) for part, first in zip(parts, firsts, strict=True)]
     )
-    numbers: npt.NDArray[np.int32] = hashed.with_format("numpy")["example_id"][:].astype(np.int32)
     order = np.argsort(numbers, kind="stable")
     repeats = np.flatnonzero(numbers[order][1:] == numbers[order][:-1])
     if repeats.size:
-        first, second = order[repeats[0]], order[repeats[0] + 1]
-        raise collision(dataset[int(first)][id_column], dataset[int(second)][id_column])
+        pair = order[repeats[0] : repeats[0] + 2]
+        owners = np.searchsorted(firsts, pair, side="right") - 1
+        rows = [parts[owner][int(row - firsts[owner])] for owner, row in zip(owners, pair, strict=True)]
+        raise collision(*(value_of(row, id_column) for row in rows))
+    return numbers
+
+
+def _hashed(part: datasets.Dataset, id_column: str, first_row: int) -> npt.NDArray[np.int32]:
+    """The example ids of the rows from ``first_row`` on."""
+    column = column_of(part.features, id_column)
+
+    def hashed(values: list[Any], rows: list[int]) -> dict[str, list[int]]:
+        source_ids = values_of({column: values}, id_column)
+        return {"example_id": hash_ids(source_ids, [first_row + row for row in rows])}
+
+    ids = part.map(
+        hashed,
+        batched=True,
+        with_indices=True,
+        input_columns=[column],
+        remove_columns=part.column_names,
+        desc="Checking ids",
+    )
+    numbers: npt.NDArray[np.int32] = ids.with_format("numpy")["example_id"][:].astype(np.int32)
     return numbers

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
+from qk_sniffer.data.columns import values_of
 from qk_sniffer.data.conversations import Conversations, Rendered
 from qk_sniffer.data.positions import positions_in
 from qk_sniffer.errors import UserError, shortened
@@ -76,7 +77,7 @@ class TextColumn:
         Raises:
             UserError: One is not a string.
         """
-        texts = columns[self.name]
+        texts = values_of(columns, self.name)
         for text, row in zip(texts, rows, strict=True):
             if not isinstance(text, str):
                 raise UserError(
@@ -116,8 +117,8 @@ class ConversationColumn:
         Raises:
             UserError: One is none, or the chat template refuses it.
         """
-        messages = columns[self.name]
-        tools = [None] * len(messages) if self.tools is None else columns[self.tools]
+        messages = values_of(columns, self.name)
+        tools = [None] * len(messages) if self.tools is None else values_of(columns, self.tools)
         return [
             self.conversations.render(conversation, some_tools, f"row {row} (id {source_id!r})")
             for conversation, some_tools, row, source_id in zip(
@@ -205,14 +206,14 @@ class Encode:
         """
         if self.row_numbers is not None:
             rows = self.row_numbers[rows].tolist()
-        source_ids = rows if self.id_column is None else columns[self.id_column]
+        source_ids = rows if self.id_column is None else values_of(columns, self.id_column)
         example_ids = hash_ids(source_ids, rows)
         found = self.texts.read(columns, rows, source_ids)
         tokenized, truncated = self._tokenize([text.text for text in found])
         n_tokens = [len(text.input_ids) for text in tokenized]
         listed = {}
         if (name := self.positions_column) is not None:
-            lists = zip(columns[name], rows, n_tokens, strict=True)
+            lists = zip(values_of(columns, name), rows, n_tokens, strict=True)
             listed["positions"] = [self._positions(*each) for each in lists]
         return {
             "input_ids": [text.input_ids for text in tokenized],

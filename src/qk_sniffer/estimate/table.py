@@ -10,6 +10,7 @@ from textwrap import wrap
 
 from transformers import PreTrainedModel
 
+from qk_sniffer.config import described
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.estimate.capture import Capture, parameter_bytes
 from qk_sniffer.estimate.texts import Texts
@@ -123,7 +124,7 @@ def _heads(skeleton: PreTrainedModel, capture: Capture) -> Iterator[Line]:
 
 def _texts(data: TextDataModule, capture: Capture) -> Iterator[Line]:
     texts, limit = capture.texts, data.tokenizer_config.max_length
-    yield "texts", f"{texts.n_texts:,} of {data.path}, split {data.split}"
+    yield "texts", f"{texts.n_texts:,} of {described(data.path)}, split {data.split}"
     if texts.note is not None:
         yield "", texts.note
     cut = "" if limit is None else f", max_length {limit:,}"

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qk_sniffer.config import require_hub_names
+from qk_sniffer.config import described, require_hub_names
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.storage import (
     PUBLICATION_FILE,
@@ -114,13 +114,16 @@ def default_branch(settings: Mapping[str, Any]) -> str:
     Raises:
         UserError: The model has no name, or one that no branch can have.
     """
-    names = (settings["model"].get("name"), settings["data"].get("path"))
-    if names[0] is None:
+    model, text = settings["model"].get("name"), settings["data"].get("path")
+    if model is None:
         raise UserError(
             "sniffer.output.hf_branch: null derives it from the model's name, and this module has "
             "none; name a branch"
         )
-    branch = "-".join(_short_name(name) for name in names if name is not None)
+    branch = _short_name(model)
+    if text is not None:
+        texts = text if isinstance(text, list) else [text]
+        branch += "-" + described([*map(_short_name, texts)]).replace(" ", "-")
     require_hub_names(None, branch)
     return branch
 

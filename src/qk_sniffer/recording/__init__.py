@@ -2,7 +2,7 @@
 
 from qk_sniffer.recording.advertisements import leave_out_advertisements
 from qk_sniffer.recording.own_data_root import OwnDataRoot
-from qk_sniffer.recording.progress import ProgressReport, progress_bar
+from qk_sniffer.recording.progress import Progress, ProgressReport, progress_bar
 from qk_sniffer.recording.provenance import (
     describe,
     described_streams,
@@ -17,6 +17,7 @@ from qk_sniffer.recording.warnings import TextWarnings, forewarnings
 
 __all__ = [
     "OwnDataRoot",
+    "Progress",
     "ProgressReport",
     "Recorder",
     "TextWarnings",

@@ -34,6 +34,7 @@ _DECISIVE = {
         "name",
         "revision",
         "split",
+        "data_files",
         "text_column",
         "id_column",
         "messages_column",
@@ -50,6 +51,7 @@ devices, batches, passages, and how many texts are read."""
 
 _LATER_MODEL_FIELDS = {"generate": None}
 _LATER_DATA_FIELDS = {
+    "data_files": None,
     "messages_column": None,
     "messages_format": "messages",
     "tools_column": None,
@@ -61,7 +63,13 @@ _LATER_TOKENIZER_FIELDS = {"add_special_tokens": None}
 """Fields that came later, with their defaults: settings have them only where used, so that earlier data
 roots go on."""
 
-_WHOLE = ("config_overrides", "head_sampling", "generate", "chat_template_kwargs")
+_WHOLE = (
+    "config_overrides",
+    "head_sampling",
+    "generate",
+    "data_files",
+    "chat_template_kwargs",
+)
 """Fields that are null or a mapping: one setting each."""
 
 

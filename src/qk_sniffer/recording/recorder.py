@@ -23,6 +23,7 @@ from qk_sniffer.data import BatchFields
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter
 from qk_sniffer.kinds import parts_of
+from qk_sniffer.recording.progress import Progress
 from qk_sniffer.storage import Example, JournalWriter
 
 
@@ -76,12 +77,18 @@ class Recorder:
         self._open.enter_context(active_sniffer(self._sniffer))
         self._examples: list[Example] = []
         """Texts whose rows the sniffer has not handed on."""
-        self.batches_read = self.tokens_read = 0
+        self.batches_read = self.texts_read = self.tokens_read = 0
 
     @property
-    def progress(self) -> tuple[int, int, int]:
-        """Batches and tokens that were read, and rows kept, over all heads."""
-        return self.batches_read, self.tokens_read, self._sniffer.rows_kept
+    def progress(self) -> Progress:
+        """How far it is; its bytes are those that have gone to the journal."""
+        return Progress(
+            self.batches_read,
+            self.texts_read,
+            self.tokens_read,
+            self._sniffer.rows_kept,
+            self._journal.bytes_written,
+        )
 
     def begin_batch(self, batch: BatchFields) -> None:
         """Draw the rows that a batch keeps."""
@@ -106,6 +113,7 @@ class Recorder:
         self._sniffer.flush_batch(hand_on=False)
         self._examples += self._examples_of(batch)
         self.batches_read += 1
+        self.texts_read += len(batch.example_ids)
         self.tokens_read += int(batch.sequence_lengths.sum())
         if self._journal.is_due:
             before_saving()

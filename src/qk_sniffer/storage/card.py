@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qk_sniffer.config import described
 from qk_sniffer.kinds import KINDS, LOCAL_POSITIONS, Kind, kinds_of
 from qk_sniffer.storage.card_parts import compose_card, read_card
 from qk_sniffer.storage.files import write_text
@@ -123,9 +124,13 @@ def _size_category(rows: int) -> str:
 
 def shown_names(settings: Mapping[str, Any]) -> tuple[str, str]:
     """What a reader is told of the names of model and dataset: of a path on a disk its end."""
-    names = (settings["model"].get("name"), settings["data"].get("path"))
-    model, text = (name and (_end(name) if _is_path(name) else name) for name in names)
-    return model or "a causal language model", text or "a dataset"
+    model, text = settings["model"].get("name"), settings["data"].get("path")
+    texts = text if isinstance(text, list) else [text or "a dataset"]
+    return _shown(model or "a causal language model"), described([*map(_shown, texts)])
+
+
+def _shown(name: str) -> str:
+    return _end(name) if _is_path(name) else name
 
 
 def _end(path: str) -> str:
@@ -147,10 +152,10 @@ def describe_run(manifest: Mapping[str, Any]) -> str:
     kept = _kept(sampler)
     beyond = "" if (found := describe_beyond(manifest)) is None else f"; {found}"
     about = {"revision": "revision", "dtype": "dtype", "attn_implementation": "attention"}
-    split = _known(data, {"split": "split"})
+    some = _known(data, {"data_files": "files", "split": "split"})
     return f"""\
 - model: {_name(model.get("name"))}{_known(model, about)}
-- text: {_name(data.get("path"))}{split}, {manifest["examples"]["rows"]:,} examples
+- text: {_name(data.get("path"))}{some}, {manifest["examples"]["rows"]:,} examples
 - tokens: {_limit(data.get("tokenizer", {}).get("max_length"))} of each text{beyond}
 - positions: {kept}, buckets from {capture["min_bucket_size"]:,}
 - {len(manifest["heads"]):,} heads, {count_rows(manifest):,} rows{non_finite}"""
@@ -168,9 +173,9 @@ def _kept(sampler: Mapping[str, Any]) -> str:
     return kept + ", the same in all layers" * bool(sampler.get("shared"))
 
 
-def _name(path: str | None) -> str:
+def _name(path: str | list[str] | None) -> str:
     """A model or dataset; what is passed as an object has no path."""
-    return f"`{path}`" if path else "in memory"
+    return f"`{described(path)}`" if path else "in memory"
 
 
 def _known(settings: Mapping[str, Any], names: Mapping[str, str]) -> str:

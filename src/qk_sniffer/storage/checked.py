@@ -54,6 +54,7 @@ def _array(items: Mapping[str, Any], least: int = 0) -> dict[str, Any]:
 
 _TEXT, _FLAG, _NUMBER = {"type": "string"}, {"type": "boolean"}, {"type": "number"}
 _NAME = _or_null(_TEXT)
+_TEXTS = {"anyOf": [_TEXT, _array(_TEXT, 1)]}
 _NUMBERS = _or_null(_array(_integer(0, _MOST_LAYERS), 1))
 _LAYER_IDX = _integer(0, _MOST_LAYERS)
 _FILE = _object(
@@ -101,7 +102,8 @@ _SETTINGS = _object(
         "data": _object(
             {},
             {
-                "path": _NAME,
+                "path": _or_null(_TEXTS),
+                "data_files": {"anyOf": [_TEXTS, {"type": "object", "additionalProperties": _TEXTS}]},
                 "split": _NAME,
                 "positions_column": _NAME,
                 "tokenizer": _object({}, {"max_length": _or_null(_integer(1))}),

@@ -223,6 +223,8 @@ class JournalWriter:
         self._watches_space = rank == 0
         self._error: Exception | None = None
         self._vectors = 0
+        self.bytes_written = 0
+        """Of the batches that this writer has committed."""
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(MOST_TASKS)
         self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
         self._thread.start()
@@ -342,6 +344,7 @@ class JournalWriter:
         self._unsynced.append(
             Commit(segment.path, self._batch_start, stop, place, texts, digest, example_ids)
         )
+        self.bytes_written += stop - self._batch_start
         self._batch_start = stop
         if stop >= SEGMENT_BYTES:
             self._sync()
