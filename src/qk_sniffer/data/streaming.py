@@ -128,9 +128,8 @@ class StreamedBatches(IterableDataset[list[Row]]):
         raise RuntimeError(f"the stream had another row with the id {second!r} before")
 
     def _encoded(self, rows: Sequence[tuple[int, Row]]) -> list[Row]:
-        # Rows of two parts may have other columns.
-        names = dict.fromkeys(name for _, row in rows for name in row)
-        columns = {name: [row.get(name) for _, row in rows] for name in names}
+        # Rows of another part may lack a column.
+        columns = {name: [row.get(name) for _, row in rows] for name in rows[0][1]}
         encoded = self.encode(columns, [index for index, _ in rows])
         return [
             dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)
