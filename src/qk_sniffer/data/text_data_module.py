@@ -30,7 +30,7 @@ from qk_sniffer.data.texts import (
 from qk_sniffer.data.tokenizing import LISTED, Encode
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import are_left
-from qk_sniffer.models import ModelSource, vocabulary_size
+from qk_sniffer.models import ModelSource, tokenizer_source, vocabulary_size
 from qk_sniffer.processes import Ranks, tidied_up
 
 _TEXTS_TOKENIZED_AT_ONCE = 64
@@ -396,7 +396,7 @@ class TextDataModule(pl.LightningDataModule):
                 "there is none here; name a tokenizer"
             )
         trust = source.trust_remote_code or config.trust_remote_code
-        return replace(source, trust_remote_code=trust)
+        return replace(tokenizer_source(source), trust_remote_code=trust)
 
 
 class _EncodedRows(Dataset[list[Row]]):

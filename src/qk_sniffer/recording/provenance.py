@@ -27,6 +27,10 @@ _DECISIVE = {
         "attn_implementation",
         "config_overrides",
         "models_dir",
+        "quantization",
+        "adapter",
+        "adapter_revision",
+        "merge_adapter",
     ),
     "data": (
         "path",
@@ -42,12 +46,17 @@ _DECISIVE = {
 """Fields that decide which rows there are and what is in them; the others may change from run to run:
 devices, batches, passages, and how many texts are read."""
 
-_LATER_MODEL_FIELDS: dict[str, Any] = {}
+_LATER_MODEL_FIELDS: dict[str, Any] = {
+    "quantization": None,
+    "adapter": None,
+    "adapter_revision": "main",
+    "merge_adapter": False,
+}
 _LATER_DATA_FIELDS = {"positions_column": None}
 """Fields that came later, with their defaults: settings have them only where used, so that earlier data
 roots go on."""
 
-_WHOLE = ("config_overrides", "head_sampling")
+_WHOLE = ("config_overrides", "head_sampling", "quantization")
 """Fields that are null or a mapping: one setting each."""
 
 

@@ -70,8 +70,8 @@ _CLEARED = (DIRECTORIES - {REPORT_DIRECTORY}) | {
     MANIFEST_FILE,
 }
 
-_CAPTURED = "sniffer.capture."
-"""How the fields of the fingerprint begin that say what is captured."""
+_OF_LOADED_MODEL = ("model.weights", "model.heads")
+"""Fields of the fingerprint that are not known before the model is loaded."""
 
 _TOKEN_FILE = re.compile(r"\.shared-[0-9a-f]+")
 """What ``require_shared`` writes; a run that was killed may leave one."""
@@ -121,11 +121,15 @@ def differing_settings(there: Mapping[str, Any], here: Mapping[str, Any]) -> str
 
     Args:
         there: The one that is known in full.
-        here: The other; fields that it does not know yet are left out. It knows all that is captured,
-            and what it lacks of that is not used.
+        here: The other; fields that it does not know yet are left out. What it lacks of a section that
+            it knows is not used.
     """
     # A section that is known has all of its fields, but for later ones that are not used.
-    names = [*here, *(name for name in there if name not in here and name.startswith(_CAPTURED))]
+    sections = {name.partition(".")[0] for name in here if name not in _OF_LOADED_MODEL}
+    names = [*here]
+    for name in there:
+        if name not in here and name not in _OF_LOADED_MODEL and name.partition(".")[0] in sections:
+            names.append(name)
     return "; ".join(
         f"{name} is {_told(there, name)} there and {_told(here, name)} here"
         for name in names
