@@ -114,8 +114,7 @@ def require_adapter(source: ModelSource) -> None:
         )
     if importlib.util.find_spec("peft") is None:
         raise UserError(
-            "model.adapter: peft is not installed; install it with `pip install peft`, or "
-            "`pip install 'qk-sniffer[adapters]'`"
+            "model.adapter: peft is not installed; install it with `pip install 'qk-sniffer[adapters]'`"
         )
     kind = str(settings.get("peft_type"))
     if _works_beside_the_weights(kind, settings):

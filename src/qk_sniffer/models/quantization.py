@@ -24,8 +24,8 @@ from qk_sniffer.models.source import ModelSource
 
 _FIELD = "model.quantization"
 _BITSANDBYTES = ("load_in_4bit", "load_in_8bit")
-_PACKAGES = ("bitsandbytes", "torchao")
-"""Those of the extra ``quantization``, by the methods' names; transformers names those of others."""
+_EXTRAS = {"bitsandbytes": "quantization", "torchao": "torchao"}
+"""Methods that are packages of the same name, and their extras; transformers names what others need."""
 
 _BLOCK, _BLOCKS_OF_CONSTANTS = 64, 256
 """Weights of bitsandbytes that share a constant, and constants that share one of their own."""
@@ -42,10 +42,10 @@ def quantization_config(settings: Mapping[str, Any]) -> Any:
             whose package is not installed.
     """
     method = method_of(settings)
-    if method in _PACKAGES and importlib.util.find_spec(method) is None:
+    if method in _EXTRAS and importlib.util.find_spec(method) is None:
         raise UserError(
-            f"{_FIELD}: {method} is not installed; install it with `pip install {method}`, or "
-            "`pip install 'qk-sniffer[quantization]'`"
+            f"{_FIELD}: {method} is not installed; install it with `pip install "
+            f"'qk-sniffer[{_EXTRAS[method]}]'`"
         )
     is_bitsandbytes = method == "bitsandbytes"
     kind = AUTO_QUANTIZATION_CONFIG_MAPPING["bitsandbytes_4bit" if is_bitsandbytes else method]
@@ -57,6 +57,8 @@ def quantization_config(settings: Mapping[str, Any]) -> Any:
         return AutoQuantizationConfig.from_dict(dict(settings))
     except UserError:
         raise
+    except ImportError as error:
+        raise _unusable(method, error) from error
     # Each method checks its settings in its own way.
     except Exception as error:
         raise UserError(
@@ -125,10 +127,14 @@ def explained_quantization(settings: Mapping[str, Any] | None) -> Iterator[None]
     except (torch.OutOfMemoryError, UserError, OSError):
         raise
     except Exception as error:
-        raise UserError(
-            f"{_FIELD}: {method_of(settings)} can't quantize this model here ({first_line(error)}); "
-            "install what it needs, or choose another method"
-        ) from error
+        raise _unusable(method_of(settings), error) from error
+
+
+def _unusable(method: str, error: Exception) -> UserError:
+    return UserError(
+        f"{_FIELD}: {method} can't quantize this model here ({first_line(error)}); install what it "
+        "needs, or choose another method"
+    )
 
 
 def quantized_bytes(skeleton: PreTrainedModel, settings: Mapping[str, Any]) -> int | None:
@@ -177,7 +183,8 @@ def _bytes_in_few_bits(weight: Tensor, quantizer: Any) -> int:
         # Some of its methods need a device.
         with suppress(Exception):
             return _torchao_bytes(weight, config.quant_type)
-    return math.ceil(numel * quantizer.quantized_element_size)
+    element_size: float = quantizer.quantized_element_size
+    return math.ceil(numel * element_size)
 
 
 def _torchao_bytes(weight: Tensor, quant_type: Any) -> int:
