@@ -199,7 +199,8 @@ def _config_page() -> str:
         sampler=sampler,
     )
     data = TextDataModule("", positions_column="")
-    fixed = set(fingerprint(settings(SnifferModule(""), data, capture)))
+    module = SnifferModule("", quantization={}, adapter="", adapter_revision="", merge_adapter=True)
+    fixed = set(fingerprint(settings(module, data, capture)))
     lines = [CONFIG_TOP]
     for section, members in all_fields().items():
         lines += [f"## {section}", "", *_table(members, fixed), ""]

@@ -16,7 +16,9 @@ from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.models.checkpoint import checkpoint_file, require_whole
 from qk_sniffer.models.source import ModelSource
 
-_CONFIG, _WEIGHTS, _PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_ADAPTER_PICKLED = "adapter_model.bin"
 _TOKENIZER = ("tokenizer_config.json", "tokenizer.json")
 _MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 _BESIDE_THE_DECODER = ("XLORA", "POLY")
@@ -49,7 +51,7 @@ def base_of(source: ModelSource) -> ModelSource:
             revision=settings.get("revision") or "main",
             adapter=source.name,
             adapter_revision=source.revision,
-            named_by=f"{source.name}/{_CONFIG}",
+            named_by=f"{source.name}/{_ADAPTER_CONFIG}",
         )
     if source.merge_adapter and source.adapter is None:
         raise UserError(
@@ -64,12 +66,12 @@ def _is_adapter(name: str, revision: str) -> bool:
         has_model = (path / "config.json").exists() and any(
             next(path.glob(pattern), None) for pattern in _MODEL_WEIGHTS
         )
-        return (path / _CONFIG).exists() and not has_model
+        return (path / _ADAPTER_CONFIG).exists() and not has_model
     # An id of one word is that of a model; the cache has the config of one that was loaded before.
     if "/" not in name or checkpoint_file(name, revision, "config.json", local_files_only=True):
         return False
     is_model = checkpoint_file(name, revision, "config.json") is not None
-    return not is_model and checkpoint_file(name, revision, _CONFIG) is not None
+    return not is_model and checkpoint_file(name, revision, _ADAPTER_CONFIG) is not None
 
 
 def _settings(name: str, revision: str) -> dict[str, Any] | None:
@@ -78,14 +80,14 @@ def _settings(name: str, revision: str) -> dict[str, Any] | None:
     Raises:
         UserError: It is damaged.
     """
-    file = checkpoint_file(name, revision, _CONFIG)
+    file = checkpoint_file(name, revision, _ADAPTER_CONFIG)
     if file is None:
         return None
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
-            f"{name}/{_CONFIG}: damaged, it is no JSON object ({first_line(error)}); copy it again"
+            f"{name}/{_ADAPTER_CONFIG}: damaged, it is no JSON object ({first_line(error)}); copy it again"
         ) from error
 
 
@@ -109,7 +111,7 @@ def require_adapter(source: ModelSource) -> None:
     if settings is None:
         found = absent("model.adapter", source.adapter, "directory", OSError("no such adapter"))
         raise found or UserError(
-            f"model.adapter: {source.adapter} has no {_CONFIG}; name the directory or the Hub id of an "
+            f"model.adapter: {source.adapter} has no {_ADAPTER_CONFIG}; name the directory or the Hub id of an "
             "adapter of peft"
         )
     if importlib.util.find_spec("peft") is None:
@@ -199,10 +201,12 @@ def with_adapter(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel
 
 
 def _require_weights(name: str, revision: str) -> None:
-    if file := checkpoint_file(name, revision, _WEIGHTS):
+    if file := checkpoint_file(name, revision, _ADAPTER_WEIGHTS):
         require_whole(file)
-    elif checkpoint_file(name, revision, _PICKLED) is None:
-        raise UserError(f"model.adapter: {name} has no {_WEIGHTS}; download or copy the adapter again")
+    elif checkpoint_file(name, revision, _ADAPTER_PICKLED) is None:
+        raise UserError(
+            f"model.adapter: {name} has no {_ADAPTER_WEIGHTS}; download or copy the adapter again"
+        )
 
 
 def _misfit(source: ModelSource, reason: str) -> UserError:
@@ -222,13 +226,13 @@ def adapter_bytes(source: ModelSource) -> int:
     if source.adapter is None or source.merge_adapter:
         return 0
     name, revision = source.adapter, source.adapter_revision
-    file = checkpoint_file(name, revision, _WEIGHTS, local_files_only=True)
+    file = checkpoint_file(name, revision, _ADAPTER_WEIGHTS, local_files_only=True)
     try:
         if file is not None:
             with safe_open(file, framework="pt") as tensors:
                 shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118
         else:
-            header = parse_safetensors_file_metadata(name, _WEIGHTS, revision=revision)
+            header = parse_safetensors_file_metadata(name, _ADAPTER_WEIGHTS, revision=revision)
             shapes = [tensor.shape for tensor in header.tensors.values()]
     # A figure that is not to be had is left out, whatever the reason.
     except Exception:
