@@ -87,7 +87,8 @@ def _settings(name: str, revision: str) -> dict[str, Any] | None:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
-            f"{name}/{_ADAPTER_CONFIG}: damaged, it is no JSON object ({first_line(error)}); copy it again"
+            f"{name}/{_ADAPTER_CONFIG}: damaged, it is no JSON object ({first_line(error)}); copy it "
+            "again"
         ) from error
 
 
@@ -111,8 +112,8 @@ def require_adapter(source: ModelSource) -> None:
     if settings is None:
         found = absent("model.adapter", source.adapter, "directory", OSError("no such adapter"))
         raise found or UserError(
-            f"model.adapter: {source.adapter} has no {_ADAPTER_CONFIG}; name the directory or the Hub id of an "
-            "adapter of peft"
+            f"model.adapter: {source.adapter} has no {_ADAPTER_CONFIG}; name the directory or the Hub "
+            "id of an adapter of peft"
         )
     if importlib.util.find_spec("peft") is None:
         raise UserError(
