@@ -20,7 +20,7 @@ import lightning.pytorch as pl
 
 from qk_sniffer.callback import SnifferCallback
 from qk_sniffer.cli import main as command
-from qk_sniffer.config import CaptureConfig, SamplerConfig
+from qk_sniffer.config import CaptureConfig, SamplerConfig, TokenizerConfig
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.module import SnifferModule
 from qk_sniffer.recording import fingerprint, settings
@@ -197,8 +197,26 @@ def _config_page() -> str:
         local_positions=1,
         sampler=sampler,
     )
-    data = TextDataModule("", positions_column="", data_files="")
-    fixed = set(fingerprint(settings(SnifferModule(""), data, capture)))
+    data = TextDataModule(
+        "",
+        data_files="",
+        messages_column="",
+        messages_format="sharegpt",
+        tools_column="",
+        chat_template="",
+        chat_template_kwargs={},
+        positions_column="",
+        tokenizer=TokenizerConfig(add_special_tokens=True),
+    )
+    module = SnifferModule(
+        "",
+        generate={"max_new_tokens": 1},
+        quantization={},
+        adapter="",
+        adapter_revision="",
+        merge_adapter=True,
+    )
+    fixed = set(fingerprint(settings(module, data, capture)))
     lines = [CONFIG_TOP]
     for section, members in all_fields().items():
         lines += [f"## {section}", "", *_table(members, fixed), ""]

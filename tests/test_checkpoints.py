@@ -70,7 +70,7 @@ def other_shapes(model: Path) -> None:
 
 SECOND = "model-00002-of-00004.safetensors"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 14483464192\n"
-NO_MODEL = "model.name: {} is a PEFT adapter of meta-llama/Llama-3.1-8B, and no model; merge it into"
+NO_BASE = "{}/adapter_config.json: no directory meta-llama/Llama-3.1-8B is here or in the cache, and"
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ NO_MODEL = "model.name: {} is a PEFT adapter of meta-llama/Llama-3.1-8B, and no 
         (True, cut(INDEX, 100), f"{{}}/{INDEX}: damaged, it does not say which file has which weight"),
         (False, garbage_of_pickle, "model.name: a file of {} is damaged, torch can't read it"),
         (False, other_shapes, "model.name: some weights of {} have other shapes than its config gives"),
-        (False, adapter("config.json", WEIGHTS), NO_MODEL),
-        (False, adapter(WEIGHTS), NO_MODEL),
+        (False, adapter("config.json", WEIGHTS), NO_BASE),
+        (False, adapter(WEIGHTS), NO_BASE),
         (False, without(WEIGHTS), "model.name: {} can't be loaded (Error no file named model.safetens"),
     ],
 )  # fmt: skip
@@ -134,7 +134,7 @@ def test_an_adapter_is_told_by_estimate_too(
     adapter()(tmp_path / "model")
     run = write_run(model={"name": str(tmp_path / "model")})
     assert main(["estimate", *run[1:]]) == 2
-    assert error_line(capsys).startswith(NO_MODEL.format(tmp_path / "model"))
+    assert error_line(capsys).startswith(NO_BASE.format(tmp_path / "model"))
 
 
 # --- quantized weights
@@ -204,3 +204,13 @@ def test_an_estimate_counts_weights_as_they_are_stored(
     text = capsys.readouterr().out
     assert bytes_before(text, "weights of each process") == pytest.approx(4 * 161_856, abs=50)
     assert "less, since they are quantized by bitnet" in text
+
+
+def test_a_quantized_checkpoint_is_not_quantized_anew(
+    write_run: WriteRun, bitnet: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"load_in_8bit": True}
+    assert main(write_run(model={"name": str(bitnet), "quantization": settings})) == 2
+    assert error_line(capsys).startswith(
+        f"model.quantization: {bitnet} is quantized already, by bitnet; set it to null"
+    )

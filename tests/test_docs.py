@@ -124,12 +124,12 @@ def test_fields_that_the_pages_name_exist() -> None:
     known = {field.name for members in generate.all_fields().values() for field in members}
     known |= {f"trainer.{name}" for name in inspect.signature(pl.Trainer).parameters}
     sections = {name.rpartition(".")[0] for name in known}
+    mappings = tuple(f"model.{name}." for name in ("config_overrides", "quantization", "generate"))
     field = re.compile(r"`((?:model|data|sniffer|trainer)\.[a-z_.]*[a-z_])(?<!\.py)[`:,]")
     assert not [
         f"{page}: {name}"
         for page, name in named(field)
-        if name not in known | sections
-        and not name.startswith(("model.config_overrides.", "model.generate."))
+        if name not in known | sections and not name.startswith(mappings)
     ]
 
 

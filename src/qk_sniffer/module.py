@@ -19,17 +19,20 @@ from qk_sniffer.models import (
     Continuation,
     ModelSource,
     attention_geometry,
+    base_of,
     capture_attention,
     config_vocabulary,
     covered_positions,
     decoder_backbone,
     depends_on_length,
+    foreign_base,
     frequencies_for,
     generate_options,
     load_config,
     load_model,
     load_skeleton,
     model_overlays,
+    must_be_read_alone,
     name_of,
     read_in_passages,
     require_known_tokens,
@@ -52,7 +55,7 @@ class SnifferModule(pl.LightningModule):
     the trainer asks for the model.
 
     Args:
-        name: Hub id or local directory of the model.
+        name: Hub id or local directory of the model, or of a PEFT adapter, which names its base.
         revision: Branch, tag or commit of a Hub model.
         gguf_file: GGUF file of the model, loaded with dequantized weights; null loads safetensors.
         dtype: Number format of weights and activations; auto takes the checkpoint's own.
@@ -66,6 +69,11 @@ class SnifferModule(pl.LightningModule):
             fits a small device; null reads each batch at once.
         generate: Settings of generate, max_new_tokens at least, and a seed: the model first continues
             each text, and then reads it with what it has added; null reads texts as they are.
+        quantization: Weights in few bits, as the quantization_config of transformers, such as
+            load_in_4bit; null loads them as the checkpoint has them.
+        adapter: Hub id or local directory of a PEFT adapter of the model; null for none.
+        adapter_revision: Branch, tag or commit of a Hub adapter.
+        merge_adapter: Add the adapter to the model's weights, instead of computing it beside them.
     """
 
     backbone: nn.Module
@@ -84,6 +92,10 @@ class SnifferModule(pl.LightningModule):
         models_dir: str | None = None,
         prefill_chunk_size: int | None = None,
         generate: dict[str, Any] | None = None,
+        quantization: dict[str, Any] | None = None,
+        adapter: str | None = None,
+        adapter_revision: str = "main",
+        merge_adapter: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(name, str):
@@ -99,7 +111,22 @@ class SnifferModule(pl.LightningModule):
             generate_options(generate)
         # The callback gives loggers the settings; Lightning would merge those of module and data.
         self.save_hyperparameters(logger=False)
-        self.source = ModelSource(name, revision, gguf_file, trust_remote_code)
+        self.source = base_of(
+            ModelSource(
+                name,
+                revision,
+                gguf_file,
+                trust_remote_code,
+                quantization,
+                adapter,
+                adapter_revision,
+                merge_adapter,
+            )
+        )
+        if adapter is None and self.source.adapter is not None:
+            # Settings are those of a run that names base and adapter.
+            fields = ("name", "revision", "adapter", "adapter_revision")
+            self.hparams.update({field: getattr(self.source, field) for field in fields})
         self._too_large = math.inf
 
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -255,6 +282,14 @@ class SnifferModule(pl.LightningModule):
             ranks.run(self._load)
         else:
             ranks.after_first(self._load)
+        if ranks.is_first and (base := foreign_base(self.source)) is not None:
+            log.warning(
+                "model.adapter: %s was trained on %s, and its weights fit %s too; see that these are "
+                "the same model",
+                self.source.adapter,
+                base,
+                self.source.name,
+            )
 
     def _load(self) -> None:
         hparams = self.hparams
@@ -332,7 +367,8 @@ class SnifferModule(pl.LightningModule):
         """Run the backbone; an active sniffer captures what its attention sees.
 
         Texts that a model reads with frequencies of their length are read with those alone that have
-        the same, and a batch that does not fit into the device's memory is read in halves.
+        the same, those that it would read otherwise in company each by itself, and a batch that does
+        not fit into the device's memory in halves.
 
         Args:
             batch: ``input_ids`` (B, S) int64, padded on the right, and ``sequence_lengths`` (B,) in
@@ -350,7 +386,9 @@ class SnifferModule(pl.LightningModule):
         input_ids: Tensor = batch["input_ids"]
         size, width = input_ids.shape
         require_positions(self.backbone.config, width)
-        if depends_on_length(self.backbone):
+        if must_be_read_alone(self.backbone):
+            self._read_parts(batch, [(number, number + 1) for number in range(size)])
+        elif depends_on_length(self.backbone):
             spans = spans_of_like_frequencies(self.backbone, sequence_lengths(batch).tolist())
             self._read_parts(batch, spans)
         else:

@@ -34,7 +34,7 @@ from qk_sniffer.data.token_batch import Collate, TokenBatch
 from qk_sniffer.data.tokenizing import LISTED, ConversationColumn, Encode, TextColumn
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.ids import are_left
-from qk_sniffer.models import ModelSource, vocabulary_size
+from qk_sniffer.models import ModelSource, tokenizer_source, vocabulary_size
 from qk_sniffer.processes import Ranks, tidied_up
 
 log = logging.getLogger(__name__)
@@ -500,7 +500,7 @@ class TextDataModule(pl.LightningDataModule):
                 "there is none here; name a tokenizer"
             )
         trust = source.trust_remote_code or config.trust_remote_code
-        return replace(source, trust_remote_code=trust)
+        return replace(tokenizer_source(source), trust_remote_code=trust)
 
 
 class _EncodedRows(Dataset[list[Row]]):

@@ -15,10 +15,11 @@ from qk_sniffer.estimate.table import Timing, table
 from qk_sniffer.estimate.texts import count_texts
 from qk_sniffer.estimate.timing import read_samples, seconds_a_token
 from qk_sniffer.models import (
+    adapter_bytes,
     attention_geometry,
     decoder_backbone,
+    quantization_of,
     require_known_tokens,
-    stored_quantization,
 )
 from qk_sniffer.module import SnifferModule, require_positions
 from qk_sniffer.predict import PredictCLI, start
@@ -104,14 +105,14 @@ def estimate(args: list[str], *, timed: bool) -> str:
         samples = read_samples(module, capture, device, data.tokenizer)
         step = seconds_a_token(module, capture, device) if module.max_new_tokens else None
         timing = Timing(seconds_to_load, samples, trainer.world_size, str(device), step)
-    quantization = stored_quantization(module.source.name, module.source.revision, skeleton.config)
     return table(
         data,
         skeleton,
         capture,
         sniffer.data_root,
         timing,
-        quantization,
+        quantization_of(module.source, skeleton),
+        adapter_bytes(module.source),
         module.hparams["prefill_chunk_size"],
     )
 

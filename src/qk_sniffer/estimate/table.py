@@ -60,6 +60,7 @@ def table(
     data_root: Path,
     timing: Timing | None,
     quantization: Quantization | None,
+    adapter_bytes: int,
     prefill_chunk_size: int | None,
 ) -> str:
     """Everything that is expected of a run.
@@ -71,6 +72,7 @@ def table(
         data_root: Where it would go.
         timing: What was measured; None leaves the time out.
         quantization: How the weights are stored; None as plain numbers.
+        adapter_bytes: What those of an adapter take beside them.
         prefill_chunk_size: Tokens that are read at a time; None reads each batch at once.
     """
     lines = [
@@ -78,7 +80,7 @@ def table(
         *_texts(data, capture),
         *_rows(capture),
         *_disk(capture, data_root),
-        *_memory(skeleton, capture, quantization, prefill_chunk_size, data.n_new_tokens),
+        *_memory(skeleton, capture, quantization, adapter_bytes, prefill_chunk_size, data.n_new_tokens),
         *_time(capture, timing, data.n_new_tokens),
         *_warnings(skeleton, capture),
     ]
@@ -190,6 +192,7 @@ def _memory(
     skeleton: PreTrainedModel,
     capture: Capture,
     quantization: Quantization | None,
+    adapter_bytes: int,
     prefill_chunk_size: int | None,
     n_new_tokens: int,
 ) -> Iterator[Line]:
@@ -198,9 +201,15 @@ def _memory(
     n_bytes, numbers = parameter_bytes(weights), f"{count:,} in {dtype.removeprefix('torch.')}"
     if quantization is not None and quantization.n_bytes is not None:
         n_bytes, numbers = quantization.n_bytes, f"{count:,} quantized by {quantization.method}"
+    if adapter_bytes:
+        n_bytes += adapter_bytes
+        numbers += f" and {_size(adapter_bytes).strip()} of an adapter"
     yield "memory", f"{_size(n_bytes)}  weights of each process, {numbers}, beside activations"
     if quantization is not None and quantization.n_bytes is None:
-        yield "", f"less, since they are quantized by {quantization.method}; the checkpoint would tell"
+        yield (
+            "",
+            f"less, since they are quantized by {quantization.method}; how much can't be told here",
+        )
     yield from _device_memory(n_bytes, skeleton, capture, prefill_chunk_size)
     if n_new_tokens:
         size, length = max(map(tuple, capture.texts.shapes.tolist()), key=prod)

@@ -1,6 +1,7 @@
 """How a model is loaded and its attention reached; the one room that knows transformers' insides."""
 
 from qk_sniffer.models.adapters import OnResult
+from qk_sniffer.models.apart import must_be_read_alone
 from qk_sniffer.models.attention import (
     cache_of,
     decoder_backbone,
@@ -13,7 +14,7 @@ from qk_sniffer.models.caches import watch_caches
 from qk_sniffer.models.calls import AttentionCall
 from qk_sniffer.models.capturing import capture_attention, states_of
 from qk_sniffer.models.check import check_capture
-from qk_sniffer.models.checkpoint import Quantization, stored_quantization
+from qk_sniffer.models.checkpoint import Quantization
 from qk_sniffer.models.continuing import (
     Continuation,
     generate_options,
@@ -34,9 +35,10 @@ from qk_sniffer.models.limits import (
     require_known_tokens,
     vocabulary_size,
 )
-from qk_sniffer.models.loading import ModelSource, load_config, load_model, weights_digest
+from qk_sniffer.models.loading import load_config, load_model, weights_digest
 from qk_sniffer.models.overlay import model_overlays
 from qk_sniffer.models.passages import check_passages, read_in_passages
+from qk_sniffer.models.peft_adapters import adapter_bytes, base_of, foreign_base, tokenizer_source
 from qk_sniffer.models.probe import (
     AttentionGeometry,
     AttentionMap,
@@ -48,7 +50,8 @@ from qk_sniffer.models.results import on_result_of
 from qk_sniffer.models.rotary import RotaryTrace
 from qk_sniffer.models.scores import softmax_input
 from qk_sniffer.models.sequences import CallSequences, keeps_texts_apart, sequences_of
-from qk_sniffer.models.skeleton import attention_geometry, load_skeleton
+from qk_sniffer.models.skeleton import attention_geometry, load_skeleton, quantization_of
+from qk_sniffer.models.source import ModelSource
 
 __all__ = [
     "AttentionCall",
@@ -61,7 +64,9 @@ __all__ = [
     "OnResult",
     "Quantization",
     "RotaryTrace",
+    "adapter_bytes",
     "attention_geometry",
+    "base_of",
     "begin_batch_of_like_frequencies",
     "cache_of",
     "capture_attention",
@@ -71,6 +76,7 @@ __all__ = [
     "covered_positions",
     "decoder_backbone",
     "depends_on_length",
+    "foreign_base",
     "forward_footprint",
     "frequencies_for",
     "generate_options",
@@ -80,10 +86,12 @@ __all__ = [
     "load_model",
     "load_skeleton",
     "model_overlays",
+    "must_be_read_alone",
     "name_of",
     "on_result_of",
     "probe_attention",
     "probe_quietly",
+    "quantization_of",
     "read_in_passages",
     "require_known_tokens",
     "require_room",
@@ -91,9 +99,9 @@ __all__ = [
     "softmax_input",
     "spans_of_like_frequencies",
     "states_of",
-    "stored_quantization",
     "text_decoder",
     "text_seed",
+    "tokenizer_source",
     "transformers_model",
     "vocabulary_size",
     "watch_attention",

@@ -13,10 +13,7 @@ from transformers.utils import cached_file
 
 from qk_sniffer.errors import UserError, first_line
 
-_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
-_LACKS_FILE = ("no file named", "does not appear to have a file named")
-"""What transformers says where config or weights are missing."""
-
+_CONFIG = "config.json"
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -42,23 +39,16 @@ def refuse_broken(name: str, revision: str, error: Exception) -> None:
         error: What transformers raised.
 
     Raises:
-        UserError: It is an adapter, or one of its files is damaged.
+        UserError: One of its files is damaged.
     """
-    config = _file(name, revision, _CONFIG, local_files_only=True)
-    is_told = any(words in str(error) for words in _LACKS_FILE)
-    adapter = _file(name, revision, _ADAPTER, local_files_only=not is_told)
-    if adapter is not None and (config is None or is_told):
-        raise UserError(
-            f"model.name: {name} is a PEFT adapter{_of_base(adapter)}, and no model; merge it into its "
-            "base model with merge_and_unload() of peft, save the result, and name that directory"
-        ) from error
+    config = checkpoint_file(name, revision, _CONFIG, local_files_only=True)
     if isinstance(error, pickle.UnpicklingError):
         raise UserError(
             f"model.name: a file of {name} is damaged, torch can't read it; download or copy it again"
         ) from error
     if config is not None:
         for file in _weight_files(config.parent):
-            _require_whole(file)
+            require_whole(file)
 
 
 def stored_quantization(name: str, revision: str, config: Any) -> Quantization | None:
@@ -69,16 +59,26 @@ def stored_quantization(name: str, revision: str, config: Any) -> Quantization |
         revision: Of a Hub model.
         config: The model's.
     """
+    method = quantization_method(config)
+    return None if method is None else Quantization(method, _stored_bytes(name, revision))
+
+
+def quantization_method(config: Any) -> str | None:
+    """The method by which the weights of a checkpoint are quantized; None where they are not.
+
+    Args:
+        config: The model's.
+    """
     found = getattr(config, "quantization_config", None)
     if found is None:
         return None
     method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
-    return Quantization(str(getattr(method, "value", method)), _stored_bytes(name, revision))
+    return str(getattr(method, "value", method))
 
 
 def _stored_bytes(name: str, revision: str) -> int | None:
     """Bytes of all tensors, from the sizes of files or, of a model that is not here, from the Hub."""
-    config = _file(name, revision, _CONFIG, local_files_only=True)
+    config = checkpoint_file(name, revision, _CONFIG, local_files_only=True)
     files = [] if config is None else _weight_files(config.parent)
     if files and all(file.exists() for file in files):
         return sum(file.stat().st_size - _header_bytes(file) for file in files)
@@ -98,21 +98,13 @@ def _header_bytes(file: Path) -> int:
         return 8 + int.from_bytes(stream.read(8), "little")
 
 
-def _file(name: str, revision: str, file: str, **options: Any) -> Path | None:
+def checkpoint_file(name: str, revision: str, file: str, **options: Any) -> Path | None:
     """A file of a local directory or a Hub model; None where there is none."""
     try:
         found = cached_file(name, file, revision=revision, **options)
     except (OSError, ValueError):
         return None
     return None if found is None else Path(found)
-
-
-def _of_base(adapter: Path) -> str:
-    """The base model that an adapter's config names."""
-    with suppress(OSError, ValueError, AttributeError):
-        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
-        return f" of {base}" if base else ""
-    return ""
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -133,8 +125,12 @@ def _weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(names)]
 
 
-def _require_whole(file: Path) -> None:
-    """See that a safetensors file is as long as its header says."""
+def require_whole(file: Path) -> None:
+    """See that a safetensors file is as long as its header says.
+
+    Raises:
+        UserError: It is not, or is not there.
+    """
     if not file.exists():
         raise UserError(f"{file}: missing, though {_INDEX} names it; download or copy it again")
     try:

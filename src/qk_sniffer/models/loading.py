@@ -1,9 +1,7 @@
 """Loads a causal language model with its config changed as the user asks."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,30 +24,17 @@ from qk_sniffer.errors import UserError, did_you_mean, last_line
 from qk_sniffer.models.attention import decoder_backbone
 from qk_sniffer.models.checkpoint import refuse_broken
 from qk_sniffer.models.explaining import explained_settings, require_files
+from qk_sniffer.models.peft_adapters import require_adapter, with_adapter
+from qk_sniffer.models.quantization import (
+    explained_quantization,
+    quantization_config,
+    require_quantizable,
+    tensors_of,
+)
 from qk_sniffer.models.refusals import refuse_unsupported
+from qk_sniffer.models.source import ModelSource
 
 _DIGESTED_VALUES = 64
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a model comes from, as ``from_pretrained`` takes it; its tokenizer is there too."""
-
-    name: str
-    revision: str = "main"
-    gguf_file: str | None = None
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "name", os.path.expanduser(self.name))
-
-    def kwargs(self) -> dict[str, Any]:
-        """Arguments of every ``from_pretrained`` call for this source."""
-        return {
-            "pretrained_model_name_or_path": self.name,
-            "revision": self.revision,
-            "trust_remote_code": self.trust_remote_code,
-        } | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
 
 def load_config(
@@ -58,15 +43,17 @@ def load_config(
     """The config of ``source`` with some fields changed.
 
     Raises:
-        UserError: It can't be found or read, an override names no field of it, or its architecture
-            can't be captured.
+        UserError: It can't be found or read, an override names no field of it, its architecture can't
+            be captured, or the weights can't be quantized or adapted as the source says.
     """
+    require_adapter(source)
     with explained(source, "give a local directory with a config.json or a Hub id that you can reach"):
         require_files(source.name, source.gguf_file)
         config = AutoConfig.from_pretrained(**source.kwargs())
     for name, value in (config_overrides or {}).items():
         override_config(config, name, value)
     refuse_unsupported(source.name, config)
+    require_quantizable(source, config)
     return config
 
 
@@ -80,8 +67,11 @@ def load_model(
 ) -> PreTrainedModel:
     """The model of ``source`` in evaluation mode; of a multimodal one, all of it.
 
+    Its weights are quantized and adapted as the source says.
+
     Raises:
-        UserError: The model can't be found or loaded, or some of its decoder's weights are missing.
+        UserError: The model can't be found or loaded, some of its decoder's weights are missing, or
+            its adapter does not fit it.
     """
     config = load_config(source, config_overrides)
     kwargs = source.kwargs() | {"config": config, "dtype": dtype, "device_map": device_map}
@@ -90,20 +80,24 @@ def load_model(
     # Before it had GgufConfig, transformers always dequantized.
     if source.gguf_file is not None and hasattr(transformers, "GgufConfig"):
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if source.quantization is not None:
+        kwargs["quantization_config"] = quantization_config(source.quantization)
     with (
         explained(source, "see the model section of the config"),
+        explained_quantization(source.quantization),
         explained_settings(config, attn_implementation, device_map),
     ):
         model, info = auto_class(config).from_pretrained(**kwargs, output_loading_info=True)
     _refuse_missing_weights(source, model, info["missing_keys"])
-    return model
+    return model if source.adapter is None else with_adapter(model, source)
 
 
 @contextmanager
 def explained(source: ModelSource, remedy: str) -> Iterator[None]:
     """Turn what transformers raises for ``source`` into a ``UserError``."""
     try:
-        with explained_loading(f"model.name: {source.name} can't be loaded", remedy, source.name):
+        problem = f"{source.named_by}: {source.name} can't be loaded"
+        with explained_loading(problem, remedy, source.name):
             yield
     except Exception as error:
         refuse_broken(source.name, source.revision, error)
@@ -191,15 +185,20 @@ def weights_digest(backbone: nn.Module) -> str:
     Those of a quantized layer may be buffers.
     """
     digest = xxhash.xxh3_64()
+    packed: list[torch.Tensor] = []
     for parameter in backbone.parameters():
-        if not parameter.is_meta:
-            step = max(1, parameter.numel() // _DIGESTED_VALUES)
-            values = parameter.detach().reshape(-1)[::step].float().cpu()
-            digest.update(values.numpy().tobytes())
-    for buffer in _quantized_weights(backbone):
-        step = max(1, buffer.numel() // _DIGESTED_VALUES)
+        if parameter.is_meta:
+            continue
+        if (tensors := tensors_of(parameter)) != [parameter]:
+            packed += tensors
+            continue
+        step = max(1, parameter.numel() // _DIGESTED_VALUES)
+        values = parameter.detach().reshape(-1)[::step].float().cpu()
+        digest.update(values.numpy().tobytes())
+    for weights in (*packed, *_quantized_weights(backbone)):
+        step = max(1, weights.numel() // _DIGESTED_VALUES)
         # Bits, since a float32 would round the eight weights of an int32.
-        values = buffer.detach().reshape(-1)[::step].contiguous().view(torch.uint8).cpu()
+        values = weights.detach().reshape(-1)[::step].contiguous().view(torch.uint8).cpu()
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qk_sniffer.errors import UserError
+from qk_sniffer.models.apart import must_be_read_alone
 from qk_sniffer.models.check import opening
 from qk_sniffer.models.frequencies import frequencies_for
 
@@ -56,6 +57,8 @@ def check_passages(backbone: nn.Module, input_ids: Tensor) -> None:
     Raises:
         UserError: It does not, as some recurrent layers don't.
     """
+    if must_be_read_alone(backbone):
+        raise _unreadable(backbone, "quantizes the tokens of a forward together")
     input_ids = opening(backbone, input_ids)
     with frequencies_for(backbone, input_ids.shape[1]):
         whole = backbone(input_ids=input_ids, use_cache=False)[0].float()

@@ -10,9 +10,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from qk_sniffer.errors import UserError, first_line
+from qk_sniffer.models.checkpoint import Quantization, stored_quantization
 from qk_sniffer.models.explaining import explained_settings
-from qk_sniffer.models.loading import ModelSource, auto_class, explained, load_config
+from qk_sniffer.models.loading import auto_class, explained, load_config
 from qk_sniffer.models.probe import AttentionGeometry, see_geometry
+from qk_sniffer.models.quantization import method_of, quantized_bytes
+from qk_sniffer.models.source import ModelSource
 
 
 def load_skeleton(
@@ -47,6 +50,19 @@ def load_skeleton(
     ):
         model: PreTrainedModel = auto_class(config).from_config(config, **kwargs)
     return model.eval()
+
+
+def quantization_of(source: ModelSource, skeleton: PreTrainedModel) -> Quantization | None:
+    """How the weights of a model are quantized, and what they take; None where they are plain numbers.
+
+    Args:
+        source: Where it comes from.
+        skeleton: The model, as ``load_skeleton`` gives it.
+    """
+    if source.quantization is None:
+        return stored_quantization(source.name, source.revision, skeleton.config)
+    n_bytes = quantized_bytes(skeleton, source.quantization)
+    return Quantization(method_of(source.quantization), n_bytes)
 
 
 def attention_geometry(backbone: nn.Module) -> AttentionGeometry:

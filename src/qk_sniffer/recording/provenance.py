@@ -28,6 +28,10 @@ _DECISIVE = {
         "config_overrides",
         "models_dir",
         "generate",
+        "quantization",
+        "adapter",
+        "adapter_revision",
+        "merge_adapter",
     ),
     "data": (
         "path",
@@ -49,7 +53,13 @@ _DECISIVE = {
 """Fields that decide which rows there are and what is in them; the others may change from run to run:
 devices, batches, passages, and how many texts are read."""
 
-_LATER_MODEL_FIELDS = {"generate": None}
+_LATER_MODEL_FIELDS = {
+    "generate": None,
+    "quantization": None,
+    "adapter": None,
+    "adapter_revision": "main",
+    "merge_adapter": False,
+}
 _LATER_DATA_FIELDS = {
     "data_files": None,
     "messages_column": None,
@@ -67,6 +77,7 @@ _WHOLE = (
     "config_overrides",
     "head_sampling",
     "generate",
+    "quantization",
     "data_files",
     "chat_template_kwargs",
 )

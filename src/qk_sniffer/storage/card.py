@@ -2,6 +2,7 @@
 
 import glob
 import itertools
+import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,11 +155,27 @@ def describe_run(manifest: Mapping[str, Any]) -> str:
     about = {"revision": "revision", "dtype": "dtype", "attn_implementation": "attention"}
     some = _known(data, {"data_files": "files", "split": "split"})
     return f"""\
-- model: {_name(model.get("name"))}{_known(model, about)}
+- model: {_name(model.get("name"))}{_known(model, about)}{_changed_weights(model)}
 - text: {_name(data.get("path"))}{some}, {manifest["examples"]["rows"]:,} examples
 - tokens: {_limit(data.get("tokenizer", {}).get("max_length"))} of each text{beyond}
 - positions: {kept}, buckets from {capture["min_bucket_size"]:,}
 - {len(manifest["heads"]):,} heads, {count_rows(manifest):,} rows{non_finite}"""
+
+
+def _changed_weights(model: Mapping[str, Any]) -> str:
+    """What was done to the weights of a checkpoint; empty where they are as it has them."""
+    told = _known(model, {"adapter": "with the adapter", "adapter_revision": "of revision"})
+    told += ", merged into the weights" * bool(model.get("merge_adapter"))
+    settings = model.get("quantization")
+    if settings:
+        values = ", ".join(f"{name}: {_as_yaml(value)}" for name, value in settings.items())
+        told += f", weights quantized with `{values}`"
+    return told
+
+
+def _as_yaml(value: Any) -> str:
+    """A value as a config has it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _kept(sampler: Mapping[str, Any]) -> str:
