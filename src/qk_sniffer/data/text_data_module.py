@@ -1,10 +1,6 @@
 """TextDataModule: texts from a Hub dataset or local files as batches of tokens, with example ids."""
 
-import logging
 from collections.abc import Iterator, Sequence
-from copy import copy, deepcopy
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import datasets
@@ -14,16 +10,16 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 import torch
 import xxhash
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
 
 from qk_sniffer.capture import Listed
-from qk_sniffer.config import TokenizerConfig, described, explained_loading
+from qk_sniffer.config import TokenizerConfig, described
 from qk_sniffer.data.batches import Batch, longest_first, plan_batches, rest_of, share_of
 from qk_sniffer.data.conversations import Conversations
+from qk_sniffer.data.encoded_rows import EncodedRows, ShareSampler, token_counts, tokenized
 from qk_sniffer.data.streaming import StreamedBatches
 from qk_sniffer.data.texts import (
-    Row,
     TextSource,
     check_columns,
     dataset_of,
@@ -31,15 +27,12 @@ from qk_sniffer.data.texts import (
     example_ids,
 )
 from qk_sniffer.data.token_batch import Collate, TokenBatch
+from qk_sniffer.data.tokenizers import load_tokenizer, warn_of_date
 from qk_sniffer.data.tokenizing import LISTED, ConversationColumn, Encode, TextColumn
-from qk_sniffer.errors import UserError, first_line
+from qk_sniffer.errors import UserError
 from qk_sniffer.ids import are_left
-from qk_sniffer.models import ModelSource, tokenizer_source, vocabulary_size
+from qk_sniffer.models import vocabulary_size
 from qk_sniffer.processes import Ranks, tidied_up
-
-log = logging.getLogger(__name__)
-
-_TEXTS_TOKENIZED_AT_ONCE = 64
 
 
 class TextDataModule(pl.LightningDataModule):
@@ -238,8 +231,8 @@ class TextDataModule(pl.LightningDataModule):
             datasets.disable_progress_bars()
         with tidied_up():
             ranks.after_first(self._load)
-        if ranks.is_first:
-            self._warn_of_date()
+        if ranks.is_first and self.messages_column is not None:
+            warn_of_date(self.tokenizer, self.chat_template_kwargs or {})
         if not self.streaming:
             ranks.run(lambda: self._require_same_texts(ranks))
             self._plan()
@@ -281,7 +274,10 @@ class TextDataModule(pl.LightningDataModule):
         )
 
     def _load(self) -> None:
-        self.tokenizer = self._load_tokenizer()
+        module = getattr(self.trainer, "lightning_module", None)
+        self.tokenizer = load_tokenizer(
+            self.tokenizer_config, module, self._given_tokenizer, self.chat_template
+        )
         source = TextSource(
             self.path, self.dataset_name, self.revision, self.split, self.data_files, self._texts
         )
@@ -299,44 +295,8 @@ class TextDataModule(pl.LightningDataModule):
         listed = [selects for selects in self._filters if selects.listed]
         is_left = are_left(ids, listed)
         self.example_ids = ids[is_left]
-        self._dataset = self._tokenized(parts, encode, is_left).with_format("arrow")
-        self._lengths = _token_counts(self._dataset) + self.n_new_tokens
-
-    def _warn_of_date(self) -> None:
-        """Say that another day has other texts, where a chat template asks for the date."""
-        template = str(self.tokenizer.chat_template) if self.messages_column is not None else ""
-        if "strftime_now" in template and "date_string" not in (self.chat_template_kwargs or {}):
-            log.warning(
-                "data.chat_template_kwargs: the chat template may write the date of today, so that a "
-                "run of another day has other texts; set {date_string: ...} to the date that it is to "
-                "write"
-            )
-
-    def _tokenized(
-        self, parts: Sequence[datasets.Dataset], encode: Encode, is_left: npt.NDArray[np.bool_]
-    ) -> datasets.Dataset:
-        """The encoded rows of all parts, whose columns may be of other types in each."""
-        encoded, first = [], 0
-        for part in parts:
-            rows = np.flatnonzero(is_left[first : first + len(part)])
-            of_part = copy(encode)
-            if len(parts) > 1 or len(rows) < len(part):
-                of_part.row_numbers = first + rows
-            encoded.append(
-                (part if len(rows) == len(part) else part.select(rows)).map(
-                    of_part,
-                    batched=True,
-                    batch_size=_TEXTS_TOKENIZED_AT_ONCE,
-                    with_indices=True,
-                    remove_columns=part.column_names,
-                    features=encode.features,
-                    num_proc=self.num_proc,
-                    desc="Tokenizing",
-                )
-            )
-            first += len(part)
-        # One that was mapped without rows has no columns.
-        return datasets.concatenate_datasets([some for some in encoded if len(some)] or encoded[:1])
+        self._dataset = tokenized(parts, encode, is_left, self.num_proc).with_format("arrow")
+        self._lengths = token_counts(self._dataset) + self.n_new_tokens
 
     def _require_same_texts(self, ranks: Ranks) -> None:
         digest = xxhash.xxh3_64(self.example_ids.tobytes())
@@ -421,13 +381,13 @@ class TextDataModule(pl.LightningDataModule):
     def batch(self, number: int) -> TokenBatch:
         """One of the batches that ``n_batches`` counts."""
         collate = Collate(self._pad_token_id())
-        return collate(_EncodedRows(self._dataset)[self._batches[number]])
+        return collate(EncodedRows(self._dataset)[self._batches[number]])
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The batches of this process: in the order of the dataset, or longest first in a budget."""
         ranks = Ranks.of(self.trainer)
         dataset: Dataset[Any]
-        sampler: _ShareSampler | None = None
+        sampler: ShareSampler | None = None
         if self.streaming:
             dataset = StreamedBatches(
                 *self._stream,
@@ -438,7 +398,7 @@ class TextDataModule(pl.LightningDataModule):
                 ranks.size,
             )
         else:
-            dataset, sampler = _EncodedRows(self._dataset), _ShareSampler(self._own_batches())
+            dataset, sampler = EncodedRows(self._dataset), ShareSampler(self._own_batches())
         return DataLoader(
             dataset,
             batch_size=None,
@@ -458,85 +418,3 @@ class TextDataModule(pl.LightningDataModule):
         tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         known = (t for t in tokens if t is not None and (n_known is None or t < n_known))
         return next(known, 0)
-
-    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
-        given = self._given_tokenizer
-        if given is None and self.tokenizer_config.name is None:
-            given = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
-        if given is not None:
-            return self._prepared(deepcopy(given))
-        source = self._tokenizer_source()
-        field = "model.name" if self.tokenizer_config.name is None else "data.tokenizer.name"
-        with explained_loading(
-            f"{field}: no tokenizer can be loaded from {source.name}",
-            "name a local directory or a Hub id that you can reach and that has one",
-            source.name,
-        ):
-            tokenizer = AutoTokenizer.from_pretrained(**source.kwargs())
-        return self._prepared(tokenizer)
-
-    def _prepared(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-        """A tokenizer of our own that cuts on the right, and has the template that the config names."""
-        tokenizer.truncation_side = "right"
-        if self.chat_template is not None:
-            try:
-                template = Path(self.chat_template).expanduser().read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(
-                    f"data.chat_template: {self.chat_template} can't be read ({first_line(error)}); "
-                    "name a file with a Jinja template"
-                ) from error
-            tokenizer.chat_template = template
-        return tokenizer
-
-    def _tokenizer_source(self) -> ModelSource:
-        config = self.tokenizer_config
-        if config.name is not None:
-            return ModelSource(config.name, trust_remote_code=config.trust_remote_code)
-        source = getattr(getattr(self.trainer, "lightning_module", None), "source", None)
-        if not isinstance(source, ModelSource):
-            raise UserError(
-                "data.tokenizer.name: null takes the tokenizer of the trainer's SnifferModule, and "
-                "there is none here; name a tokenizer"
-            )
-        trust = source.trust_remote_code or config.trust_remote_code
-        return replace(tokenizer_source(source), trust_remote_code=trust)
-
-
-class _EncodedRows(Dataset[list[Row]]):
-    """Batches of a tokenized dataset, by the row numbers of their texts."""
-
-    def __init__(self, dataset: datasets.Dataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, batch: Batch) -> list[Row]:
-        table = self.dataset[batch]
-        lists = [name for name in ("input_ids", *LISTED) if name in table.column_names]
-        rows: list[Row] = table.drop_columns(lists).to_pylist()
-        for name in lists:
-            for row, value in zip(rows, table[name], strict=True):
-                row[name] = value.values.to_numpy()
-        return rows
-
-
-class _ShareSampler(DistributedSampler[Batch]):
-    """The batches of one process; Lightning leaves a distributed sampler as it is."""
-
-    def __init__(self, batches: list[Batch]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        # Lightning passes over the hooks of a process without batches, and they are collective.
-        return max(1, len(self.batches))
-
-
-def _token_counts(dataset: datasets.Dataset) -> npt.NDArray[np.int64]:
-    """Tokens in each text."""
-    if len(dataset) == 0:
-        # One that was mapped without rows has no columns.
-        return np.empty(0, np.int64)
-    counts: npt.NDArray[np.int64] = dataset.select_columns("n_tokens")[:]["n_tokens"].to_numpy()
-    return counts.astype(np.int64)
