@@ -20,6 +20,7 @@ import qk_sniffer.demo
 from conftest import WriteRun, byte_tokenizer
 from qk_sniffer import Captures
 from qk_sniffer.cli import main
+from qk_sniffer.models import decoder_backbone, weights_digest
 from readers import error_line
 from test_estimate import bytes_before
 
@@ -130,6 +131,8 @@ def test_a_merged_adapter(
     assert main(["verify", str(root), "--against-model"]) == 0
     merged = PeftModel.from_pretrained(demo_model(), adapter).merge_and_unload()
     assert_attends_as(merged, root, texts)
+    fingerprint = json.loads((root / "manifest.json").read_text())["fingerprint"]
+    assert fingerprint["model.weights"] == weights_digest(decoder_backbone(merged))
     assert f"the adapter `{adapter}`, merged into the weights\n" in (root / "README.md").read_text()
     assert main(write_run(model=section | {"merge_adapter": False})) == 2
     assert "model.merge_adapter is true there and not set here" in error_line(capsys)

@@ -83,6 +83,8 @@ def test_a_checkpoint_in_few_bits(
     root = tmp_path / "root"
     assert main(["verify", str(root), "--against-model"]) == 0
     model, captures = quantized(settings), Captures(root)
+    # Before a forward, in which some CPUs pack weights anew.
+    n_bytes = weight_bytes(model)
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     for text in texts:
         tokens = tokenizer(text["text"], return_tensors="pt")
@@ -107,7 +109,7 @@ def test_a_checkpoint_in_few_bits(
     told = capsys.readouterr().out
     # Figures have one digit behind the point.
     size = bytes_before(told, "weights of each process")
-    assert size == pytest.approx(weight_bytes(model), abs=6e4)
+    assert size == pytest.approx(n_bytes, abs=6e4)
     method = settings.get("quant_method", "bitsandbytes")
     assert f"1,672,896 quantized by {method}" in told
     assert main(write_run(model={"name": str(DEMO)})) == 2
