@@ -31,6 +31,7 @@ from loopback import client_of
 from qk_sniffer.capture import Sniffer
 from qk_sniffer.cli import main
 from qk_sniffer.data.tokenizing import Encode
+from qk_sniffer.hub import staging
 from qk_sniffer.storage import data_root, finalizing, journal, parquet
 from qk_sniffer.storage.commits import encode
 
@@ -257,6 +258,7 @@ def _process(
     datasets.config.HF_DATASETS_CACHE = cache
     torch.set_num_threads(1)
     journal.SYNC_SECONDS = sync_seconds
+    staging.MOST_CHANGES = int(os.environ.get("MOST_CHANGES", staging.MOST_CHANGES))
     passages = _Passages(death)
     for point, (owner, name, _) in POINTS.items():
         passages.watch(point, owner, name)
