@@ -32,7 +32,7 @@ from qk_sniffer.capture import Sniffer
 from qk_sniffer.cli import main
 from qk_sniffer.data.tokenizing import Encode
 from qk_sniffer.hub import staging
-from qk_sniffer.storage import data_root, finalizing, journal, parquet
+from qk_sniffer.storage import data_root, file_facts, finalizing, head_parts, journal
 from qk_sniffer.storage.commits import encode
 
 push_module = importlib.import_module("qk_sniffer.hub.push")
@@ -48,7 +48,7 @@ POINTS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "commit": (journal, "append_records", (BEFORE, HALFWAY, AFTER)),
     "finalizing": (finalizing, "append_records", (BEFORE, HALFWAY, AFTER)),
     "row group": (pq.ParquetWriter, "write_table", (BEFORE, AFTER)),
-    "checksum": (parquet, "checksum", (BEFORE,)),
+    "checksum": (file_facts, "checksum", (BEFORE,)),
     "text": (Path, "write_text", (HALFWAY,)),
     "rename": (Path, "replace", (BEFORE, AFTER)),
     "manifest": (finalizing, "write_manifest", (BEFORE, AFTER)),
@@ -258,6 +258,7 @@ def _process(
     datasets.config.HF_DATASETS_CACHE = cache
     torch.set_num_threads(1)
     journal.SYNC_SECONDS = sync_seconds
+    head_parts.MOST_BYTES = int(os.environ.get("MOST_BYTES", head_parts.MOST_BYTES))
     staging.MOST_CHANGES = int(os.environ.get("MOST_CHANGES", staging.MOST_CHANGES))
     passages = _Passages(death)
     for point, (owner, name, _) in POINTS.items():

@@ -20,7 +20,6 @@ from qk_sniffer.storage import (
     CARD_ASIDE_FILE,
     CARD_FILE,
     CONFIG_FILE,
-    DATA_FILE,
     EXAMPLES_DIRECTORY,
     MANIFEST_FILE,
     REPORT_DIRECTORY,
@@ -30,6 +29,7 @@ from qk_sniffer.storage import (
     checksum,
     describe_run,
     file_progress,
+    head_files,
     is_described,
     merge_pulled,
     own_part,
@@ -254,7 +254,9 @@ def _other_files(data_root: Path) -> list[str]:
 
 def _parquet_files(manifest: Mapping[str, Any]) -> dict[str, FileFacts]:
     files = {EXAMPLES_DIRECTORY: manifest["examples"], **manifest["heads"]}
-    return {f"{name}/{DATA_FILE}": facts for name, facts in files.items()}
+    return {
+        path: about for name, facts in files.items() for path, about in head_files(name, facts).items()
+    }
 
 
 def _git_ids(path: Path) -> tuple[str, str]:
