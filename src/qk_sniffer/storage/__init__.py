@@ -8,7 +8,7 @@ from qk_sniffer.storage.card import (
     shown_names,
     write_card,
 )
-from qk_sniffer.storage.card_configs import Place, card_configs, load_argument
+from qk_sniffer.storage.card_configs import Place, configs_of, load_argument
 from qk_sniffer.storage.card_parts import compose_card, own_part, read_card
 from qk_sniffer.storage.checked import manifest_fault, publication_fault
 from qk_sniffer.storage.data_root import (
@@ -109,11 +109,11 @@ __all__ = [
     "Ownership",
     "Place",
     "StoredRows",
-    "card_configs",
     "check_space",
     "checksum",
     "clear_data_root",
     "compose_card",
+    "configs_of",
     "count_rows",
     "damaged",
     "data_root_path",

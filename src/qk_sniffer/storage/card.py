@@ -9,7 +9,7 @@ from typing import Any
 from qk_sniffer.kinds import KINDS, LOCAL_POSITIONS, Kind, kinds_of
 from qk_sniffer.storage.card_configs import (
     Place,
-    card_configs,
+    configs_of,
     has_config_of_each_head,
     layer_config,
     load_argument,
@@ -95,7 +95,7 @@ def render_card(
     """
     fields = {
         "size_categories": [_size_category(count_rows(manifest))],
-        "configs": card_configs(manifest),
+        "configs": configs_of(manifest),
     }
     return compose_card(existing, fields, _body(manifest, place, _pictures(report)))
 

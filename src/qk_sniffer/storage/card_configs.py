@@ -39,7 +39,7 @@ def load_argument(manifest: Mapping[str, Any], name: str) -> str:
     return f'data_files="{name}/*.parquet"'
 
 
-def card_configs(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+def configs_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The configs of a data root's card."""
     examples = {EXAMPLES_DIRECTORY: [EXAMPLES_DIRECTORY]}
     if has_config_of_each_head(manifest):

@@ -39,8 +39,8 @@ from qk_sniffer.storage import (
     MANIFEST_FILE,
     FileFacts,
     StoredRows,
-    card_configs,
     checksum,
+    configs_of,
     damaged,
     fault_of_columns,
     has_softmax,
@@ -171,7 +171,7 @@ def _check_card(data_root: Path, manifest: Mapping[str, Any]) -> list[str]:
     return [
         f"{CARD_FILE}: {config['config_name']} is not listed with its checksum, so load_dataset may "
         "not find it or serve other rows from its cache"
-        for config in card_configs(manifest)
+        for config in configs_of(manifest)
         if config["config_name"] != EXAMPLES_DIRECTORY
         and config["description"] not in listed.get(config["config_name"], "")
     ]
