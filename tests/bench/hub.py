@@ -185,6 +185,7 @@ def time_hub(repetitions: int) -> str:
 
 def most_heads_section(endpoint: str, data_root: Path, place: Path) -> str:
     """Publish a data root of more files than a commit may have, and bring parts of it back, once."""
+    place.mkdir()
     repo_id, files = f"{HUB_USER}/most", pushed_files(data_root)
     publication = Publication(repo_id, HUB_BRANCH)
     with client_of(endpoint, HUB_TOKEN, place / "pushing") as api:

@@ -5,8 +5,8 @@ temporary names until the last is, so that at any moment the old files are whole
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,23 +48,28 @@ class HeadParts:
 
     def __enter__(self) -> "HeadParts":
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._begin()
+        with self._removing_temporary():
+            self._begin()
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
-        try:
+        with self._removing_temporary(also=error is not None):
             self._open.close()
             if error is None:
                 for path in self._temporary:
                     sync_file(path)
                 self._name()
-        except BaseException as failure:
-            error = type(failure)
-            raise
+
+    @contextmanager
+    def _removing_temporary(self, *, also: bool = False) -> Iterator[None]:
+        """Remove what is not complete after an error, or if ``also`` is true in any case."""
+        failed = True
+        try:
+            yield
+            failed = also
         finally:
-            if error is not None:
-                for path in self._temporary:
-                    path.unlink(missing_ok=True)
+            for path in self._temporary if failed else ():
+                path.unlink(missing_ok=True)
 
     def write(self, table: pa.Table) -> None:
         """Write one row group."""
