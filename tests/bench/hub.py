@@ -250,7 +250,8 @@ def hub_section(runs: list[Transfer], n_files: int) -> str:
         "its own that keeps the files in memory, and is reached by the loopback: neither a network nor "
         "the limits of the real Hub are in these figures. Bare and push each fill a new branch of a "
         "new repository with the same files, in as few commits as the Hub takes; push lists the branch "
-        "on main as well. The second push finds what the first has cached; all other steps begin with an empty cache.",
+        "on main as well. The second push finds what the first has cached; all other steps begin with "
+        "an empty cache.",
         *rows,
     )
 
