@@ -51,6 +51,18 @@ MANY_HEADS = LlamaConfig(
 )
 """1,280 heads, as a model of eight billion parameters has."""
 
+MOST_HEADS = LlamaConfig(
+    **_SIZE
+    | dict(
+        num_hidden_layers=80,
+        hidden_size=60,
+        num_attention_heads=60,
+        num_key_value_heads=15,
+        head_dim=4,
+    )
+)
+"""6,000 heads, somewhat more than a model of seventy billion parameters has."""
+
 HOST_BOUND = LlamaConfig(
     vocab_size=256,
     hidden_size=36,

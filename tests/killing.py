@@ -31,7 +31,8 @@ from loopback import client_of
 from qk_sniffer.capture import Sniffer
 from qk_sniffer.cli import main
 from qk_sniffer.data.tokenizing import Encode
-from qk_sniffer.storage import data_root, finalizing, journal, parquet
+from qk_sniffer.hub import staging
+from qk_sniffer.storage import data_root, file_facts, finalizing, head_parts, journal, parquet
 from qk_sniffer.storage.commits import encode
 
 push_module = importlib.import_module("qk_sniffer.hub.push")
@@ -47,7 +48,7 @@ POINTS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "commit": (journal, "append_records", (BEFORE, HALFWAY, AFTER)),
     "finalizing": (finalizing, "append_records", (BEFORE, HALFWAY, AFTER)),
     "row group": (pq.ParquetWriter, "write_table", (BEFORE, AFTER)),
-    "checksum": (parquet, "checksum", (BEFORE,)),
+    "checksum": (file_facts, "checksum", (BEFORE,)),
     "text": (Path, "write_text", (HALFWAY,)),
     "rename": (Path, "replace", (BEFORE, AFTER)),
     "manifest": (finalizing, "write_manifest", (BEFORE, AFTER)),
@@ -56,6 +57,13 @@ POINTS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "clearing": (data_root, "_remove", (AFTER,)),
 }
 """Fault points: the function that passes through each, and the moments of it at which one can die."""
+
+LIMITS: dict[str, Any] = {
+    "ROW_GROUP_BYTES": parquet,
+    "MOST_BYTES": head_parts,
+    "MOST_CHANGES": staging,
+}
+"""Constants that the environment of a process may lower."""
 
 _PRELOADED = ["qk_sniffer.predict", "transformers.models.llama.modeling_llama"]
 
@@ -257,6 +265,8 @@ def _process(
     datasets.config.HF_DATASETS_CACHE = cache
     torch.set_num_threads(1)
     journal.SYNC_SECONDS = sync_seconds
+    for name, module in LIMITS.items():
+        setattr(module, name, int(environment.get(name, getattr(module, name))))
     passages = _Passages(death)
     for point, (owner, name, _) in POINTS.items():
         passages.watch(point, owner, name)

@@ -35,7 +35,7 @@ def schema(head_dim: int, softmax: bool = False) -> list[tuple[str, pa.DataType]
 
 def assert_readers_agree(root: Path, head: str, head_dim: int, *, softmax: bool = False) -> pa.Table:
     """pyarrow, datasets, DuckDB and Polars see the same rows, in the exact types of the schema."""
-    table = pq.read_table(root / head / "data.parquet")
+    table = pq.read_table(sorted(map(str, (root / head).glob("*.parquet"))))
     assert [(field.name, field.type) for field in table.schema] == schema(head_dim, softmax)
 
     statistics = dict.fromkeys(SOFTMAX_COLUMNS, datasets.Value("float32"))
@@ -53,13 +53,13 @@ def assert_readers_agree(root: Path, head: str, head_dim: int, *, softmax: bool 
     assert loaded.to_list() == table.to_pylist()
 
     columns = ", ".join(table.column_names)
-    queried = duckdb.sql(f"SELECT {columns} FROM '{root}/{head}/data.parquet'")
+    queried = duckdb.sql(f"SELECT {columns} FROM '{root}/{head}/*.parquet'")
     types = ["INTEGER"] * 3 + ["FLOAT[]", "INTEGER", "VARCHAR"]
     types += [*["FLOAT"] * 3, "INTEGER", *["FLOAT"] * 2] if softmax else []
     assert [str(t) for t in queried.types] == types
     rows = [dict(zip(table.column_names, row, strict=True)) for row in queried.fetchall()]
     assert rows == table.to_pylist()
-    assert polars.read_parquet(root / head / "data.parquet").to_dicts() == table.to_pylist()
+    assert polars.read_parquet(root / head / "*.parquet").to_dicts() == table.to_pylist()
     return table
 
 

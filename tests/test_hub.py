@@ -106,7 +106,7 @@ def test_a_run_is_published_and_a_head_is_loaded_by_name(
     assert fetched and all("l00h00q" in path for path in fetched)
 
 
-def test_1280_heads_are_two_commits_and_one_is_one_file(
+def test_1280_heads_are_two_portions_and_one_is_one_file(
     hub: LoopbackHub, predict: Run, tmp_path: Path
 ) -> None:
     tiny_model(MANY_HEADS).save_pretrained(tmp_path / "model")
@@ -114,10 +114,8 @@ def test_1280_heads_are_two_commits_and_one_is_one_file(
     assert predict(model={"name": str(tmp_path / "model")}, sniffer=output()) == 0
     assert len(hub.files(REPO, BRANCH)) == 1280 + 5
     commits = {commit.id for branch in (BRANCH, "main") for commit in hub.commits(REPO, branch)}
-    assert len(commits) == 1 + 2, "the repository's own, the branch's, and the list's"
-    assert [request.path for request in hub.requests if "/commit/" in request.path] == [
-        f"/api/datasets/{REPO}/commit/{branch}" for branch in (BRANCH, "main")
-    ]
+    assert len(commits) == 1 + 3, "the repository's own, two of the branch, and the list's"
+    assert set(hub.branches(REPO)) == {"main", BRANCH}
     hub.forget()
     head = datasets.load_dataset(REPO, "l19h31k", revision=BRANCH, split="train")
     assert head.num_rows == sum(LENGTHS)
@@ -125,6 +123,54 @@ def test_1280_heads_are_two_commits_and_one_is_one_file(
     assert len(fetched) == 1
     file = tmp_path / "root" / "l19h31k" / "data.parquet"
     assert fetched.pop().endswith(hashlib.sha256(file.read_bytes()).hexdigest())
+
+
+def test_more_heads_than_the_viewer_has_configs(
+    hub: LoopbackHub,
+    predict: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert predict("few", sniffer=output("few")) == 0
+    monkeypatch.setattr("qk_sniffer.storage.card_configs.MOST_CONFIGS", 24)
+    capsys.readouterr()
+    assert predict(sniffer=output()) == 0
+    line = f'load_dataset("{REPO}", data_files="l00h00q/*.parquet", revision="{BRANCH}", split="train")'
+    root, out = tmp_path / "root", capsys.readouterr().out
+    text = (root / "README.md").read_text()
+    assert line in out and line in text
+    assert f'load_dataset("{root}", data_files="l00h00q/*.parquet", split="train")' in out
+    configs = {config["config_name"]: config for config in DatasetCard(text).data.configs}
+    layers = [f"l0{layer}{kind}" for layer in range(4) for kind in "qk"]
+    assert [*configs] == ["examples", *layers]
+
+    stored = [pq.read_table(root / f"l01h0{head}q" / "data.parquet") for head in range(4)]
+    for source, where in ((str(root), {}), (REPO, {"revision": BRANCH})):
+        hub.forget()
+        files = "l01h03q/*.parquet"
+        head = datasets.load_dataset(source, data_files=files, split="train", **where)
+        assert head.to_list() == stored[3].to_pylist()
+        assert len([request for request in hub.requests if "/cdn/" in request.path]) == len(where)
+        layer = datasets.load_dataset(source, "l01q", split="train", **where)
+        assert layer.to_list() == [row for table in stored for row in table.to_pylist()]
+
+    assert main(["verify", str(root)]) == 0
+    before = {name: config["description"] for name, config in configs.items()}
+    assert predict("root", data={"max_samples": 3}, sniffer={"output": {"overwrite": True}}) == 0
+    again = datasets.load_dataset(str(root), "l01q", split="train")
+    assert again.num_rows == 4 * pq.read_metadata(root / "l01h00q" / "data.parquet").num_rows
+    (root / "README.md").write_text(
+        (root / "README.md").read_text().replace(_description(root, "l01q"), before["l01q"])
+    )
+    capsys.readouterr()
+    assert main(["verify", str(root)]) == 1
+    assert "README.md: l01q is not listed with its checksum" in capsys.readouterr().out
+
+
+def _description(root: Path, name: str) -> str:
+    configs = DatasetCard((root / "README.md").read_text()).data.configs
+    return next(str(c["description"]) for c in configs if c["config_name"] == name)
 
 
 def test_two_models_have_two_branches_and_main_only_the_list(

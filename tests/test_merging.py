@@ -165,7 +165,7 @@ def test_merging_does_not_hold_whole_files(tmp_path: Path) -> None:
     }
     pq.write_table(pa.table(columns), path, row_group_size=2**12, use_dictionary=False)
     del columns, numbers
-    rows = StoredRows(path, ["vector"])
+    rows = StoredRows([path], ["vector"])
     before = pa.total_allocated_bytes()
     for _ in range(2**17 // 2**12):
         rows.take(2**12)

@@ -21,7 +21,7 @@ from qk_sniffer.callback import SnifferCallback
 from qk_sniffer.config import OutputConfig
 from qk_sniffer.storage import JOURNAL_DIRECTORY, finalize
 from qk_sniffer.storage.finalizing import n_threads
-from qk_sniffer.storage.parquet import open_writer
+from qk_sniffer.storage.head_parts import open_writer
 from qk_sniffer.storage.schema import DATA_FILE
 
 SCRATCH_BYTES = 2 * 2**30

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import datasets
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
+from transformers import PreTrainedConfig
 
 from bench.loops import timed
 from bench.tables import section
 from bench.texts import ALL, long_files
-from families import MANY_HEADS, tiny_model
+from families import MANY_HEADS, MOST_HEADS, tiny_model
 from loopback import client_of
 from qk_sniffer import cli
 from qk_sniffer.hub import Publication, pull, push
@@ -27,6 +28,8 @@ from qk_sniffer.storage import PUBLICATION_FILE, file_progress, merge_pulled, re
 HUB_TEXTS, HUB_TOKENS = 4, 128
 HUB_USER, HUB_TOKEN = "someone", "hf_ofTheBenchmark"
 HUB_BRANCH, HUB_HEAD = "tiny", "l00h00q"
+HUB_MOST = 1000
+"""Files of one commit."""
 
 
 @contextlib.contextmanager
@@ -44,12 +47,13 @@ def hub_process() -> Iterator[str]:
             server.kill()
 
 
-def capture_many_heads(place: Path) -> Path:
-    """The data root of a run with as many heads as a model of eight billion parameters has."""
+def capture_heads(place: Path, config: PreTrainedConfig) -> Path:
+    """The data root of a run with all heads of a tiny model."""
+    place.mkdir(exist_ok=True)
     # Its import sets HF_HUB_OFFLINE, which client_of takes back.
     from conftest import byte_tokenizer
 
-    tiny_model(MANY_HEADS).save_pretrained(place / "model")
+    tiny_model(config).save_pretrained(place / "model")
     byte_tokenizer().save_pretrained(place / "model")
     file, root = place / "config.yaml", place / "root"
     with long_files(HUB_TEXTS) as texts:
@@ -77,9 +81,11 @@ def commit_bare(api: HfApi, repo_id: str, files: dict[str, Path]) -> None:
     api.create_repo(repo_id, repo_type="dataset")
     api.create_branch(repo_id, branch=HUB_BRANCH, repo_type="dataset")
     operations = [CommitOperationAdd(name, path) for name, path in files.items()]
-    api.create_commit(
-        repo_id, operations, commit_message="bare", repo_type="dataset", revision=HUB_BRANCH
-    )
+    for first in range(0, len(operations), HUB_MOST):
+        some = operations[first : first + HUB_MOST]
+        api.create_commit(
+            repo_id, some, commit_message="bare", repo_type="dataset", revision=HUB_BRANCH
+        )
 
 
 def count_commits(api: HfApi, repo_id: str) -> int:
@@ -125,10 +131,13 @@ def pull_whole(endpoint: str, repo_id: str, source: Path, place: Path) -> float:
     return seconds
 
 
-def load_head(endpoint: str, source: str, cache: Path, **revision: str) -> float:
-    """Seconds of loading one head by name with an empty cache."""
+def load_head(endpoint: str, source: str, cache: Path, **named: str) -> float:
+    """Seconds of loading one head with an empty cache, by its name unless it is named otherwise."""
+    named = {"name": HUB_HEAD} | named
+    if "data_files" in named:
+        del named["name"]
     with client_of(endpoint, HUB_TOKEN, cache):
-        return timed(lambda: datasets.load_dataset(source, HUB_HEAD, split="train", **revision))
+        return timed(lambda: datasets.load_dataset(source, split="train", **named))
 
 
 def fetched_bytes(cache: Path) -> tuple[list[int], list[int]]:
@@ -167,13 +176,51 @@ def time_hub(repetitions: int) -> str:
     with tempfile.TemporaryDirectory() as directory, hub_process() as endpoint:
         place = Path(directory)
         with client_of(endpoint, None, place / "capturing"):
-            root = capture_many_heads(place)
+            root = capture_heads(place, MANY_HEADS)
+            largest = capture_heads(place / "largest", MOST_HEADS)
         runs = []
         for number in range(repetitions + 1):
             with tempfile.TemporaryDirectory(dir=place) as scratch:
                 runs.append(transfer(endpoint, root, Path(scratch), number))
         sizes = [path.stat().st_size for path in pushed_files(root).values()]
-    return f"{hub_section(runs[1:], len(sizes))}\n\n{traffic_section(runs[1:], sizes)}"
+        last = most_heads_section(endpoint, largest, place / "most")
+    return f"{hub_section(runs[1:], len(sizes))}\n\n{traffic_section(runs[1:], sizes)}\n\n{last}"
+
+
+def most_heads_section(endpoint: str, data_root: Path, place: Path) -> str:
+    """Publish a data root of more files than a commit may have, and bring parts of it back, once."""
+    place.mkdir()
+    repo_id, files = f"{HUB_USER}/most", pushed_files(data_root)
+    publication = Publication(repo_id, HUB_BRANCH)
+    with client_of(endpoint, HUB_TOKEN, place / "pushing") as api:
+        first = timed(lambda: push(data_root, publication))
+        commits = count_commits(api, repo_id)
+        again = timed(lambda: push(data_root, publication))
+    rows = [
+        ("", "s", "files fetched", "kB"),
+        ("push", f"{first:.2f}", "", ""),
+        ("push again, nothing has changed", f"{again:.2f}", "", ""),
+    ]
+    for label, named in (
+        (f"load_dataset of {HUB_HEAD} by data_files", {"data_files": f"{HUB_HEAD}/*.parquet"}),
+        ("load_dataset of all queries of a layer", {"name": "l79q"}),
+        ("load_dataset of the texts", {"name": "examples"}),
+    ):
+        cache = place / str(len(rows))
+        seconds = load_head(endpoint, repo_id, cache, revision=HUB_BRANCH, **named)
+        parquet, _ = fetched_bytes(cache)
+        rows.append((label, f"{seconds:.2f}", f"{len(parquet)}", f"{sum(parquet) / 1e3:,.1f}"))
+    pulled = pull_whole(endpoint, repo_id, data_root, place)
+    rows.append(("pull into an empty data root, and merge", f"{pulled:.2f}", f"{len(files):,}", ""))
+    card = files["README.md"].stat().st_size
+    return section(
+        "The Hub with 6,000 heads",
+        f"A data root of {len(files):,} files of a tiny model that has more heads than one of 70B, of "
+        f"the same texts, once. Its card has {card / 1e3:,.0f} kB. The Hub refuses commits of more "
+        f"than 1,000 files, and push made {commits} with the list on main; load_dataset begins with "
+        "empty caches.",
+        *rows,
+    )
 
 
 def hub_section(runs: list[Transfer], n_files: int) -> str:
@@ -202,8 +249,9 @@ def hub_section(runs: list[Transfer], n_files: int) -> str:
         "after a round that is not counted. The Hub is a server on this same machine, in a process of "
         "its own that keeps the files in memory, and is reached by the loopback: neither a network nor "
         "the limits of the real Hub are in these figures. Bare and push each fill a new branch of a "
-        "new repository with the same files; push lists the branch on main as well. The second push "
-        "finds what the first has cached; all other steps begin with an empty cache.",
+        "new repository with the same files, in as few commits as the Hub takes; push lists the branch "
+        "on main as well. The second push finds what the first has cached; all other steps begin with "
+        "an empty cache.",
         *rows,
     )
 

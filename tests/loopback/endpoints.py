@@ -162,9 +162,10 @@ class Endpoints:
         found, _ = self._writable(call, repo)
         if revision.startswith("refs/"):
             raise Refusal(400, f"Invalid reference for a branch: {revision}")
-        if revision in found.branches:
+        asked = call.json()
+        if revision in found.branches and not asked.get("overwrite"):
             raise Refusal(409, f"Reference refs/heads/{revision} already exists")
-        found.branches[revision] = found.find(call.json().get("startingPoint", "main")).id
+        found.branches[revision] = found.find(asked.get("startingPoint", "main")).id
         return json_answer({}, 201)
 
     @_route("DELETE", "~/branch/{revision}")
@@ -221,6 +222,8 @@ class Endpoints:
         (_, header), *changes = (json.loads(line).values() for line in call.body.splitlines())
         if not head.id.startswith(header.get("parentCommit", "")):
             raise Refusal(412, "A commit has happened since. Please refresh and try again.")
+        if len(changes) > self.hub.most_changes:
+            raise Refusal(403, f"{len(changes)} files are too many for one commit")
         tree = dict(head.tree)
         for kind, change in changes:
             _change(found, tree, kind, change)

@@ -25,12 +25,14 @@ class LoopbackHub:
 
     Attributes:
         page_size: How many entries of a tree or commits of a history one answer holds.
+        most_changes: How many files one commit may change.
         requests: Those received.
         before: Called with method and path before a request is looked at.
     """
 
     def __init__(self, directory: Path | None = None, port: int = 0) -> None:
         self.page_size = 1000
+        self.most_changes = 1000
         self.requests: list[Request] = []
         self.before: Callable[[str, str], None] | None = None
         self.repos: dict[str, Repo] = {}

@@ -1,5 +1,6 @@
 """One branch of a Hub dataset, through the Hub's own client."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,8 +13,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import (
     are_progress_bars_disabled,
+    build_hf_headers,
     disable_progress_bars,
     enable_progress_bars,
+    get_session,
+    hf_raise_for_status,
 )
 from tqdm.auto import tqdm
 
@@ -24,7 +28,10 @@ from qk_sniffer.storage import CARD_FILE, MANIFEST_FILE, manifest_fault, parse_j
 Operation = CommitOperationAdd | CommitOperationDelete
 
 MAIN = "main"
+_LIBRARY = "qk-sniffer"
 _CONFLICT = (409, 412)
+_STAGING = re.compile(r"(.+)\.staging-[0-9a-f]{16}")
+"""A branch on which a push is prepared, and the name of the one that it is for."""
 _DOWNLOADS_AT_ONCE = 8
 _FILES_AT_ONCE, _BYTES_AT_ONCE = 256, 2**30
 """What is uploaded between two steps of the progress bar."""
@@ -54,10 +61,16 @@ class Branch:
     def __init__(self, repo_id: str, name: str) -> None:
         self.repo_id = repo_id
         self.name = name
-        self._api = HfApi(library_name="qk-sniffer")
+        self._api = HfApi(library_name=_LIBRARY)
 
     def heads(self) -> dict[str, str]:
-        """The commit at the end of every branch; none where there is no repository."""
+        """The commit at the end of every branch but those on which a push is prepared.
+
+        There are none where there is no repository.
+        """
+        return {name: end for name, end in self._all_heads().items() if not _STAGING.fullmatch(name)}
+
+    def _all_heads(self) -> dict[str, str]:
         try:
             refs = retried(lambda: self._api.list_repo_refs(self.repo_id, repo_type="dataset"))
         except RepositoryNotFoundError:
@@ -66,14 +79,14 @@ class Branch:
 
     def head(self) -> str | None:
         """The commit at its end; None where there is no such branch."""
-        return self.heads().get(self.name)
+        return self._all_heads().get(self.name)
 
     def create(self, *, private: bool) -> str:
         """Make the repository and the branch where they are missing, and give the branch's end.
 
         A new branch begins at the first commit of the repository, before any file of anyone.
         """
-        heads = self.heads()
+        heads = self._all_heads()
         if not heads:
             retried(
                 lambda: self._api.create_repo(
@@ -81,13 +94,61 @@ class Branch:
                 )
             )
         if self.name not in heads:
-            first = self._commits_of_main()[-1]
-            retried(
-                lambda: self._api.create_branch(
-                    self.repo_id, branch=self.name, revision=first, repo_type="dataset", exist_ok=True
-                )
+            return self.begin(self._commits_of_main()[-1])
+        return heads[self.name]
+
+    def begin(self, commit: str) -> str:
+        """Make the branch at a commit where it is missing, and give its end."""
+        retried(
+            lambda: self._api.create_branch(
+                self.repo_id, branch=self.name, revision=commit, repo_type="dataset", exist_ok=True
             )
-        return self.heads()[self.name]
+        )
+        return self._all_heads()[self.name]
+
+    def move(self, head: str, commit: str) -> None:
+        """Let the branch end at another commit, in one step.
+
+        The Hub does not compare its end while it moves: a commit that arrives between the question for
+        its end and the move, two requests that follow each other, is on no branch any more.
+
+        Args:
+            head: The end of the branch as it is known.
+            commit: The new one.
+
+        Raises:
+            Moved: The branch has another end by now.
+        """
+        name = quote(self.name, safe="")
+        url = f"{self._api.endpoint}/api/datasets/{self.repo_id}/branch/{name}"
+
+        def overwrite() -> None:
+            end = self.head()
+            # The answer to an earlier try may be lost.
+            if end == commit:
+                return
+            if end != head:
+                raise Moved
+            headers = build_hf_headers(library_name=_LIBRARY)
+            wanted = {"startingPoint": commit, "overwrite": True}
+            hf_raise_for_status(get_session().post(url, headers=headers, json=wanted))
+
+        retried(overwrite)
+
+    def remove_staging(self) -> None:
+        """Remove the branches on which pushes to this one were prepared."""
+        for name in self._all_heads():
+            match = _STAGING.fullmatch(name)
+            if match is None or match[1] != self.name:
+                continue
+            try:
+                retried(
+                    partial(self._api.delete_branch, self.repo_id, branch=name, repo_type="dataset")
+                )
+            except HTTP_ERROR as error:
+                # The push that prepared it may have removed it just now.
+                if status_of(error) != 404:
+                    raise
 
     def has_commits(self, head: str) -> bool:
         """Whether anyone has committed to it, so that its files are not only those of main."""
@@ -190,8 +251,8 @@ class Branch:
                 retried(send)
                 bar.update(sum(file.upload_info.size for file in some))
 
-    def commit(self, operations: Sequence[Operation], message: str, text: str, parent: str) -> None:
-        """Add one commit to the branch.
+    def commit(self, operations: Sequence[Operation], message: str, text: str, parent: str) -> str:
+        """Add one commit to the branch, and give its end.
 
         Files that have not changed are left out, and where none has there is no commit.
 
@@ -216,7 +277,7 @@ class Branch:
             parent_commit=parent,
         )
         try:
-            retried(send)
+            return str(retried(send).oid)
         except HTTP_ERROR as error:
             if status_of(error) in _CONFLICT:
                 raise Moved from error

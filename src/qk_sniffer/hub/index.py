@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qk_sniffer.hub.branch import Branch
-from qk_sniffer.storage import Place, compose_card, count_rows, shown_names
+from qk_sniffer.storage import Place, compose_card, count_rows, load_argument, shown_names
 
 
 def render_index(runs: Sequence[tuple[Branch, Mapping[str, Any]]], existing: str | None) -> str:
@@ -24,7 +24,8 @@ def render_index(runs: Sequence[tuple[Branch, Mapping[str, Any]]], existing: str
         names = " | ".join(f"`{name}`" for name in shown_names(manifest["settings"]))
         lines.append(f"| [{branch.name}]({branch.url}) | {names} | {counts} |")
     first, manifest = runs[0]
-    place, head = Place(first.repo_id, first.name), next(iter(manifest["heads"]))
+    place = Place(first.repo_id, first.name)
+    head = load_argument(manifest, next(iter(manifest["heads"])))
     return compose_card(
         existing,
         {},

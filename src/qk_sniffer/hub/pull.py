@@ -22,6 +22,7 @@ from qk_sniffer.storage import (
     differing_settings,
     earlier_run,
     file_progress,
+    head_files,
     is_described,
     merge_pulled,
     stored_example_ids,
@@ -127,12 +128,14 @@ def bring(data_root: Path, branch: Branch, head: str, manifest: dict[str, Any]) 
 
 
 def _download(branch: Branch, head: str, files: Mapping[str, FileFacts], directory: Path) -> None:
-    """Bring Parquet files, compare them with what a manifest says of them, and sync them.
+    """Bring the Parquet files of some directories, compare them with a manifest, and sync them.
 
     Raises:
         UserError: One is missing or something else.
     """
-    paths = {f"{name}/{DATA_FILE}": facts for name, facts in files.items()}
+    paths = {
+        path: about for name, facts in files.items() for path, about in head_files(name, facts).items()
+    }
     branch.download(head, [*paths], directory)
     # One that an earlier attempt left may be that of another commit, when the Hub was not asked.
     wrong = [path for path, facts in paths.items() if not is_described(directory / path, facts)]

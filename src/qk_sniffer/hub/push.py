@@ -1,4 +1,4 @@
-"""Publish a data root: one commit that switches its branch, and the index on main."""
+"""Publish a data root: one step that switches its branch, and the index on main."""
 
 import hashlib
 import logging
@@ -7,27 +7,29 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub import CommitOperationAdd
 
 from qk_sniffer.errors import UserError
-from qk_sniffer.hub.branch import MAIN, Branch, Moved, Operation, StoredFile
+from qk_sniffer.hub.branch import MAIN, Branch, Moved, StoredFile
 from qk_sniffer.hub.index import render_index
 from qk_sniffer.hub.publication import Publication
 from qk_sniffer.hub.pull import bring, require_ours
 from qk_sniffer.hub.requests import explained
+from qk_sniffer.hub.staging import Changes, commit_changes
 from qk_sniffer.storage import (
     CARD_ASIDE_FILE,
     CARD_FILE,
     CONFIG_FILE,
-    DATA_FILE,
     EXAMPLES_DIRECTORY,
     MANIFEST_FILE,
     REPORT_DIRECTORY,
     REPORT_FILE,
     FileFacts,
     Place,
+    checksum,
     describe_run,
     file_progress,
+    head_files,
     is_described,
     merge_pulled,
     own_part,
@@ -52,7 +54,7 @@ _FIRST_FILE = ".gitattributes"
 def push(data_root: Path, publication: Publication) -> None:
     """Publish a data root on its branch, and list the branch on main.
 
-    Uploads come first; one commit then replaces all that has changed. What another writer has added to
+    Uploads come first; one step then replaces all that has changed. What another writer has added to
     the branch meanwhile is merged into the data root and published with it. A push that failed is
     repeated without sending again what arrived.
 
@@ -72,6 +74,7 @@ def push(data_root: Path, publication: Publication) -> None:
             publication.write(data_root)
             _until_unmoved(lambda: _push_branch(data_root, publication), what, again)
             _until_unmoved(lambda: _push_index(publication), what, again)
+            Branch(publication.repo_id, publication.branch).remove_staging()
     except UserError as error:
         told = "" if again in str(error) else f"; then publish with {again}"
         raise UserError(f"{error}{told}; nothing in {data_root} is lost") from error
@@ -121,14 +124,10 @@ def _push_branch(data_root: Path, publication: Publication) -> None:
         kept = []
     _join_cards(data_root, publication, manifest, card, kept)
     gone = [path for path in _gone(data_root, manifest, there, theirs, is_new) if path not in kept]
-    changed = _changed(data_root, manifest, there, theirs)
-    operations: list[Operation] = [
-        *(CommitOperationDelete(path, is_folder=False) for path in gone),
-        *(CommitOperationAdd(path, data_root / path) for path in changed),
-    ]
-    if operations:
-        branch.upload(operations)
-        branch.commit(operations, _title(manifest), describe_run(manifest), head)
+    added = {path: data_root / path for path in _changed(data_root, manifest, there, theirs)}
+    digest = checksum(data_root / MANIFEST_FILE)
+    changes = Changes(gone, added, digest, _title(manifest), describe_run(manifest))
+    commit_changes(branch, head, there, changes)
     publication.replaces = None
     publication.card = own_part(read_card(data_root / CARD_FILE))
     publication.write(data_root)
@@ -255,7 +254,9 @@ def _other_files(data_root: Path) -> list[str]:
 
 def _parquet_files(manifest: Mapping[str, Any]) -> dict[str, FileFacts]:
     files = {EXAMPLES_DIRECTORY: manifest["examples"], **manifest["heads"]}
-    return {f"{name}/{DATA_FILE}": facts for name, facts in files.items()}
+    return {
+        path: about for name, facts in files.items() for path, about in head_files(name, facts).items()
+    }
 
 
 def _git_ids(path: Path) -> tuple[str, str]:

@@ -56,7 +56,7 @@ class Head:
 
     @property
     def name(self) -> str:
-        """Its name in the data root, which ``load_dataset`` takes as well."""
+        """Its name in the data root, and in a card that has a config for each head."""
         return head_name(self.layer.layer_idx, self.head, self.kind)
 
     @property

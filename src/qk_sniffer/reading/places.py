@@ -20,6 +20,7 @@ from qk_sniffer.storage import (
     MANIFEST_FILE,
     examples_schema,
     existing_data_root,
+    head_files,
     note_owner,
     read_examples,
     read_manifest,
@@ -64,9 +65,12 @@ class _Files(CapturePlace):
         return read_examples(self.file(f"{EXAMPLES_DIRECTORY}/{DATA_FILE}"), schema=schema)
 
     def rows(self, name: str, schema: pa.Schema) -> HeadRows:
-        """Those of a head's file, which is opened when they are read."""
+        """Those of a head's files, which are opened when they are read."""
         # No lambda: a process that is spawned gets a pickled copy.
-        return FileRows(partial(self.file, f"{name}/{DATA_FILE}"), schema)
+        return FileRows(partial(self._files_of, name), schema)
+
+    def _files_of(self, name: str) -> list[Path]:
+        return [self.file(path) for path in head_files(name, self.manifest["heads"][name])]
 
     @abstractmethod
     def file(self, path: str) -> Path:

@@ -1,4 +1,4 @@
-"""Rows of a head's file as NumPy arrays and torch tensors, at once or a row group at a time."""
+"""Rows of a head's files as NumPy arrays and torch tensors, at once or a row group at a time."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -100,52 +100,56 @@ def _of_table(table: pa.Table) -> TableRows:
 
 
 class FileRows(HeadRows):
-    """Rows of a head's Parquet file, which is opened when they are asked for.
+    """Rows of a head's Parquet files, which are opened when they are asked for.
 
     Args:
-        path: Gives the file, which may have to come here first.
-        schema: The columns that it must have.
+        paths: Gives the files in order, which may have to come here first.
+        schema: The columns that they must have.
     """
 
-    def __init__(self, path: Callable[[], Path], schema: pa.Schema) -> None:
-        self._path = path
+    def __init__(self, paths: Callable[[], Sequence[Path]], schema: pa.Schema) -> None:
+        self._paths = paths
         self._schema = schema
 
     def read(
         self, columns: list[str] | None = None, condition: ds.Expression | None = None
     ) -> pa.Table:
         """Some of them."""
-        path = self._path()
-        return _read(path, self._open(path), columns, condition)
+        paths = self._paths()
+        return _read(paths[0], self._open(paths), columns, condition)
 
     def count(self, condition: ds.Expression | None) -> int:
         """How many rows fulfil a condition; None counts all.
 
         Raises:
-            UserError: The file is damaged, or has other columns than a head.
+            UserError: A file is damaged, or has other columns than a head.
         """
-        path = self._path()
-        dataset = self._open(path)
-        with _readable(path):
+        paths = self._paths()
+        dataset = self._open(paths)
+        with _readable(paths[0]):
             return int(dataset.count_rows(filter=condition))
 
     def groups(self, condition: ds.Expression | None) -> Sequence[HeadRows]:
-        """Its row groups.
+        """The row groups of the files.
 
         Raises:
-            UserError: The file is damaged, or has other columns than a head.
+            UserError: A file is damaged, or has other columns than a head.
         """
-        path = self._path()
-        dataset = self._open(path)
-        with _readable(path):
-            file = next(dataset.get_fragments())
-            return [_GroupRows(path, group) for group in file.split_by_row_group(condition)]
+        found = []
+        for path in self._paths():
+            dataset = self._open([path])
+            with _readable(path):
+                file = next(dataset.get_fragments())
+                found += [_GroupRows(path, group) for group in file.split_by_row_group(condition)]
+        return found
 
-    def _open(self, path: Path) -> ds.Dataset:
-        with _readable(path):
-            if fault := fault_of_columns(path, self._schema):
-                raise _unreadable(path, fault)
-            return ds.dataset(path, format="parquet")
+    def _open(self, paths: Sequence[Path]) -> ds.Dataset:
+        for path in paths:
+            with _readable(path):
+                if fault := fault_of_columns(path, self._schema):
+                    raise _unreadable(path, fault)
+        with _readable(paths[0]):
+            return ds.dataset([str(path) for path in paths], format="parquet")
 
 
 class _GroupRows(HeadRows):

@@ -1,7 +1,6 @@
 """Bytes on disk: the journal of a running capture, Parquet files, manifest and dataset card."""
 
 from qk_sniffer.storage.card import (
-    Place,
     describe_kinds,
     describe_non_finite,
     describe_run,
@@ -9,6 +8,7 @@ from qk_sniffer.storage.card import (
     shown_names,
     write_card,
 )
+from qk_sniffer.storage.card_configs import Place, configs_of, load_argument
 from qk_sniffer.storage.card_parts import compose_card, own_part, read_card
 from qk_sniffer.storage.checked import manifest_fault, publication_fault
 from qk_sniffer.storage.data_root import (
@@ -26,6 +26,14 @@ from qk_sniffer.storage.data_root import (
     waiting_rows,
 )
 from qk_sniffer.storage.examples import read_examples
+from qk_sniffer.storage.file_facts import (
+    FILE_NAME,
+    FileFacts,
+    checksum,
+    head_files,
+    is_described,
+    joined_checksum,
+)
 from qk_sniffer.storage.files import (
     damaged,
     explained_writing,
@@ -45,7 +53,6 @@ from qk_sniffer.storage.manifest import (
     require_manifest,
 )
 from qk_sniffer.storage.ownership import Owner, Ownership, note_owner, owned, owner_of
-from qk_sniffer.storage.parquet import FileFacts, checksum, is_described
 from qk_sniffer.storage.reports import remove_report, report_files
 from qk_sniffer.storage.schema import (
     CARD_ASIDE_FILE,
@@ -85,6 +92,7 @@ __all__ = [
     "DATA_FILE",
     "EXAMPLES_DIRECTORY",
     "EXAMPLES_SCHEMA",
+    "FILE_NAME",
     "JOURNAL_ALIGNMENT",
     "JOURNAL_DIRECTORY",
     "MANIFEST_FILE",
@@ -106,6 +114,7 @@ __all__ = [
     "checksum",
     "clear_data_root",
     "compose_card",
+    "configs_of",
     "count_rows",
     "damaged",
     "data_root_path",
@@ -124,11 +133,14 @@ __all__ = [
     "file_progress",
     "finalize",
     "has_softmax",
+    "head_files",
     "head_files_bytes",
     "head_name",
     "head_schema",
     "is_described",
+    "joined_checksum",
     "journal_bytes",
+    "load_argument",
     "manifest_fault",
     "merge_pulled",
     "n_threads",

@@ -4,19 +4,24 @@ import glob
 import itertools
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qk_sniffer.config import described
 from qk_sniffer.kinds import KINDS, LOCAL_POSITIONS, Kind, kinds_of
+from qk_sniffer.storage.card_configs import (
+    Place,
+    configs_of,
+    has_config_of_each_head,
+    layer_config,
+    load_argument,
+)
 from qk_sniffer.storage.card_parts import compose_card, read_card
 from qk_sniffer.storage.files import write_text
 from qk_sniffer.storage.manifest import count_rows, describe_beyond
 from qk_sniffer.storage.reports import report_files
 from qk_sniffer.storage.schema import (
     CARD_FILE,
-    DATA_FILE,
     EXAMPLES_DIRECTORY,
     REPORT_DIRECTORY,
     has_softmax,
@@ -62,18 +67,6 @@ _PICTURES = {
 """Files of a report that the card shows, and what is on them."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """A branch of a Hub dataset."""
-
-    repo_id: str
-    branch: str
-
-    def load_line(self, config: str) -> str:
-        """The Python expression that loads a head or the examples from it."""
-        return f'load_dataset("{self.repo_id}", "{config}", revision="{self.branch}", split="train")'
-
-
 def write_card(data_root: Path, manifest: Mapping[str, Any], place: Place | None = None) -> None:
     """Write the card of a data root anew; a person's own text and fields stay.
 
@@ -102,18 +95,10 @@ def render_card(
     Raises:
         UserError: The YAML of the existing card is broken.
     """
-    files = manifest["heads"] | {EXAMPLES_DIRECTORY: manifest["examples"]}
-    configs = [
-        {
-            "config_name": name,
-            "data_files": [{"split": "train", "path": f"{name}/{DATA_FILE}"}],
-            # load_dataset caches a local directory under its base name and these configs alone:
-            # without the digest it would serve the rows of an older or a namesake data root.
-            "description": f"XXH3 {file['xxh3_128']}",
-        }
-        for name, file in files.items()
-    ]
-    fields = {"size_categories": [_size_category(count_rows(manifest))], "configs": configs}
+    fields = {
+        "size_categories": [_size_category(count_rows(manifest))],
+        "configs": configs_of(manifest),
+    }
     return compose_card(existing, fields, _body(manifest, place, _pictures(report)))
 
 
@@ -231,8 +216,9 @@ def _body(manifest: Mapping[str, Any], place: Place | None, pictures: str) -> st
     named = _listed(f"{KINDS[kind].name} (`{kind}`)" for kind in kinds)
     numbering = _about_numbers(kinds)
     first_head = next(iter(manifest["heads"]))
-    here = 'load_dataset("PATH_OR_REPO", "{}", split="train")'
-    lines = [place.load_line(i) if place else here.format(i) for i in (first_head, EXAMPLES_DIRECTORY)]
+    here = 'load_dataset("PATH_OR_REPO", {}, split="train")'
+    arguments = [load_argument(manifest, name) for name in (first_head, EXAMPLES_DIRECTORY)]
+    lines = [place.load_line(i) if place else here.format(i) for i in arguments]
     return f"""\
 # {describe_kinds(manifest).capitalize()} of {name}
 
@@ -248,7 +234,7 @@ from datasets import load_dataset
 head = {lines[0]}
 examples = {lines[1]}
 ```
-
+{_about_configs(manifest)}
 `l00h05q` is query head 5 of layer 0, `l00h01k` its key head 1; with grouped-query attention key heads
 are counted by themselves.{numbering} `examples` maps `example_id` to the ids of the dataset.
 
@@ -281,6 +267,17 @@ def describe_kinds(manifest: Mapping[str, Any]) -> str:
 def _listed(names: Iterable[str], word: str = "and") -> str:
     *others, last = names
     return f"{', '.join(others)} {word} {last}" if others else last
+
+
+def _about_configs(manifest: Mapping[str, Any]) -> str:
+    """What the configs are where there are too many heads for one each."""
+    if has_config_of_each_head(manifest):
+        return ""
+    config = layer_config(next(iter(manifest["heads"])))
+    return f"""
+A head is loaded by its file, as above. The config `{config}` is all heads of its layer and kind, one
+after another in the order of their numbers; each has the same number of rows.
+"""
 
 
 def _about_numbers(kinds: Collection[Kind]) -> str:

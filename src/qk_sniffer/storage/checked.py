@@ -20,6 +20,7 @@ from jsonschema.validators import extend
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.kinds import KINDS, PARTS, part_width
+from qk_sniffer.storage.file_facts import MOST_FILES
 from qk_sniffer.storage.schema import (
     DIRECTORIES,
     FILES,
@@ -57,13 +58,15 @@ _NAME = _or_null(_TEXT)
 _TEXTS = {"anyOf": [_TEXT, _array(_TEXT, 1)]}
 _NUMBERS = _or_null(_array(_integer(0, _MOST_LAYERS), 1))
 _LAYER_IDX = _integer(0, _MOST_LAYERS)
-_FILE = _object(
-    {
-        "rows": _integer(),
-        "bytes": _integer(),
-        "xxh3_128": {"type": "string", "pattern": r"^[0-9a-f]{32}\Z"},
-    },
-    {"non_finite": _integer(1)},
+_FACTS: dict[str, Any] = {
+    "rows": _integer(),
+    "bytes": _integer(),
+    "xxh3_128": {"type": "string", "pattern": r"^[0-9a-f]{32}\Z"},
+}
+_FILE = _object(_FACTS)
+_HEAD = _object(
+    _FACTS,
+    {"non_finite": _integer(1), "files": _array(_FILE, 2) | {"maxItems": MOST_FILES}},
 )
 _CAPTURE = _object(
     {
@@ -144,7 +147,7 @@ _MANIFEST = _object(
         "schema_version": _integer(1),
         "complete": _FLAG,
         **_RUN,
-        "examples": _FILE,
+        "examples": _object(_FACTS, {"files": False}),
         "buckets": {
             "type": "object",
             "propertyNames": {"pattern": r"^[0-9]{1,10}\Z"},
@@ -154,7 +157,7 @@ _MANIFEST = _object(
             "type": "object",
             "minProperties": 1,
             "propertyNames": {"pattern": rf"^(?:{HEAD_DIRECTORY.pattern})\Z"},
-            "additionalProperties": _FILE,
+            "additionalProperties": _HEAD,
         },
     },
     {

@@ -37,6 +37,7 @@ from qk_sniffer.storage.commits import (
     write_commits,
 )
 from qk_sniffer.storage.examples import read_examples
+from qk_sniffer.storage.file_facts import FileFacts, head_files
 from qk_sniffer.storage.files import explained_writing, sync_directory
 from qk_sniffer.storage.finished import FinishedRun, finished_runs
 from qk_sniffer.storage.journal import JournalWriter
@@ -48,7 +49,7 @@ from qk_sniffer.storage.manifest import (
     write_manifest,
 )
 from qk_sniffer.storage.non_finite import NonFinite, non_finite_field
-from qk_sniffer.storage.parquet import EarlierFile, FileFacts, HeadFile, write_heads, write_table
+from qk_sniffer.storage.parquet import EarlierFiles, HeadFiles, write_heads, write_table
 from qk_sniffer.storage.reader import JournalReader
 from qk_sniffer.storage.reports import remove_report
 from qk_sniffer.storage.schema import (
@@ -67,7 +68,7 @@ _HEADS_AT_ONCE = 16
 """Files that one thread has open; the heads of a layer and kind share their numbers in such groups."""
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
-_Group = tuple[int, list[HeadFile]]
+_Group = tuple[int, list[HeadFiles]]
 """Some heads of one layer and kind: the number of the stream, and their files."""
 _Share = tuple[dict[str, FileFacts], npt.NDArray[np.int32]]
 """What a process has written: its heads, and the texts with rows that are not finite."""
@@ -271,7 +272,7 @@ def _groups(data_root: Path, journal: JournalReader, earlier: Sequence[FinishedR
         if stream["kind"] not in KINDS:
             continue
         files = [
-            HeadFile(data_root / name / DATA_FILE, head, _earlier_files(name, earlier))
+            HeadFiles(data_root / name, head, _earlier_files(name, earlier))
             for head, name in enumerate(_head_names(stream))
         ]
         groups += [
@@ -285,7 +286,7 @@ def _head_names(stream: Mapping[str, Any]) -> list[str]:
     return [head_name(stream["layer_idx"], head, stream["kind"]) for head in stream["heads"]]
 
 
-def _earlier_files(name: str, earlier: Sequence[FinishedRun]) -> tuple[EarlierFile, ...]:
+def _earlier_files(name: str, earlier: Sequence[FinishedRun]) -> tuple[EarlierFiles, ...]:
     for run in earlier:
         if name not in run.manifest["heads"]:
             raise UserError(
@@ -293,7 +294,14 @@ def _earlier_files(name: str, earlier: Sequence[FinishedRun]) -> tuple[EarlierFi
                 "it from a copy, or set sniffer.output.overwrite to true to start anew"
             )
     return tuple(
-        EarlierFile(run.directory / name / DATA_FILE, run.manifest["heads"][name], run.selects)
+        EarlierFiles(
+            run.directory / name,
+            {
+                run.directory / path: facts
+                for path, facts in head_files(name, run.manifest["heads"][name]).items()
+            },
+            run.selects,
+        )
         for run in earlier
     )
 
@@ -315,7 +323,7 @@ def _write_heads(
     with ThreadPoolExecutor(n_threads(ranks)) as pool:
         try:
             for (_, files), written in zip(groups, pool.map(write, groups), strict=True):
-                yield from zip((file.path.parent.name for file in files), written, strict=True)
+                yield from zip((head.directory.name for head in files), written, strict=True)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -342,7 +350,7 @@ def _end(
     streams = [stream for stream in journal.header["streams"] if stream["kind"] in KINDS]
     ordered = {name: found[name] for stream in streams for name in _head_names(stream)}
     complete = journal.log.finalizing is True
-    buckets = _rows_by_bucket(data_root, streams)
+    buckets = _rows_by_bucket(data_root, streams, ordered)
     manifest = build_manifest(
         journal.header,
         facts,
@@ -364,16 +372,20 @@ def _end(
     return manifest
 
 
-def _rows_by_bucket(data_root: Path, streams: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+def _rows_by_bucket(
+    data_root: Path, streams: Sequence[Mapping[str, Any]], heads: Mapping[str, FileFacts]
+) -> dict[int, int]:
     """Rows of all heads in each bucket; the heads of a layer and kind share theirs."""
 
     def count(stream: Mapping[str, Any]) -> Counter[int]:
         counts: Counter[int] = Counter()
-        with pq.ParquetFile(data_root / _head_names(stream)[0] / DATA_FILE) as file:
-            for number in range(file.num_row_groups):
-                buckets = file.read_row_group(number, ["bucket"])["bucket"]
-                for bucket in buckets.value_counts().to_pylist():
-                    counts[bucket["values"]] += bucket["counts"] * len(stream["heads"])
+        name = _head_names(stream)[0]
+        for path in head_files(name, heads[name]):
+            with pq.ParquetFile(data_root / path) as file:
+                for number in range(file.num_row_groups):
+                    buckets = file.read_row_group(number, ["bucket"])["bucket"]
+                    for bucket in buckets.value_counts().to_pylist():
+                        counts[bucket["values"]] += bucket["counts"] * len(stream["heads"])
         return counts
 
     with ThreadPoolExecutor(n_threads()) as pool:

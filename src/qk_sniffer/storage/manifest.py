@@ -12,9 +12,9 @@ import numpy.typing as npt
 from qk_sniffer.errors import UserError
 from qk_sniffer.kinds import Part, part_width
 from qk_sniffer.storage.checked import manifest_fault, require_own_files, require_schema_version
+from qk_sniffer.storage.file_facts import FileFacts
 from qk_sniffer.storage.files import damaged, read_json, write_text
 from qk_sniffer.storage.ownership import owner_of
-from qk_sniffer.storage.parquet import FileFacts
 from qk_sniffer.storage.schema import (
     MANIFEST_FILE,
     SCHEMA_VERSION,

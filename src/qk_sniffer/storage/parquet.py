@@ -1,7 +1,6 @@
 """Per-head Parquet files, a bounded number of rows at a time, from a journal and from earlier files."""
 
-import mmap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,20 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import EVERY_EXAMPLE, ExampleFilter
 from qk_sniffer.kinds import SOFTMAX_COLUMNS
+from qk_sniffer.storage.file_facts import (
+    FILE_NAME,
+    FileFacts,
+    describe_file,
+    describe_head_files,
+    file_names,
+    is_described,
+)
 from qk_sniffer.storage.files import replacing, sync_directory
+from qk_sniffer.storage.head_parts import HeadParts, completed, give_names
 from qk_sniffer.storage.non_finite import NonFinite
 from qk_sniffer.storage.reader import Runs, StreamReader
 from qk_sniffer.storage.schema import PULLED_DIRECTORY, head_schema
@@ -26,71 +33,67 @@ from qk_sniffer.storage.stored_rows import StoredRows, require_columns, stored_b
 ROW_GROUP_BYTES = 32 * 2**20
 """Size of the vectors in a row group: enough for a column chunk to compress and read well."""
 
-EXAMPLES_KEY = b"qk_sniffer.examples"
-"""Metadata of a head's file: the digest of the examples that it holds, from ``finalize``."""
-
-_ROWS_ENCODED_AT_ONCE = 2**16
-
 _NUMBERS = ("bucket", "example_id", "position", "sliding_window", "token_str")
 """Columns that the heads of a layer and kind share."""
 
-FileFacts = dict[str, Any]
 TokensOf = Callable[[int], pa.Array]
 
 
 @dataclass(frozen=True)
-class EarlierFile:
-    """One head's file of a finished run, whose rows are merged.
+class EarlierFiles:
+    """One head's files of a finished run, whose rows are merged.
 
     Attributes:
-        path: The file.
-        facts: What the run's manifest says of it.
+        directory: Where they are.
+        facts: What the run's manifest says of each, in order.
         selects: The examples whose rows are taken.
     """
 
-    path: Path
-    facts: FileFacts
+    directory: Path
+    facts: Mapping[Path, FileFacts]
     selects: ExampleFilter
 
-    def require_intact(self) -> None:
-        """See that the file is what the manifest describes.
+    def require_intact(self, paths: Iterable[Path]) -> None:
+        """See that some of the files are what the manifest describes; others are passed over.
 
         Raises:
-            UserError: It is not.
+            UserError: One is not.
         """
-        if not is_described(self.path, self.facts):
+        for path in paths:
+            if path not in self.facts or is_described(path, self.facts[path]):
+                continue
             remedy = "restore it from a copy, or set sniffer.output.overwrite to true to start anew"
-            if PULLED_DIRECTORY in self.path.parts:
-                remedy = f"remove {self.path.parents[1]}, which the next run pulls again"
-            raise UserError(f"{self.path}: damaged, it is not what the manifest describes; {remedy}")
+            if PULLED_DIRECTORY in path.parts:
+                remedy = f"remove {path.parents[1]}, which the next run pulls again"
+            raise UserError(f"{path}: damaged, it is not what the manifest describes; {remedy}")
 
 
 @dataclass(frozen=True)
-class HeadFile:
-    """The file of one head that is to be written.
+class HeadFiles:
+    """The files of one head that are to be written.
 
     Attributes:
-        path: The file.
+        directory: Where they are.
         number: Index of the head into the stream's captured heads.
         earlier: The files of finished runs that are merged into it; none has an example of another.
     """
 
-    path: Path
+    directory: Path
     number: int
-    earlier: tuple[EarlierFile, ...] = ()
+    earlier: tuple[EarlierFiles, ...] = ()
 
 
 def write_heads(
     stream: StreamReader,
-    files: Sequence[HeadFile],
+    files: Sequence[HeadFiles],
     tokens: TokensOf | None,
     digest: str,
     statistics: StreamReader | None = None,
 ) -> list[tuple[FileFacts, NonFinite]]:
-    """Write some heads of one layer and kind; each file appears under its name when it is complete.
+    """Write some heads of one layer and kind; their files have their names when they are complete.
 
-    Files that hold ``digest`` already, from an attempt that was cut off, stay as they are, and one of
-    a finished run that holds it is moved. The journal gives no examples that a finished run has.
+    Files that hold ``digest`` already, from an attempt that was cut off, stay as they are, and those
+    of a finished run that hold it are moved. The journal gives no examples that a finished run has.
 
     Args:
         stream: The journal's rows of the layer and kind.
@@ -100,18 +103,18 @@ def write_heads(
         statistics: The statistics of the same rows, for queries that have them.
 
     Returns:
-        Rows, size in bytes and checksum of each file, with the number of rows that are not finite where
-        there are any; and those rows.
+        What the manifest says of each head, with the number of rows that are not finite where there are
+        any; and those rows.
 
     Raises:
         UserError: A file that is to be merged is damaged.
     """
     counted: dict[Path, NonFinite] = {}
-    missing = [file for file in files if not (_holds(file.path, digest) or _is_moved(file, digest))]
+    missing = [head for head in files if not _is_there(head, digest)]
     if missing:
         with ExitStack() as stack:
             heads = [
-                stack.enter_context(_HeadWriter(file, stream, digest, statistics)) for file in missing
+                stack.enter_context(_HeadWriter(head, stream, digest, statistics)) for head in missing
             ]
             runs = _merge(stream.runs(), heads[0].earlier)
             for ids, blocks, rows, pieces in _row_groups(runs, stream.head_dim):
@@ -121,11 +124,32 @@ def write_heads(
                 stream.forget()
                 if statistics is not None:
                     statistics.forget()
-            counted = {head.path: head.non_finite for head in heads}
+            counted = {head.directory: head.non_finite for head in heads}
         # After all of them have their names: the first sync then brings most of the others along.
-        for file in missing:
-            sync_directory(file.path.parent)
-    return [_describe_head(file.path, counted.get(file.path)) for file in files]
+        for written in missing:
+            sync_directory(written.directory)
+    return [_describe_head(head.directory, counted.get(head.directory)) for head in files]
+
+
+def _is_there(head: HeadFiles, digest: str) -> bool:
+    """Whether the files of a head hold all rows that they are to hold, and have their names now.
+
+    Those of a finished run elsewhere take the place of others whose rows they have.
+    """
+    # Where it is whole, no example of it was captured here.
+    elsewhere = [
+        earlier
+        for earlier in head.earlier
+        if earlier.directory != head.directory and not earlier.selects.ids.size
+    ]
+    files = completed(head.directory, [earlier.directory for earlier in elsewhere], digest)
+    if files is None:
+        return False
+    for earlier in elsewhere:
+        earlier.require_intact(files)
+    head.directory.mkdir(exist_ok=True)
+    give_names(head.directory, files, file_names(len(files)))
+    return True
 
 
 def write_table(path: Path, table: pa.Table) -> FileFacts:
@@ -135,91 +159,21 @@ def write_table(path: Path, table: pa.Table) -> FileFacts:
     return describe_file(path)
 
 
-def describe_file(path: Path) -> FileFacts:
-    """Rows, size in bytes and checksum of a Parquet file."""
-    return {
-        "rows": pq.read_metadata(path).num_rows,
-        "bytes": path.stat().st_size,
-        "xxh3_128": checksum(path),
-    }
-
-
-def _describe_head(path: Path, non_finite: NonFinite | None) -> tuple[FileFacts, NonFinite]:
-    """A head's file; its rows are read again where they were not written just now."""
+def _describe_head(directory: Path, non_finite: NonFinite | None) -> tuple[FileFacts, NonFinite]:
+    """A head's files; their rows are read again where they were not written just now."""
+    paths = sorted(path for path in directory.iterdir() if FILE_NAME.fullmatch(path.name))
     if non_finite is None:
         non_finite = NonFinite()
-        for batch in stored_batches(path, ["example_id", "vector"], EVERY_EXAMPLE):
+        for batch in stored_batches(paths, ["example_id", "vector"], EVERY_EXAMPLE):
             non_finite.count(batch["example_id"], [_as_rows(batch["vector"])])
     more = {"non_finite": non_finite.rows} if non_finite.rows else {}
-    return describe_file(path) | more, non_finite
+    return describe_head_files(directory, len(paths)) | more, non_finite
 
 
 def _as_rows(vectors: Any) -> npt.NDArray[np.float32]:
     """The values of an Arrow column of vectors, (n, head_dim)."""
     rows: npt.NDArray[np.float32] = vectors.flatten().to_numpy().reshape(-1, vectors.type.list_size)
     return rows
-
-
-def checksum(path: Path) -> str:
-    """The 128-bit XXH3 digest of a file, in hexadecimal, as `xxhsum -H2` prints it."""
-    if path.stat().st_size == 0:
-        return xxhash.xxh3_128_hexdigest(b"")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
-        return xxhash.xxh3_128_hexdigest(content)
-
-
-def is_described(path: Path, facts: FileFacts) -> bool:
-    """Whether a file is there, and is what a manifest says of it."""
-    return path.exists() and checksum(path) == str(facts["xxh3_128"])
-
-
-def open_writer(sink: Any, schema: pa.Schema) -> pq.ParquetWriter:
-    """A writer with the encodings of a head's file.
-
-    Args:
-        sink: The open file. One that the writer opened would stay open where a full disk refuses its
-            end, and keep its space.
-        schema: That of the file.
-    """
-    return pq.ParquetWriter(
-        sink,
-        schema,
-        compression="zstd",
-        use_dictionary=["bucket", "example_id", "sliding_window", "token_str"],
-        column_encoding={
-            "position": "DELTA_BINARY_PACKED",
-            "vector.list.element": "BYTE_STREAM_SPLIT",
-            **{name: "BYTE_STREAM_SPLIT" for name in SOFTMAX_COLUMNS if name in schema.names},
-        },
-        write_statistics=["bucket", "example_id", "position", "sliding_window"],
-        write_batch_size=_ROWS_ENCODED_AT_ONCE,
-        sorting_columns=[
-            pq.SortingColumn(schema.get_field_index(name)) for name in ("example_id", "position")
-        ],
-    )
-
-
-def _holds(path: Path, digest: str) -> bool:
-    if not path.exists():
-        return False
-    try:
-        metadata: Mapping[bytes, bytes] = pq.read_metadata(path).metadata or {}
-    except (OSError, pa.ArrowInvalid):
-        return False
-    return metadata.get(EXAMPLES_KEY) == digest.encode()
-
-
-def _is_moved(file: HeadFile, digest: str) -> bool:
-    """Let an earlier file take the place of one whose rows it has, if there is one."""
-    for earlier in file.earlier:
-        # Where it is whole, no example of it was captured here.
-        if not earlier.selects.ids.size and _holds(earlier.path, digest):
-            earlier.require_intact()
-            file.path.parent.mkdir(exist_ok=True)
-            earlier.path.replace(file.path)
-            sync_directory(file.path.parent)
-            return True
-    return False
 
 
 def _merge(new: Runs, earlier: Sequence["_EarlierRows"]) -> Runs:
@@ -323,22 +277,26 @@ def _token_strings(tokens: TokensOf, ids: npt.NDArray[Any], positions: npt.NDArr
 
 
 class _EarlierRows:
-    """The rows of an earlier file that are merged, in its order."""
+    """The rows of earlier files that are merged, in their order."""
 
-    def __init__(self, file: EarlierFile, schema: pa.Schema) -> None:
-        file.require_intact()
-        require_columns(file.path, schema)
-        self._file = file
-        self.vectors = StoredRows(file.path, ["vector"], file.selects)
-        self.numbers = StoredRows(file.path, list(_NUMBERS), file.selects)
+    def __init__(self, files: EarlierFiles, schema: pa.Schema) -> None:
+        self._paths, self._selects = [*files.facts], files.selects
+        files.require_intact(self._paths)
+        for path in self._paths:
+            require_columns(path, schema)
+        self.vectors = self._rows(["vector"])
+        self.numbers = self._rows(list(_NUMBERS))
         if "lse" in schema.names:
-            self.statistics = StoredRows(file.path, list(SOFTMAX_COLUMNS), file.selects)
+            self.statistics = self._rows(list(SOFTMAX_COLUMNS))
+
+    def _rows(self, columns: list[str]) -> StoredRows:
+        return StoredRows(self._paths, columns, self._selects)
 
     def runs(self, number: int) -> Runs:
-        """The runs of this file, as those of the block that stands for it."""
+        """The runs of these files, as those of the block that stands for them."""
         runs = [np.empty((0, 4), np.int64)]
         first = 0
-        for batch in stored_batches(self._file.path, ["example_id"], self._file.selects):
+        for batch in stored_batches(self._paths, ["example_id"], self._selects):
             ids = batch["example_id"].to_numpy().astype(np.int64)
             starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))
             stops = np.append(starts[1:], ids.size)
@@ -349,36 +307,30 @@ class _EarlierRows:
 
 
 class _HeadWriter:
-    """Writes one head's file, reading the rows of earlier ones in their order."""
+    """Writes one head's files, reading the rows of earlier ones in their order."""
 
     def __init__(
-        self, file: HeadFile, stream: StreamReader, digest: str, statistics: StreamReader | None
+        self, head: HeadFiles, stream: StreamReader, digest: str, statistics: StreamReader | None
     ) -> None:
-        self._file = file
-        self.path = file.path
+        self._head = head
+        self.directory = head.directory
         self.non_finite = NonFinite()
         self._stream, self._statistics = stream, statistics
-        self._digest = digest
         self._schema = head_schema(stream.head_dim, softmax=statistics is not None)
-        self._open = ExitStack()
+        self._parts = HeadParts(head.directory, self._schema, digest)
         self.earlier: list[_EarlierRows] = []
 
     def __enter__(self) -> "_HeadWriter":
-        with ExitStack() as stack:
-            self.earlier = [_EarlierRows(file, self._schema) for file in self._file.earlier]
-            temporary = stack.enter_context(replacing(self._file.path, syncs_name=False))
-            sink = stack.enter_context(pa.OSFile(str(temporary), "wb"))
-            self._writer = stack.enter_context(open_writer(sink, self._schema))
-            self._writer.add_key_value_metadata({EXAMPLES_KEY: self._digest})
-            self._open = stack.pop_all()
+        self.earlier = [_EarlierRows(files, self._schema) for files in self._head.earlier]
+        self._parts.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._open.__exit__(*error)
+        self._parts.__exit__(*error)
 
     def write(self, numbers: _Numbers) -> None:
         """Write one row group."""
-        pieces = self._stream.vectors(self._file.number, numbers.places)
+        pieces = self._stream.vectors(self._head.number, numbers.places)
         if numbers.new.size < numbers.size:
             pieces = [self._with_stored(pieces, numbers)]
         self.non_finite.count(numbers.columns["example_id"], pieces)
@@ -394,7 +346,7 @@ class _HeadWriter:
         if self._statistics is not None:
             columns |= as_columns(self._all_statistics(self._statistics, numbers))
         table = pa.table(columns | {"vector": column}, schema=self._schema)
-        self._writer.write_table(table, row_group_size=numbers.size)
+        self._parts.write(table)
 
     def _with_stored(self, pieces: Any, numbers: _Numbers) -> npt.NDArray[np.float32]:
         """The journal's vectors and those of the earlier files, each in its place."""
@@ -410,7 +362,7 @@ class _HeadWriter:
     def _all_statistics(self, statistics: StreamReader, numbers: _Numbers) -> npt.NDArray[np.float32]:
         """The statistics of a row group: (N, 6)."""
         values = np.empty((numbers.size, statistics.head_dim), np.float32)
-        if pieces := statistics.vectors(self._file.number, numbers.statistics):
+        if pieces := statistics.vectors(self._head.number, numbers.statistics):
             values[numbers.new] = np.concatenate(pieces)
         for rows, places in zip(self.earlier, numbers.stored, strict=True):
             values[places] = as_values(rows.statistics.take(places.size))

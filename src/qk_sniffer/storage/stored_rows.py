@@ -1,6 +1,6 @@
-"""Rows of a head's file as they are read back, a bounded number at a time."""
+"""Rows of a head's files as they are read back, a bounded number at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,15 +16,17 @@ _MAY_BE_NULL = ("sliding_window", "token_str")
 
 
 class StoredRows:
-    """The rows of some columns of a file, in order and a bounded number at a time."""
+    """The rows of some columns of a head's files, in order and a bounded number at a time."""
 
-    def __init__(self, path: Path, columns: list[str], selects: ExampleFilter = EVERY_EXAMPLE) -> None:
-        self._schema = pa.schema([pq.read_schema(path).field(name) for name in columns])
-        self._batches = stored_batches(path, columns, selects)
+    def __init__(
+        self, paths: Sequence[Path], columns: list[str], selects: ExampleFilter = EVERY_EXAMPLE
+    ) -> None:
+        self._schema = pa.schema([pq.read_schema(paths[0]).field(name) for name in columns])
+        self._batches = stored_batches(paths, columns, selects)
         self._rest: list[pa.RecordBatch] = []
 
     def take(self, count: int) -> pa.Table:
-        """The next rows; fewer at the end of the file."""
+        """The next rows; fewer at the end."""
         size = sum(batch.num_rows for batch in self._rest)
         while size < count and (batch := next(self._batches, None)) is not None:
             self._rest.append(batch)
@@ -34,11 +36,13 @@ class StoredRows:
         return table.slice(0, count)
 
 
-def stored_batches(path: Path, columns: list[str], selects: ExampleFilter) -> Iterator[pa.RecordBatch]:
-    """Rows of some columns of a head's file, a bounded number at a time.
+def stored_batches(
+    paths: Sequence[Path], columns: list[str], selects: ExampleFilter
+) -> Iterator[pa.RecordBatch]:
+    """Rows of some columns of a head's files, a bounded number at a time.
 
     Args:
-        path: The file.
+        paths: The files, in order.
         columns: Those that are read.
         selects: The examples whose rows are taken.
 
@@ -46,15 +50,16 @@ def stored_batches(path: Path, columns: list[str], selects: ExampleFilter) -> It
         UserError: A value is missing.
     """
     asked = [*dict.fromkeys([*columns, "example_id"])] if selects.ids.size else columns
-    # Buffered whole columns would stay in memory as long as the file is open.
-    with pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_AT_ONCE) as file:
-        for batch in file.iter_batches(_ROWS_AT_ONCE, columns=asked, use_threads=False):
-            if fault := fault_of_values(batch):
-                raise damaged(path, fault)
-            if selects.ids.size:
-                batch = batch.filter(pa.array(selects(batch["example_id"].to_numpy())))
-            if batch.num_rows:
-                yield batch.select(columns)
+    for path in paths:
+        # Buffered whole columns would stay in memory as long as the file is open.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_AT_ONCE) as file:
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=asked, use_threads=False):
+                if fault := fault_of_values(batch):
+                    raise damaged(path, fault)
+                if selects.ids.size:
+                    batch = batch.filter(pa.array(selects(batch["example_id"].to_numpy())))
+                if batch.num_rows:
+                    yield batch.select(columns)
 
 
 def fault_of_columns(path: Path, schema: pa.Schema) -> str | None:

@@ -6,7 +6,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from qk_sniffer.storage import Place, count_rows, describe_beyond, describe_non_finite
+from qk_sniffer.storage import (
+    Place,
+    count_rows,
+    describe_beyond,
+    describe_non_finite,
+    load_argument,
+)
 
 
 def nothing_kept(manifest: dict[str, Any]) -> str:
@@ -37,14 +43,14 @@ def summary_table(data_root: Path, manifest: dict[str, Any], *, seconds: float) 
     heads = manifest["heads"]
     rows = count_rows(manifest)
     size = sum(head["bytes"] for head in heads.values())
-    first = next(iter(heads))
+    first = load_argument(manifest, next(iter(heads)))
     lines = {
         "heads": f"{len(heads):,}",
         "rows": f"{rows:,}",
         "bytes": f"{size:,}",
         "seconds": f"{seconds:.1f}",
         "where": str(data_root),
-        "load": f'datasets.load_dataset("{data_root}", "{first}", split="train")',
+        "load": f'datasets.load_dataset("{data_root}", {first}, split="train")',
     }
     table = "\n".join(f"{name:<8} {value}" for name, value in lines.items())
     if rows == 0:
@@ -70,5 +76,5 @@ def warn_of_non_finite(manifest: dict[str, Any]) -> str:
 
 def published_table(place: Place, manifest: dict[str, Any]) -> str:
     """Place and load line of a data root on the Hub."""
-    first = next(iter(manifest["heads"]))
+    first = load_argument(manifest, next(iter(manifest["heads"])))
     return f"on the Hub  {place.repo_id}, branch {place.branch}\nload        {place.load_line(first)}"

@@ -36,6 +36,7 @@ from qk_sniffer.storage import (
     MANIFEST_FILE,
     damaged,
     examples_schema,
+    head_files,
     head_name,
     read_examples,
     require_manifest,
@@ -126,6 +127,7 @@ class _Comparison(pl.Callback):
 
     def __init__(self, data_root: Path, manifest: dict[str, Any]) -> None:
         self._data_root = data_root
+        self._facts = manifest["heads"]
         self._heads = captured_heads(manifest)
         self._capture = manifest["settings"]["capture"]
         self._selection = Selection.of(self._capture)
@@ -216,12 +218,13 @@ class _Comparison(pl.Callback):
                 chunk.layer_idx, heads[number], "q" if chunk.kind == "softmax" else chunk.kind
             )
             if fault := fault_of(name, chunk, chunk.vectors[number]):
-                self._found.append(f"{name}/{DATA_FILE}: example {int(chunk.example_ids[0])}: {fault}")
+                files = next(iter(head_files(name, self._facts[name])))
+                self._found.append(f"{files}: example {int(chunk.example_ids[0])}: {fault}")
 
     def _read(self, name: str, chunk: Chunk, columns: list[str]) -> pa.Table:
         """Some columns of the stored rows of a text."""
         return pq.read_table(
-            self._data_root / name / DATA_FILE,
+            [str(self._data_root / path) for path in head_files(name, self._facts[name])],
             columns=columns,
             filters=[("example_id", "=", int(chunk.example_ids[0]))],
         )

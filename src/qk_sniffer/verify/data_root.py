@@ -39,12 +39,15 @@ from qk_sniffer.storage import (
     FileFacts,
     StoredRows,
     checksum,
+    configs_of,
     damaged,
     examples_schema,
     fault_of_columns,
     has_softmax,
+    head_files,
     head_name,
     head_schema,
+    joined_checksum,
     owner_of,
     parse_head_name,
     require_manifest,
@@ -137,10 +140,23 @@ def _check_names(data_root: Path, manifest: Mapping[str, Any], expected: Sequenc
     there = {path.name for path in data_root.iterdir() if parse_head_name(path.name)}
     faults = [f"manifest.json: the head {name} is missing" for name in expected if name not in listed]
     faults += [
-        f"{name}/{DATA_FILE}: in the manifest, but the settings don't capture this head"
+        f"{path}: in the manifest, but the settings don't capture this head"
         for name in sorted(listed - set(expected))
+        for path in head_files(name, manifest["heads"][name])
     ]
-    return faults + [f"{name}: not in the manifest" for name in sorted(there - listed)]
+    faults += [f"{name}: not in the manifest" for name in sorted(there - listed)]
+    return faults + _unknown_files(data_root, {n: manifest["heads"][n] for n in sorted(listed & there)})
+
+
+def _unknown_files(data_root: Path, heads: Mapping[str, FileFacts]) -> list[str]:
+    """Files of rows that the manifest does not name, and that a pattern of names would find."""
+    faults = []
+    for name, facts in heads.items():
+        there = (f"{name}/{path.name}" for path in (data_root / name).glob("*.parquet"))
+        faults += [
+            f"{path}: not in the manifest" for path in sorted({*there} - {*head_files(name, facts)})
+        ]
+    return faults
 
 
 def _check_card(data_root: Path, manifest: Mapping[str, Any]) -> list[str]:
@@ -153,19 +169,34 @@ def _check_card(data_root: Path, manifest: Mapping[str, Any]) -> list[str]:
     except Exception as error:
         return [f"{CARD_FILE}: its front matter can't be read ({first_line(error)})"]
     return [
-        f"{CARD_FILE}: {name} is not listed with its checksum, so load_dataset may not find it or "
-        "serve other rows from its cache"
-        for name, facts in manifest["heads"].items()
-        if facts["xxh3_128"] not in listed.get(name, "")
+        f"{CARD_FILE}: {config['config_name']} is not listed with its checksum, so load_dataset may "
+        "not find it or serve other rows from its cache"
+        for config in configs_of(manifest)
+        if config["config_name"] != EXAMPLES_DIRECTORY
+        and config["description"] not in listed.get(config["config_name"], "")
     ]
 
 
-def _check_file(
+def _check_files(
     data_root: Path, name: str, facts: FileFacts, schema: pa.Schema
+) -> tuple[list[Path], list[str]]:
+    """The files of a head whose rows can be trusted to be what was written, and their faults."""
+    paths, faults = [], []
+    files = head_files(name, facts)
+    for label, about in files.items():
+        path, found = _check_file(data_root, label, about, schema)
+        paths += [] if path is None else [path]
+        faults += found
+    if len(files) > 1 and facts["xxh3_128"] != joined_checksum(f["xxh3_128"] for f in files.values()):
+        faults.append(f"{name}: its checksum is not that of its files together")
+    return paths, faults
+
+
+def _check_file(
+    data_root: Path, label: str, facts: FileFacts, schema: pa.Schema
 ) -> tuple[Path | None, list[str]]:
     """The file if its rows can be trusted to be what was written, and its faults."""
-    path = data_root / name / DATA_FILE
-    label = f"{name}/{DATA_FILE}"
+    path = data_root / label
     if not path.exists():
         return None, [f"{label}: missing"]
     if path.stat().st_size != facts["bytes"]:
@@ -188,14 +219,13 @@ def _check_file(
 
 def _check_examples(data_root: Path, manifest: Mapping[str, Any]) -> tuple[pa.Table | None, list[str]]:
     schema = examples_schema(manifest["settings"])
-    path, faults = _check_file(data_root, EXAMPLES_DIRECTORY, manifest["examples"], schema)
+    label = f"{EXAMPLES_DIRECTORY}/{DATA_FILE}"
+    path, faults = _check_file(data_root, label, manifest["examples"], schema)
     if path is None:
         return None, [*faults, "heads: their rows can't be checked without the examples"]
     table = pq.read_table(path, columns=["example_id", "n_tokens"])
     if (np.diff(table["example_id"].to_numpy().astype(np.int64)) <= 0).any():
-        faults.append(
-            f"{EXAMPLES_DIRECTORY}/{DATA_FILE}: not sorted by example_id, or an id is repeated"
-        )
+        faults.append(f"{label}: not sorted by example_id, or an id is repeated")
         return None, faults
     return table, faults
 
@@ -210,7 +240,8 @@ def _stored_positions(data_root: Path, manifest: Mapping[str, Any], examples: pa
     heads: dict[str, FileFacts] = manifest["heads"]
     for name in sorted(heads, key=lambda name: -heads[name]["rows"]):
         try:
-            table = pq.read_table(data_root / name / DATA_FILE, columns=["example_id", "position"])
+            paths = [str(data_root / path) for path in head_files(name, heads[name])]
+            table = pq.read_table(paths, columns=["example_id", "position"])
             texts, positions = (column.to_numpy().astype(np.int64) for column in table.columns)
         except (*_UNREADABLE, ValueError):
             # Named as a fault where the heads are checked.
@@ -237,11 +268,12 @@ def _check_stream(
     for name in _names(stream):
         if name in manifest["heads"]:
             schema = head_schema(stream.width, softmax=stream.kind == "q" and has_softmax(manifest))
-            path, found = _check_file(data_root, name, manifest["heads"][name], schema)
+            facts, window = manifest["heads"][name], stream.layer.sliding_window
+            paths, found = _check_files(data_root, name, facts, schema)
             faults += found
-            if path is not None and not found:
-                label, window = f"{name}/{DATA_FILE}", stream.layer.sliding_window
-                heads.append(_Head(path, label, window, tokens, "lse" in schema.names))
+            if not found:
+                label = next(iter(head_files(name, facts))) if len(paths) == 1 else name
+                heads.append(_Head(paths, label, window, tokens, "lse" in schema.names))
     if examples is not None and heads:
         try:
             for expected in _expected_rows(stream, selection, examples, listed):
@@ -276,13 +308,13 @@ def _expected_rows(
 
 
 class _Head:
-    """One head's file while it is compared; the first fault is kept."""
+    """One head's files while they are compared; the first fault is kept."""
 
     def __init__(
-        self, path: Path, label: str, window: int | None, has_tokens: bool, has_softmax: bool
+        self, paths: Sequence[Path], label: str, window: int | None, has_tokens: bool, has_softmax: bool
     ) -> None:
         columns = ["example_id", "position", "bucket", "sliding_window", "token_str"]
-        self._rows = StoredRows(path, [*columns, *(SOFTMAX_COLUMNS if has_softmax else ())])
+        self._rows = StoredRows(paths, [*columns, *(SOFTMAX_COLUMNS if has_softmax else ())])
         self._has_softmax = has_softmax
         self._label = label
         self._window = window

@@ -1,0 +1,80 @@
+"""The configs of a card, by which datasets finds heads, and the expressions that load one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qk_sniffer.storage.file_facts import head_files, joined_checksum
+from qk_sniffer.storage.schema import EXAMPLES_DIRECTORY, head_name, parse_head_name
+
+MOST_CONFIGS = 3000
+"""The Hub's viewer shows no dataset that has more."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A branch of a Hub dataset."""
+
+    repo_id: str
+    branch: str
+
+    def load_line(self, argument: str) -> str:
+        """The Python expression that loads a head or the examples from it.
+
+        Args:
+            argument: What ``load_argument`` gives.
+        """
+        return f'load_dataset("{self.repo_id}", {argument}, revision="{self.branch}", split="train")'
+
+
+def has_config_of_each_head(manifest: Mapping[str, Any]) -> bool:
+    """Whether a head is a config; otherwise the heads of a layer and kind are one together."""
+    return len(manifest["heads"]) < MOST_CONFIGS
+
+
+def load_argument(manifest: Mapping[str, Any], name: str) -> str:
+    """The argument of ``load_dataset`` that names a head or the examples."""
+    if name == EXAMPLES_DIRECTORY or has_config_of_each_head(manifest):
+        return f'"{name}"'
+    return f'data_files="{name}/*.parquet"'
+
+
+def configs_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The configs of a data root's card."""
+    examples = {EXAMPLES_DIRECTORY: [EXAMPLES_DIRECTORY]}
+    if has_config_of_each_head(manifest):
+        names = {name: [name] for name in manifest["heads"]} | examples
+    else:
+        # datasets looks for the files of the first config, whichever it loads.
+        names = examples | _heads_of_layers(manifest)
+    return [_config(manifest, name, heads) for name, heads in names.items()]
+
+
+def layer_config(name: str) -> str:
+    """The config of a head's layer and kind, such as l00q."""
+    parsed = parse_head_name(name)
+    assert parsed is not None
+    layer_idx, _, kind = parsed
+    return head_name(layer_idx, 0, kind).partition("h")[0] + kind
+
+
+def _heads_of_layers(manifest: Mapping[str, Any]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in manifest["heads"]:
+        found.setdefault(layer_config(name), []).append(name)
+    return found
+
+
+def _config(manifest: Mapping[str, Any], name: str, directories: list[str]) -> dict[str, Any]:
+    """One config, with the files of some heads or the examples."""
+    facts = manifest["heads"] | {EXAMPLES_DIRECTORY: manifest["examples"]}
+    paths = [path for directory in directories for path in head_files(directory, facts[directory])]
+    digests = [facts[directory]["xxh3_128"] for directory in directories]
+    digest = digests[0] if len(digests) == 1 else joined_checksum(digests)
+    return {
+        "config_name": name,
+        "data_files": [{"split": "train", "path": paths[0] if len(paths) == 1 else paths}],
+        # load_dataset caches a local directory under its base name and these configs alone:
+        # without the digest it would serve the rows of an older or a namesake data root.
+        "description": f"XXH3 {digest}",
+    }
