@@ -138,13 +138,28 @@ def describe_run(manifest: Mapping[str, Any]) -> str:
     kept = _kept(sampler)
     beyond = "" if (found := describe_beyond(manifest)) is None else f"; {found}"
     about = {"revision": "revision", "dtype": "dtype", "attn_implementation": "attention"}
-    some = _known(data, {"data_files": "files", "split": "split"})
+    known = {"data_files": "files", "split": "split", "messages_column": "conversations in"}
+    some = _known(data, known)
     return f"""\
 - model: {_name(model.get("name"))}{_known(model, about)}{_changed_weights(model)}
 - text: {_name(data.get("path"))}{some}, {manifest["examples"]["rows"]:,} examples
-- tokens: {_limit(data.get("tokenizer", {}).get("max_length"))} of each text{beyond}
+- tokens: {_limit(data.get("tokenizer", {}).get("max_length"))} of each text{beyond}{_continued(model)}
 - positions: {kept}, buckets from {capture["min_bucket_size"]:,}
 - {len(manifest["heads"]):,} heads, {count_rows(manifest):,} rows{non_finite}"""
+
+
+def _continued(model: Mapping[str, Any]) -> str:
+    """What the model has added to the texts; empty where that is nothing."""
+    settings = model.get("generate")
+    if not settings:
+        return ""
+    return (
+        f"\n- the model has continued each text before it read all of it, with `{_listing(settings)}`"
+    )
+
+
+def _listing(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}: {_as_yaml(value)}" for name, value in settings.items())
 
 
 def _changed_weights(model: Mapping[str, Any]) -> str:
@@ -153,8 +168,7 @@ def _changed_weights(model: Mapping[str, Any]) -> str:
     told += ", merged into the weights" * bool(model.get("merge_adapter"))
     settings = model.get("quantization")
     if settings:
-        values = ", ".join(f"{name}: {_as_yaml(value)}" for name, value in settings.items())
-        told += f", weights quantized with `{values}`"
+        told += f", weights quantized with `{_listing(settings)}`"
     return told
 
 
