@@ -445,7 +445,7 @@ def test_help_describes_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for field, help_text in {
-        "--model.name VALUE": "Hub id or local directory of the model.",
+        "--model.name VALUE": "Hub id or local directory of the model, or of a PEFT adapter, which names its base.",
         "--model.config_overrides": "Values set on the model's config before it is built",
         "--data.text_column": "Column with the texts",
         "--data.tokenizer.max_length": "Tokens kept from the start of each text",

@@ -26,10 +26,10 @@ from qk_sniffer.module import SnifferModule
 from readers import assert_same_rows, error_line, files_of
 from test_architectures import DOZEN, read_table
 from test_callback import plain_batch, trainer
-from test_conversations import CONVERSATIONS, TAGGED
+from test_conversations import CONVERSATIONS, DEMO, TAGGED
 from test_ranks import free_port, lightning_variables
 from test_resume import interrupt  # noqa: F401
-from tiny import ARCHITECTURES, tiny_causal_lm
+from tiny import ARCHITECTURES, tiny_causal_lm, tiny_config
 
 Predict = Callable[..., int]
 ModelDir = Callable[[str], Path]
@@ -326,6 +326,40 @@ def test_a_model_that_reads_padding_continues_a_text_at_a_time(
         found[root] = examples_of(tmp_path / root)
         assert ("one at a time" in caplog.text) == (batch_size > 1)
     assert found["one"] == found["three"]
+
+
+def test_rope_that_depends_on_the_longest_text_is_that_of_each() -> None:
+    """And not that of a text in the same batch, or of one before."""
+    config = tiny_config("llama")
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    config.max_position_embeddings = 24
+    texts = [torch.arange(5, 5 + length) for length in (7, 90, 40, 60, 3)]
+    options = {"max_new_tokens": 8, "temperature": 0.9, "pad_token_id": 0}
+    model = transformers_model(tiny_causal_lm("llama", config))
+    with torch.inference_mode():
+        found = Continuation(model, options | {"seed": SEED}, None)(texts, [*range(5)])
+        for number, (text, new) in enumerate(zip(texts, found, strict=True)):
+            fresh = tiny_causal_lm("llama", config)
+            assert new.tolist() == own_continuation(
+                fresh, text.tolist(), number, do_sample=True, **options
+            )
+
+
+def test_weights_that_mix_the_texts_of_a_batch_continue_each_alone(
+    predict: Predict, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    generate = {"max_new_tokens": 40, "temperature": 1.5, "seed": SEED}
+    # So low that many columns have an outlier.
+    weights = {"load_in_8bit": True, "llm_int8_threshold": 1.0}
+    model = {"name": DEMO, "quantization": weights, "generate": generate}
+    # Of one length, so that no padding gives them away.
+    data = {"max_samples": 4, "tokenizer": {"max_length": 2}}
+    for root, batch_size in (("one", 1), ("four", 4)):
+        assert predict(root, model=model, data=data | {"batch_size": batch_size}) == 0
+    one = examples_of(tmp_path / "one")
+    assert {row["n_prompt_tokens"] for row in one.values()} == {2}
+    assert one == examples_of(tmp_path / "four")
 
 
 def test_a_loader_of_ones_own_is_continued_too(tmp_path: Path, model_dir: ModelDir) -> None:

@@ -12,6 +12,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from qk_sniffer.errors import UserError, did_you_mean, first_line
+from qk_sniffer.models.apart import must_be_read_alone
+from qk_sniffer.models.attention import decoder_backbone
+from qk_sniffer.models.frequencies import depends_on_length, forget_lengths
 from qk_sniffer.models.generating import watch_stopping
 from qk_sniffer.models.wrapping import wrapped
 
@@ -103,8 +106,8 @@ def require_room(n_positions: int | None, longest: int, n_new_tokens: int) -> No
 class Continuation:
     """Continues the texts of a batch together.
 
-    Those that are shorter are padded on the left. A model that lets its tokens attend to the padding
-    continues one text at a time.
+    Those that are shorter are padded on the left. A model that lets its tokens attend to the padding,
+    or computes a text otherwise in company, continues one text at a time.
 
     Args:
         model: With its language-model head.
@@ -132,7 +135,8 @@ class Continuation:
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         found = (t for t in (config.pad_token_id, *ends) if t is not None)
         self._options.setdefault("pad_token_id", next(found, 0))
-        self._reads_padding: bool | None = None
+        self._backbone = decoder_backbone(model)
+        self._one_at_a_time: bool | None = True if must_be_read_alone(self._backbone) else None
 
     def __call__(self, texts: Sequence[Tensor], example_ids: Sequence[int]) -> list[Tensor]:
         """The new tokens of each text, with the one that ends it: (N,) int64 on the host.
@@ -148,9 +152,10 @@ class Continuation:
         """
         new = [torch.empty(0, dtype=torch.int64)] * len(texts)
         some = [number for number, text in enumerate(texts) if text.numel()]
-        if len({texts[number].numel() for number in some}) > 1 and self._reads_padding is None:
-            self._reads_padding = self._find_reads_padding(texts[some[0]])
-        groups = [[number] for number in some] if self._reads_padding else [some] if some else []
+        if len({texts[number].numel() for number in some}) > 1 and self._one_at_a_time is None:
+            is_changed = depends_on_length(self._backbone) or self._reads_padding(texts[some[0]])
+            self._one_at_a_time = is_changed
+        groups = [[number] for number in some] if self._one_at_a_time else [some] if some else []
         for group in groups:
             found = self._continue([texts[n] for n in group], [example_ids[n] for n in group])
             for number, tokens in zip(group, found, strict=True):
@@ -179,6 +184,7 @@ class Continuation:
         ]
 
     def _generate(self, texts: Sequence[Tensor], example_ids: Sequence[int]) -> list[Tensor]:
+        forget_lengths(self._backbone)
         width = max(text.numel() for text in texts)
         ends: list[list[bool]] = []
         with ExitStack() as stack:
@@ -206,7 +212,7 @@ class Continuation:
         is_token = torch.arange(width, device=device) >= width - lengths[:, None]
         return {"input_ids": input_ids, "attention_mask": is_token.to(torch.int64)}
 
-    def _find_reads_padding(self, text: Tensor) -> bool:
+    def _reads_padding(self, text: Tensor) -> bool:
         """Whether padding on the left changes what the model would add to a text."""
         opening = text[:_OPENING]
         try:

@@ -80,8 +80,18 @@ def begin_batch_of_like_frequencies(backbone: nn.Module, lengths: Sequence[int])
             "padding included, and this model's RoPE has other frequencies for the one than for the "
             "other; batch texts of one length, or read with SnifferModule, which takes them apart"
         )
-    for module, arguments in _dependent[backbone]:
-        _renew(module, arguments)
+    forget_lengths(backbone)
+
+
+def forget_lengths(backbone: nn.Module) -> None:
+    """Let a model read its next text as a fresh one does, whatever it has read before.
+
+    Args:
+        backbone: As ``decoder_backbone`` gives it.
+    """
+    if depends_on_length(backbone):
+        for module, arguments in _dependent[backbone]:
+            _renew(module, arguments)
 
 
 @contextmanager
