@@ -283,9 +283,13 @@ class Captures:
             self._place.rows(name, schema),
             self.example_id,
             self.source_ids,
-            lambda: self.examples,
+            self._texts,
             self.settings["capture"],
         )
+
+    def _texts(self) -> pa.Table:
+        # A process that is spawned gets methods, and no functions without a name.
+        return self.examples
 
     def source_ids(self) -> dict[int, str]:
         """The dataset's own ids of the texts, by example id."""
