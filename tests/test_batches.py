@@ -21,7 +21,7 @@ from qk_sniffer.data.batches import (
 )
 from qk_sniffer.data.streaming import StreamedBatches
 from qk_sniffer.data.texts import TextSource
-from qk_sniffer.data.tokenizing import Encode
+from qk_sniffer.data.tokenizing import Encode, TextColumn
 from qk_sniffer.errors import UserError
 
 
@@ -134,7 +134,7 @@ def test_shares_of_a_stream_are_whole_batches_and_alike(
     lengths = np.minimum(heavy_tailed(150), 90)
     path = write_jsonl(tmp_path / "texts.jsonl", [{"text": "x" * int(n)} for n in lengths])
     rows = TextSource(str(path), None, None, "train").stream(None)
-    encode = Encode(AutoTokenizer.from_pretrained(model_dir("llama")), "text", None, None)
+    encode = Encode(AutoTokenizer.from_pretrained(model_dir("llama")), TextColumn("text"), None, None)
 
     def share(rank: int, size: int) -> list[tuple[int, ...]]:
         batches = StreamedBatches(rows, encode, 3, budget, [], rank, size)

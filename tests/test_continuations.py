@@ -375,6 +375,17 @@ def test_a_loader_of_ones_own_is_continued_too(tmp_path: Path, model_dir: ModelD
     assert table["generated_text"].to_pylist() == [None, None]
 
 
+def test_a_model_that_gives_more_than_tokens_is_continued(text_file: Path, model_dir: ModelDir) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
+    model.generation_config.return_dict_in_generate = True
+    module = SnifferModule.of(
+        model,
+        AutoTokenizer.from_pretrained(model_dir("llama")),
+        generate=GENERATE | {"pad_token_id": None},
+    )
+    trainer().predict(module, datamodule=TextDataModule(str(text_file), batch_size=3))
+
+
 def test_an_empty_text_stays_empty(predict: Predict, tmp_path: Path) -> None:
     rows = [{"id": "full", "text": "A list"}, {"id": "empty", "text": ""}]
     data = {"path": str(write_jsonl(tmp_path / "texts.jsonl", rows))}
@@ -405,6 +416,9 @@ MISTAKES = {
     "no number": ({"temperature": 0.6}, "model.generate.max_new_tokens: must be an integer"),
     "misspelt": (GENERATE | {"temprature": 1}, "model.generate.temprature: generate has no such"),
     "beams": (GENERATE | {"num_beams": 4}, "model.generate.num_beams: a text has one continuation"),
+    "strings": (GENERATE | {"stop_strings": ["a"]}, "model.generate.stop_strings: a run can't use it"),
+    "no token": (GENERATE | {"eos_token_id": "x"}, "model.generate.eos_token_id: expected a token id"),
+    "a flag": ({"max_new_tokens": True}, "model.generate.max_new_tokens: must be an integer"),
     "a seed": (GENERATE | {"seed": -1}, "model.generate.seed: must be an integer of at least 0"),
     "out of range": (GENERATE | {"temperature": -1.0}, "model.generate: "),
     "too many": ({"max_new_tokens": 100}, "a text of 61 tokens and 100 new ones are more than the 128"),

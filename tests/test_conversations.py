@@ -15,6 +15,7 @@ from conftest import write_jsonl
 from qk_sniffer import Captures
 from qk_sniffer.config import TokenizerConfig
 from qk_sniffer.data import TextDataModule
+from qk_sniffer.data.conversations import Conversations
 from qk_sniffer.errors import UserError
 from qk_sniffer.module import SnifferModule
 from readers import error_line, files_of
@@ -155,6 +156,69 @@ def test_every_message_is_where_its_text_is(
             assert content in text and len(text) <= len(content) + 2
 
 
+MOVING = """\
+{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}{% endif %}
+{%- for message in messages if message.role != 'system' %}
+{%- if message.role == 'user' %}
+{%- if loop.last and system is defined %}[U] {{ system }} {{ message.content }}[/U]
+{%- else %}[U] {{ message.content }}[/U]{% endif %}
+{%- else %} {{ message.content }}|{% endif %}
+{%- endfor %}"""
+"""It writes the system's message into the last of the user, where that is the last of all."""
+
+
+def said(messages: list[dict[str, Any]], template: str) -> tuple[list[tuple[str, str]], str]:
+    """Roles and texts of the messages of a conversation, and what follows the prompt."""
+    own = AutoTokenizer.from_pretrained(DEMO)
+    own.chat_template = template
+    found = Conversations(own, "messages", {}).render(messages, None, "row 0")
+    spans = [(span.role, found.text[span.start : span.stop]) for span in found.spans]
+    return spans, found.text[found.n_prompt :]
+
+
+def test_a_message_that_a_template_moves_hides_no_other() -> None:
+    system = {"role": "system", "content": "Be terse."}
+    turns = [
+        {"role": "user", "content": "Hello there"},
+        {"role": "assistant", "content": "Good day"},
+        {"role": "user", "content": "What is two?"},
+    ]
+    spans, _ = said([system, *turns], MOVING)
+    assert spans == [
+        ("user", "Hello there"),
+        ("assistant", "Good day"),
+        ("system", "Be terse."),
+        ("user", "What is two?"),
+    ]
+    answer = {"role": "assistant", "content": "Two is two."}
+    spans, answered = said([system, *turns, answer], MOVING)
+    assert spans[-1] == ("assistant", "Two is two.")
+    assert answered == "Two is two.|"
+
+
+def test_a_message_that_looks_like_the_template_s_own_text_is_found() -> None:
+    """A template may write an answer otherwise that comes before such a message."""
+    looking = TAGGED.replace("not loop.last", "not loop.last and messages[-1].content[0] != '<'")
+    messages = [
+        {"role": "user", "content": "Look it up."},
+        {"role": "assistant", "content": "<think>So.</think>Done"},
+        {"role": "user", "content": "<found>x</found>"},
+    ]
+    spans, _ = said(messages, looking)
+    assert spans == [(m["role"], m["content"]) for m in messages]
+
+
+def test_numbers_of_a_tool_call_are_of_the_message() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2, True]}}}
+    messages = [
+        {"role": "user", "content": "Add."},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    spans, _ = said(messages, TAGGED)
+    assert spans[1][0] == "assistant"
+    assert spans[1][1].startswith("add") and '"b": [2, true]' in spans[1][1]
+
+
 def test_tools_and_what_null_keys_stand_for(tmp_path: Path) -> None:
     """A column has the keys of all messages in each; tools may be a list, or JSON."""
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
@@ -291,6 +355,12 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, str]] = {
         {"template": BRACKETS},
         [{"role": "assistant", "content": "Hi"}],
         "refuses row 1 (id 'b') (user and assistant must take turns)",
+    ),
+    "no Jinja": ({"template": "{% for %}"}, CONVERSATIONS[0], "data.chat_template: the chat template"),
+    "an argument of ours": (
+        {"template": TAGGED, "chat_template_kwargs": {"tokenize": True}},
+        CONVERSATIONS[0],
+        "data.chat_template_kwargs.tokenize: the run gives it itself",
     ),
     "no tools": ({"template": TAGGED, "tools_column": "id"}, CONVERSATIONS[0], "not a list of tools"),
     "no such column": (

@@ -20,6 +20,7 @@ from qk_sniffer.cli import main
 from qk_sniffer.config import TokenizerConfig
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.errors import UserError
+from readers import error_line
 
 Read = Callable[..., list[tuple[str, str]]]
 """Source id and text of each row that a data module reads."""
@@ -306,3 +307,18 @@ def test_a_run_over_files_of_a_directory(
     assert 'data.data_files is {"train": ["deep/*.jsonl"]} there and not set here' in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_half_a_compressed_file_is_one_line(
+    predict: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    streaming: bool,
+) -> None:
+    """What a download leaves that broke off."""
+    whole = gzip.compress(b'{"id": "a", "text": "A"}\n' * 3000)
+    path = tmp_path / "half.jsonl.gz"
+    path.write_bytes(whole[:-40])
+    assert predict(data={"path": str(path), "id_column": None, "streaming": streaming}) == 2
+    assert "half.jsonl.gz can't be read" in error_line(capsys)

@@ -1,10 +1,11 @@
 """Conversations as text: rendered by a chat template, with the place of each message."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from qk_sniffer.errors import UserError, last_line, shortened
@@ -24,6 +25,9 @@ _SHAREGPT_ROLES = {
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _NO_TEXTS = ("role", "type", "id", "tool_call_id")
 """Keys whose values a template may check, and doesn't show as what somebody says."""
+
+_OWN_ARGUMENTS = ("conversation", "messages", "tools", "tokenize", "chat_template")
+"""What a template or ``apply_chat_template`` is given by us."""
 
 _STAND_IN = "\ue000"
 """A character of the private use area, which no text of a conversation is likely to have."""
@@ -93,6 +97,12 @@ class Conversations:
                 f"data.messages_column: the tokenizer {tokenizer.name_or_path} does not tell which "
                 "characters a token stands for; name a fast one in data.tokenizer.name"
             )
+        reserved = next((name for name in _OWN_ARGUMENTS if name in kwargs), None)
+        if reserved is not None:
+            raise UserError(
+                f"data.chat_template_kwargs.{reserved}: the run gives it itself; leave it out, or see "
+                "the other fields of data"
+            )
         self._tokenizer = tokenizer
         self._format = message_format
         self._kwargs = dict(kwargs)
@@ -121,11 +131,13 @@ class Conversations:
         opens = {"add_generation_prompt": True} if self._is_continued else {}
         options = (opens if not self._ends_with_answer else {}) | self._kwargs
         text = self._apply(known, tools, options, name)
+        spans = self._spans(known, text, lambda changed: self._try(changed, tools, options))
         n_prompt = len(text)
         if len(prompt) < len(known):
-            opening = self._apply(prompt, tools, {"add_generation_prompt": True} | self._kwargs, name)
-            n_prompt = _common(text, opening)
-        spans = self._spans(known, text, lambda changed: self._try(changed, tools, options))
+            opening = self._try(prompt, tools, {"add_generation_prompt": True} | self._kwargs)
+            # Some templates write the last question otherwise where an answer follows.
+            begins = opening is not None and text.startswith(opening)
+            n_prompt = len(opening or "") if begins else spans[-1].start if spans else len(text)
         return Rendered(text, n_prompt, tuple(spans))
 
     def _messages_of(self, messages: Any, name: str) -> list[Message]:
@@ -150,7 +162,7 @@ class Conversations:
             if role not in _ROLES and f"'{role}'" not in self._template.replace('"', "'"):
                 raise UserError(
                     f"data.messages_column: {name} has the role {role!r}, which the chat template does "
-                    f"not know; use {', '.join(_ROLES)}, mend or drop the row"
+                    f"not name; use {', '.join(_ROLES)}, mend or drop the row"
                 )
             rest = {key: _given(value) for key, value in message.items() if value is not None}
             del rest[speaker]
@@ -162,6 +174,11 @@ class Conversations:
             text: str = self._tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, **options
             )
+        except TemplateSyntaxError as error:
+            raise UserError(
+                f"data.chat_template: the chat template is no Jinja (line {error.lineno}: {error}); "
+                "mend it, or name another file"
+            ) from error
         # A template is a program of its own, and fails in any way.
         except Exception as error:
             raise UserError(
@@ -176,22 +193,59 @@ class Conversations:
         except UserError:
             return None
 
-    def _spans(self, messages: list[Message], text: str, render: Any) -> Iterator[Span]:
-        """Where the text of each message is: where it changes as the message does.
-
-        A template may strip a message, take it apart or quote it, so that it is not looked for.
-        """
-        end = 0
+    def _spans(
+        self, messages: list[Message], text: str, render: Callable[[list[Message]], str | None]
+    ) -> list[Span]:
+        """Where the text of each message is, in the order of the text; a template may move one."""
+        found = []
         for number, message in enumerate(messages):
-            changed = [*messages]
-            changed[number] = _replaced(message)
-            other = render(changed)
-            if other is None or other == text:
-                continue
-            start = max(end, _common(text, other))
-            end = max(start, len(text) - _common(text[start:][::-1], other[::-1]))
-            if start < end:
-                yield Span(message["role"], start, end)
+
+            def with_changed(changed: Message, number: int = number) -> str | None:
+                return render([*messages[:number], changed, *messages[number + 1 :]])
+
+            place = _place_of_words(message, text, with_changed) or _place_of_changes(
+                message, text, with_changed
+            )
+            if place is not None:
+                found.append(Span(message["role"], *place))
+        spans: list[Span] = []
+        for span in sorted(found, key=lambda span: (span.start, span.stop)):
+            start = max(span.start, spans[-1].stop if spans else 0)
+            if start < span.stop:
+                spans.append(replace(span, start=start))
+        return spans
+
+
+_Render = Callable[[Message], str | None]
+"""The conversation with a message in place of the one that is looked for."""
+
+
+def _place_of_words(message: Message, text: str, render: _Render) -> tuple[int, int] | None:
+    """Where the content of a message stands as it is; None where a template changes it.
+
+    A character in its middle shows the place, and leaves its ends as they are, to which a template may
+    look.
+    """
+    content = message.get("content")
+    if not isinstance(content, str) or not (words := content.strip()) or len(message) > 2:
+        return None
+    before = len(content) - len(content.lstrip())
+    middle = before + len(words) // 2
+    other = render(message | {"content": content[:middle] + _STAND_IN + content[middle:]})
+    if other is None or other == text:
+        return None
+    start = _common(text, other) - (middle - before)
+    is_there = start >= 0 and text.startswith(words, start)
+    return (start, start + len(words)) if is_there else None
+
+
+def _place_of_changes(message: Message, text: str, render: _Render) -> tuple[int, int] | None:
+    """Where the text changes when all that the message says does; None where it does not."""
+    other = render(_replaced(message))
+    if other is None or other == text:
+        return None
+    start = _common(text, other)
+    return start, max(start, len(text) - _common(text[start:][::-1], other[::-1]))
 
 
 def _common(first: str, second: str) -> int:
@@ -207,11 +261,20 @@ def _common(first: str, second: str) -> int:
 
 
 def _replaced(value: Any) -> Any:
-    """A value with other words in the place of every text."""
+    """A value with other words in the place of all that is said."""
     if isinstance(value, str):
         return _STAND_IN if value else value
+    if isinstance(value, int | float):
+        return _STAND_IN
     if isinstance(value, Mapping):
-        return {key: inner if key in _NO_TEXTS else _replaced(inner) for key, inner in value.items()}
+        return {
+            key: inner
+            if key in _NO_TEXTS
+            else {_STAND_IN: _STAND_IN}
+            if key == "arguments" and isinstance(inner, Mapping)
+            else _replaced(inner)
+            for key, inner in value.items()
+        }
     if isinstance(value, list):
         return [_replaced(inner) for inner in value]
     return value

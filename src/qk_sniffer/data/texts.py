@@ -2,9 +2,11 @@
 
 import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from lzma import LZMAError
 from typing import Any
 
 import datasets
@@ -23,7 +25,15 @@ from qk_sniffer.ids import collision, hash_ids
 Row = dict[str, Any]
 
 _ROWS_AT_ONCE = 16
-_READ_ERRORS = (OSError, ValueError, StopIteration, DatasetsError)
+_READ_ERRORS = (
+    EOFError,
+    LZMAError,
+    OSError,
+    StopIteration,
+    ValueError,
+    zlib.error,
+    DatasetsError,
+)
 _FIELDS = {
     "split": "(Unknown|Bad) split",
     "name": "BuilderConfig .* not found|Config name is missing",

@@ -22,6 +22,13 @@ log = logging.getLogger(__name__)
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p")
 _ONE_EACH = ("num_beams", "num_return_sequences", "num_beam_groups")
+_UNUSABLE = (
+    "return_dict_in_generate",
+    "stop_strings",
+    "token_healing",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+)
 _PADDING, _OPENING = 7, 256
 
 
@@ -49,11 +56,18 @@ def generate_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     options = {name: value for name, value in settings.items() if name != "seed"}
     known = GenerationConfig().to_dict()
     for name in options:
-        if name not in known or name.startswith("output_"):
+        if name in _UNUSABLE or name.startswith("output_"):
+            raise UserError(f"model.generate.{name}: a run can't use it; leave it out")
+        if name.endswith("_token_id") and not _is_token(options[name]):
+            raise UserError(
+                f"model.generate.{name}: expected a token id or a list of them, got {options[name]!r}; "
+                "see the tokenizer's vocabulary"
+            )
+        if name not in known:
             remedy = did_you_mean(name, known, "see GenerationConfig of transformers")
             raise UserError(f"model.generate.{name}: generate has no such setting; {remedy}")
     most = options.get("max_new_tokens")
-    if not isinstance(most, int) or most < 1:
+    if not _is_integer(most, 1):
         raise UserError(
             f"model.generate.max_new_tokens: must be an integer of at least 1, got {most}; it bounds "
             "what a run may take"
@@ -65,7 +79,7 @@ def generate_options(settings: Mapping[str, Any]) -> dict[str, Any]:
                 "several ids to have several"
             )
     seed = settings.get("seed", 0)
-    if not isinstance(seed, int) or seed < 0:
+    if not _is_integer(seed, 0):
         raise UserError(f"model.generate.seed: must be an integer of at least 0, got {seed}")
     if any(name in options for name in _SAMPLING):
         options.setdefault("do_sample", True)
@@ -74,6 +88,15 @@ def generate_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise _refused(error) from error
     return options
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_token(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return value is None or all(_is_integer(token, 0) for token in values)
 
 
 def _refused(error: Exception) -> UserError:
@@ -134,7 +157,9 @@ class Continuation:
         config = model.generation_config
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         found = (t for t in (config.pad_token_id, *ends) if t is not None)
-        self._options.setdefault("pad_token_id", next(found, 0))
+        if self._options.get("pad_token_id") is None:
+            self._options["pad_token_id"] = next(found, 0)
+        self._options["return_dict_in_generate"] = False
         self._backbone = decoder_backbone(model)
         self._one_at_a_time: bool | None = True if must_be_read_alone(self._backbone) else None
 
@@ -166,7 +191,8 @@ class Continuation:
         """As the call does; where the device runs out of memory, in halves."""
         try:
             return self._generate(texts, example_ids)
-        except ValueError as error:
+        # What it says of a setting that it can't use, here or on this device.
+        except (AssertionError, ValueError) as error:
             raise _refused(error) from error
         except torch.OutOfMemoryError as error:
             if len(texts) == 1:
