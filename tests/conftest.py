@@ -7,6 +7,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -123,6 +124,67 @@ def write_run(model_dir: Callable[[str], Path], text_file: Path, tmp_path: Path)
 def predict(write_run: WriteRun) -> Run:
     """Run ``qk-sniffer predict --config FILE`` with some sections changed; gives the exit status."""
     return lambda *args, **sections: main(write_run(*args, **sections))
+
+
+def copy_old_and_new(made: Path, predict: Run, tmp_path: Path) -> None:
+    """Copy a data root ``old``, and ``new`` with more texts, to a test's directory.
+
+    Args:
+        made: Where they are kept, and made by the first test that asks.
+        predict: The fixture.
+        tmp_path: The test's directory.
+    """
+    if not any(made.iterdir()):
+        assert predict("old", data={"max_samples": 3}) == 0
+        assert predict("new") == 0
+        for name in ("old", "new"):
+            shutil.move(tmp_path / name, made / name)
+    for name in ("old", "new"):
+        shutil.copytree(made / name, tmp_path / name)
+
+
+class Maker:
+    """Makes data roots of some of the texts, in a directory that several tests share.
+
+    Args:
+        made: The directory.
+        predict: The fixture, like those that follow.
+        tmp_path: Where a run happens.
+        texts: All texts.
+        monkeypatch: Cuts a run off.
+    """
+
+    def __init__(
+        self,
+        made: Path,
+        predict: Run,
+        tmp_path: Path,
+        texts: list[dict[str, Any]],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        self._made, self._predict, self._tmp_path = made, predict, tmp_path
+        self._texts, self._monkeypatch = texts, monkeypatch
+
+    def finish(self, name: str, *numbers: int) -> None:
+        """Run to the end over the texts of these numbers."""
+        assert self._predict(name, data=self._data(*numbers)) == 0
+        shutil.move(self._tmp_path / name, self._made / name)
+
+    def interrupt(self, name: str, *numbers: int) -> None:
+        """Run until the files would be written."""
+        with self._monkeypatch.context() as patch:
+            patch.setattr("qk_sniffer.recording.own_data_root.finalize", _cut_off)
+            with pytest.raises(RuntimeError, match="cut off"):
+                self._predict(name, data=self._data(*numbers))
+        shutil.move(self._tmp_path / name, self._made / name)
+
+    def _data(self, *numbers: int) -> dict[str, Any]:
+        rows = [self._texts[number] for number in numbers]
+        return {"path": str(write_jsonl(self._made / "texts.jsonl", rows)), "batch_size": 1}
+
+
+def _cut_off(*_: Any, **__: Any) -> None:
+    raise RuntimeError("cut off")
 
 
 HUB_TOKEN = "hf_MarkedToken0123456789"

@@ -27,7 +27,7 @@ from readers import assert_same_rows, error_line, files_of
 from test_architectures import DOZEN, read_table
 from test_callback import plain_batch, trainer
 from test_conversations import CONVERSATIONS, DEMO, TAGGED
-from test_ranks import free_port, lightning_variables
+from test_ranks import run_two_ranks
 from test_resume import interrupt  # noqa: F401
 from tiny import ARCHITECTURES, tiny_causal_lm, tiny_config
 
@@ -201,14 +201,7 @@ def test_two_processes_write_what_one_writes(
     sections = answering(tmp_path)
     assert main(write_run("one", **sections)) == 0
     command = write_run("two", **sections, trainer={"devices": 2})
-    port = free_port()
-    started = [
-        processes.start(tuple(command), environment=lightning_variables(rank, 2, port))
-        for rank in range(2)
-    ]
-    for process in started:
-        ended = process.wait(100)
-        assert ended.exitcode == 0, ended.printed
+    run_two_ranks(processes, command)
     assert_same_rows(tmp_path / "two", tmp_path / "one")
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from torch.utils.data import DataLoader
 
-from conftest import REPO, Run, write_jsonl
+from conftest import REPO, Maker, Run
 from killing import AFTER, BEFORE, Death, Processes
 from loopback import LoopbackHub
 from qk_sniffer import Captures
@@ -115,20 +115,8 @@ def start(
 ) -> Callable[[str], Path]:
     """A data root whose journal adds texts to the files that its name says."""
 
-    def data(*numbers: int) -> dict[str, Any]:
-        rows = [texts[number] for number in numbers]
-        return {"path": str(write_jsonl(made / "texts.jsonl", rows)), "batch_size": 1}
-
-    def finish(name: str, *numbers: int) -> None:
-        assert predict(name, data=data(*numbers)) == 0
-        shutil.move(tmp_path / name, made / name)
-
-    def interrupt(name: str, *numbers: int) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr("qk_sniffer.recording.own_data_root.finalize", _cut_off)
-            with pytest.raises(RuntimeError, match="cut off"):
-                predict(name, data=data(*numbers))
-        shutil.move(tmp_path / name, made / name)
+    maker = Maker(made, predict, tmp_path, texts, monkeypatch)
+    finish, interrupt = maker.finish, maker.interrupt
 
     if not (made / "whole").exists():
         finish("whole", *range(7))
@@ -144,10 +132,6 @@ def start(
         return Path(shutil.copytree(made / name, tmp_path / "root"))
 
     return copy
-
-
-def _cut_off(*_: Any, **__: Any) -> None:
-    raise RuntimeError("cut off")
 
 
 EARLIER = {

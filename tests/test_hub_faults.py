@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import HUB_TOKEN, REPO, Run, WriteRun
+from conftest import HUB_TOKEN, REPO, Run, WriteRun, copy_old_and_new
 from killing import Processes
 from loopback import Fault, LoopbackHub, environment_of
 from qk_sniffer.cli import main
@@ -43,13 +42,7 @@ def old_and_new(
     made: Path, predict: Run, hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[dict[str, bytes], Path]:
     """The files of a branch that holds the old run, and the data root of the new one."""
-    if not any(made.iterdir()):
-        assert predict("old", data={"max_samples": 3}) == 0
-        assert predict("new") == 0
-        for name in ("old", "new"):
-            shutil.move(tmp_path / name, made / name)
-    for name in ("old", "new"):
-        shutil.copytree(made / name, tmp_path / name)
+    copy_old_and_new(made, predict, tmp_path)
     assert main(["push", str(tmp_path / "old"), *TARGET]) == 0
     # The client waits up to eight seconds between its tries.
     monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda _: None))

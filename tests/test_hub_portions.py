@@ -1,13 +1,12 @@
 """A push of more files than one commit may have: in portions, which no reader of the branch sees."""
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import HUB_TOKEN, REPO, Run
+from conftest import HUB_TOKEN, REPO, Run, copy_old_and_new
 from killing import Processes
 from loopback import Fault, LoopbackHub, environment_of
 from qk_sniffer.cli import main
@@ -33,13 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def roots(made: Path, predict: Run, tmp_path: Path, hub: LoopbackHub, monkeypatch: Any) -> Path:
     """Directory of copies of both, where the first is on a branch and commits may be small."""
-    if not any(made.iterdir()):
-        assert predict("old", data={"max_samples": 3}) == 0
-        assert predict("new") == 0
-        for name in ("old", "new"):
-            shutil.move(tmp_path / name, made / name)
-    for name in ("old", "new"):
-        shutil.copytree(made / name, tmp_path / name)
+    copy_old_and_new(made, predict, tmp_path)
     assert main(["push", str(tmp_path / "old"), *TARGET]) == 0
     monkeypatch.setattr(staging, "MOST_CHANGES", MOST)
     hub.most_changes = MOST

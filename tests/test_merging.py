@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import Run, write_jsonl
+from conftest import Maker, Run
 from killing import AFTER, BEFORE, HALFWAY, Death, Processes
 from qk_sniffer.cli import main
 from qk_sniffer.storage import StoredRows, checksum
@@ -45,20 +45,8 @@ def start(
 ) -> Callable[[str], Path]:
     """A data root with a pulled run and what its name says besides."""
 
-    def data(*numbers: int) -> dict[str, Any]:
-        rows = [texts[number] for number in numbers]
-        return {"path": str(write_jsonl(made / "texts.jsonl", rows)), "batch_size": 1}
-
-    def finish(name: str, *numbers: int) -> None:
-        assert predict(name, data=data(*numbers)) == 0
-        shutil.move(tmp_path / name, made / name)
-
-    def interrupt(name: str, *numbers: int) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr("qk_sniffer.recording.own_data_root.finalize", _cut_off)
-            with pytest.raises(RuntimeError, match="cut off"):
-                predict(name, data=data(*numbers))
-        shutil.move(tmp_path / name, made / name)
+    maker = Maker(made, predict, tmp_path, texts, monkeypatch)
+    finish, interrupt = maker.finish, maker.interrupt
 
     if not (made / "theirs").exists():
         finish("theirs", *THEIRS)
@@ -81,10 +69,6 @@ def start(
         return root
 
     return copy
-
-
-def _cut_off(*_: Any, **__: Any) -> None:
-    raise RuntimeError("cut off")
 
 
 @pytest.mark.parametrize(

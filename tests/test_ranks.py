@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from subprocess import PIPE
 from types import MappingProxyType
@@ -46,6 +46,17 @@ def lightning_variables(rank: int, size: int, port: int) -> dict[str, str]:
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(size),
     }
+
+
+def run_two_ranks(processes: Processes, command: Sequence[str]) -> None:
+    """Run a command of two devices to its end, in two processes as Lightning starts them."""
+    port = free_port()
+    started = [
+        processes.start(command, environment=lightning_variables(rank, 2, port)) for rank in range(2)
+    ]
+    for process in started:
+        ended = process.wait(100)
+        assert ended.exitcode == 0, ended.printed
 
 
 def torchrun_variables(rank: int, size: int, port: int) -> dict[str, str]:

@@ -30,7 +30,7 @@ from qk_sniffer.module import SnifferModule
 from readers import assert_same_rows, error_line, files_of
 from test_callback import own_loader, plain_batch, trainer
 from test_estimate import bytes_before, rows_of_each_head
-from test_ranks import free_port, lightning_variables
+from test_ranks import run_two_ranks
 from test_resume import interrupt  # noqa: F401
 from test_verify import drop, faults, rewrite
 
@@ -265,14 +265,7 @@ def test_two_processes_make_the_files_of_one(
     data = {"path": str(marked), "batch_size": 2, **CASES[case].get("data", {})}
     assert main(write_run("one", **CASES[case] | {"data": data})) == 0
     command = write_run("two", **CASES[case] | {"data": data, "trainer": {"devices": 2}})
-    port = free_port()
-    started = [
-        processes.start(tuple(command), environment=lightning_variables(rank, 2, port))
-        for rank in range(2)
-    ]
-    for process in started:
-        ended = process.wait(100)
-        assert ended.exitcode == 0, ended.printed
+    run_two_ranks(processes, command)
     assert_same_rows(tmp_path / "two", tmp_path / "one")
 
 

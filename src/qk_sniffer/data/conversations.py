@@ -108,8 +108,7 @@ class Conversations:
         self._kwargs = dict(kwargs)
         self._ends_with_answer = bool(kwargs.get("continue_final_message"))
         self._is_continued = is_continued
-        template = tokenizer.chat_template
-        self._template = template if isinstance(template, str) else json.dumps(template)
+        self._template = template_text(tokenizer.chat_template)
 
     def render(self, messages: Any, tools: Any, name: str) -> Rendered:
         """A conversation as text.
@@ -246,6 +245,11 @@ def _place_of_changes(message: Message, text: str, render: _Render) -> tuple[int
         return None
     start = _common(text, other)
     return start, max(start, len(text) - _common(text[start:][::-1], other[::-1]))
+
+
+def template_text(chat_template: str | dict[str, str]) -> str:
+    """A tokenizer's chat template, or all that it has, as one text."""
+    return chat_template if isinstance(chat_template, str) else json.dumps(chat_template)
 
 
 def _common(first: str, second: str) -> int:

@@ -19,10 +19,10 @@ from qk_sniffer.storage import (
     PULLED_DIRECTORY,
     PULLING_DIRECTORY,
     FileFacts,
+    all_files,
     differing_settings,
     earlier_run,
     file_progress,
-    head_files,
     is_described,
     merge_pulled,
     stored_example_ids,
@@ -133,9 +133,7 @@ def _download(branch: Branch, head: str, files: Mapping[str, FileFacts], directo
     Raises:
         UserError: One is missing or something else.
     """
-    paths = {
-        path: about for name, facts in files.items() for path, about in head_files(name, facts).items()
-    }
+    paths = all_files(files)
     branch.download(head, [*paths], directory)
     # One that an earlier attempt left may be that of another commit, when the Hub was not asked.
     wrong = [path for path, facts in paths.items() if not is_described(directory / path, facts)]

@@ -26,10 +26,10 @@ from qk_sniffer.storage import (
     REPORT_FILE,
     FileFacts,
     Place,
+    all_files,
     checksum,
     describe_run,
     file_progress,
-    head_files,
     is_described,
     merge_pulled,
     own_part,
@@ -253,10 +253,7 @@ def _other_files(data_root: Path) -> list[str]:
 
 
 def _parquet_files(manifest: Mapping[str, Any]) -> dict[str, FileFacts]:
-    files = {EXAMPLES_DIRECTORY: manifest["examples"], **manifest["heads"]}
-    return {
-        path: about for name, facts in files.items() for path, about in head_files(name, facts).items()
-    }
+    return all_files({EXAMPLES_DIRECTORY: manifest["examples"], **manifest["heads"]})
 
 
 def _git_ids(path: Path) -> tuple[str, str]:

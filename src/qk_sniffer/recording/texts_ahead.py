@@ -1,6 +1,5 @@
 """What is known of the texts of a trainer before they are read."""
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from qk_sniffer.capture import Listed
 from qk_sniffer.config import SamplerConfig
-from qk_sniffer.data import TextDataModule
+from qk_sniffer.data import TextDataModule, template_text
 from qk_sniffer.errors import UserError
 
 
@@ -39,7 +38,7 @@ class TextsAhead:
         if getattr(self.data, "messages_column", None) is None:
             return None
         template = getattr(self.tokenizer, "chat_template", None)
-        return template if template is None or isinstance(template, str) else json.dumps(template)
+        return None if template is None else template_text(template)
 
     @property
     def example_ids(self) -> npt.NDArray[np.int32] | None:

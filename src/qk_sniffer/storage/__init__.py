@@ -29,6 +29,7 @@ from qk_sniffer.storage.examples import read_examples
 from qk_sniffer.storage.file_facts import (
     FILE_NAME,
     FileFacts,
+    all_files,
     checksum,
     head_files,
     is_described,
@@ -110,6 +111,7 @@ __all__ = [
     "Ownership",
     "Place",
     "StoredRows",
+    "all_files",
     "check_space",
     "checksum",
     "clear_data_root",

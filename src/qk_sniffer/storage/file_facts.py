@@ -43,6 +43,19 @@ def head_files(name: str, facts: Mapping[str, Any]) -> dict[str, FileFacts]:
     return {f"{name}/{file}": dict(about) for file, about in zip(names, files, strict=True)}
 
 
+def all_files(directories: Mapping[str, FileFacts]) -> dict[str, FileFacts]:
+    """The files of several heads, and of the texts, as ``head_files`` gives those of one.
+
+    Args:
+        directories: What a manifest says, by directory.
+    """
+    return {
+        path: about
+        for name, facts in directories.items()
+        for path, about in head_files(name, facts).items()
+    }
+
+
 def describe_file(path: Path) -> FileFacts:
     """Rows, size in bytes and checksum of a Parquet file."""
     return {
