@@ -3,6 +3,7 @@
 from qk_sniffer.config.fields import (
     CaptureConfig,
     HeadSamplingConfig,
+    MomentsConfig,
     OutputConfig,
     SamplerConfig,
     TokenizerConfig,
@@ -16,6 +17,7 @@ __all__ = [
     "HELP",
     "CaptureConfig",
     "HeadSamplingConfig",
+    "MomentsConfig",
     "OutputConfig",
     "SamplerConfig",
     "TokenizerConfig",

@@ -177,6 +177,31 @@ def _unused(section: Any, names: Collection[str]) -> set[str]:
 
 
 @dataclass
+class MomentsConfig:
+    """Moments of every token: counts, means, covariances, and their link to position."""
+
+    enabled: bool = False
+    """Sum moments of all tokens of the captured heads and kinds, beside the rows that are kept."""
+    by_bucket: bool = False
+    """Sum those of each bucket by themselves."""
+    pre_rope: bool = False
+    """Sum those of the vectors before the rotary embedding too."""
+    cross: bool = False
+    """Sum the covariance of each query head with the key head that it attends to, at equal positions."""
+
+    def __post_init__(self) -> None:
+        for name in ("by_bucket", "pre_rope", "cross"):
+            _require(
+                self.enabled or not getattr(self, name),
+                f"sniffer.moments.{name}: no moments are summed; set sniffer.moments.enabled to true",
+            )
+
+    def as_settings(self) -> dict[str, bool]:
+        """The section as JSON takes it; empty where no moments are summed."""
+        return asdict(self) if self.enabled else {}
+
+
+@dataclass
 class OutputConfig:
     """Where the captured vectors go."""
 
