@@ -110,7 +110,7 @@ class _Sums:
         mean, off = self._centred(rows.mean)
         position_sum = np.add.reduceat(rows.position_sum, self._starts)
         positions_off = rows.position_mean - (position_sum / count)[self._group]
-        key: dict[str, Floats] = {}
+        key: dict[str, Any] = {}
         if rows.key_mean is not None and rows.key_products is not None:
             key["key_mean"], keys_off = self._centred(rows.key_mean)
             key["key_products"] = self._products(rows.key_products, off, keys_off)

@@ -187,7 +187,7 @@ class MomentsConfig:
     pre_rope: bool = False
     """Sum those of the vectors before the rotary embedding too."""
     cross: bool = False
-    """Sum the covariance of each query head with the key head that it attends to, at equal positions."""
+    """Sum the covariance of each query head with its key head, at equal positions."""
 
     def __post_init__(self) -> None:
         for name in ("by_bucket", "pre_rope", "cross"):
