@@ -56,7 +56,7 @@ class MomentTable:
     @property
     def width(self) -> int:
         """D."""
-        return self.mean.shape[1]
+        return int(self.mean.shape[1])
 
     @property
     def columns(self) -> dict[str, npt.NDArray[Any]]:
