@@ -16,7 +16,7 @@ from qk_sniffer.capture.buffers import upload
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.moments import NO_BUCKET
 
-MOMENTS_BYTES = 32 * 2**20
+MOMENTS_BYTES = 64 * 2**20
 """The most that the vectors of a tile take of a device, about their mean."""
 
 _DIGIT_BITS, _N_DIGITS = 8, 3
