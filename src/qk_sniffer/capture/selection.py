@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qk_sniffer.capture.random import WORD
 from qk_sniffer.capture.sampling import (
+    NoneSampler,
     PositionsSampler,
     Sampler,
     build_sampler,
@@ -83,6 +84,11 @@ class Selection:
             None if positions is None else np.unique(np.asarray(positions, np.int64)),
             sampler.get("shared", False),
         )
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether it keeps any; otherwise moments alone are captured."""
+        return not isinstance(self.sampler, NoneSampler)
 
     @property
     def needs_lists(self) -> bool:

@@ -27,6 +27,7 @@ from qk_sniffer.storage import (
     FileFacts,
     Place,
     all_files,
+    captured_names,
     checksum,
     describe_run,
     file_progress,
@@ -274,7 +275,7 @@ def _git_id(content: bytes) -> str:
 
 def _title(manifest: Mapping[str, Any]) -> str:
     model, text = shown_names(manifest["settings"])
-    heads, examples = len(manifest["heads"]), manifest["examples"]["rows"]
+    heads, examples = len(captured_names(manifest)), manifest["examples"]["rows"]
     return f"{model} on {text}: {heads:,} heads, {examples:,} examples"
 
 

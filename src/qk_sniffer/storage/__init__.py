@@ -8,7 +8,12 @@ from qk_sniffer.storage.card import (
     shown_names,
     write_card,
 )
-from qk_sniffer.storage.card_configs import Place, configs_of, load_argument
+from qk_sniffer.storage.card_configs import (
+    Place,
+    configs_of,
+    first_directory,
+    load_argument,
+)
 from qk_sniffer.storage.card_parts import compose_card, own_part, read_card
 from qk_sniffer.storage.checked import manifest_fault, publication_fault
 from qk_sniffer.storage.data_root import (
@@ -48,6 +53,7 @@ from qk_sniffer.storage.finished import stored_example_ids
 from qk_sniffer.storage.journal import ALIGNMENT as JOURNAL_ALIGNMENT
 from qk_sniffer.storage.journal import Example, JournalWriter
 from qk_sniffer.storage.manifest import (
+    captured_names,
     count_rows,
     describe_beyond,
     read_manifest,
@@ -74,6 +80,7 @@ from qk_sniffer.storage.schema import (
     has_softmax,
     head_name,
     head_schema,
+    keeps_rows,
     parse_head_name,
 )
 from qk_sniffer.storage.sizes import head_files_bytes, journal_bytes, row_bytes
@@ -112,6 +119,7 @@ __all__ = [
     "Place",
     "StoredRows",
     "all_files",
+    "captured_names",
     "check_space",
     "checksum",
     "clear_data_root",
@@ -134,6 +142,7 @@ __all__ = [
     "fault_of_values",
     "file_progress",
     "finalize",
+    "first_directory",
     "has_softmax",
     "head_files",
     "head_files_bytes",
@@ -142,6 +151,7 @@ __all__ = [
     "is_described",
     "joined_checksum",
     "journal_bytes",
+    "keeps_rows",
     "load_argument",
     "manifest_fault",
     "merge_pulled",

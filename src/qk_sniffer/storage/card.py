@@ -12,19 +12,21 @@ from qk_sniffer.kinds import KINDS, LOCAL_POSITIONS, Kind, kinds_of
 from qk_sniffer.storage.card_configs import (
     Place,
     configs_of,
+    first_directory,
     has_config_of_each_head,
     layer_config,
     load_argument,
 )
 from qk_sniffer.storage.card_parts import compose_card, read_card
 from qk_sniffer.storage.files import write_text
-from qk_sniffer.storage.manifest import count_rows, describe_beyond
+from qk_sniffer.storage.manifest import captured_names, count_rows, describe_beyond
 from qk_sniffer.storage.reports import report_files
 from qk_sniffer.storage.schema import (
     CARD_FILE,
     EXAMPLES_DIRECTORY,
     REPORT_DIRECTORY,
     has_softmax,
+    keeps_rows,
 )
 
 _SIZES = ("n<1K", *(f"{i}<n<{j}" for i, j in itertools.pairwise(
@@ -145,7 +147,7 @@ def describe_run(manifest: Mapping[str, Any]) -> str:
 - text: {_name(data.get("path"))}{some}, {manifest["examples"]["rows"]:,} examples
 - tokens: {_limit(data.get("tokenizer", {}).get("max_length"))} of each text{beyond}{_continued(model)}
 - positions: {kept}, buckets from {capture["min_bucket_size"]:,}
-- {len(manifest["heads"]):,} heads, {count_rows(manifest):,} rows{non_finite}"""
+- {len(captured_names(manifest)):,} heads, {count_rows(manifest):,} rows{non_finite}"""
 
 
 def _continued(model: Mapping[str, Any]) -> str:
@@ -181,6 +183,8 @@ def _kept(sampler: Mapping[str, Any]) -> str:
     """Which positions were kept."""
     if sampler["type"] == "all":
         return "every position"
+    if sampler["type"] == "none":
+        return "no rows are kept of any, for moments alone"
     kept = f"sampler `{sampler['type']}`"
     if sampler["type"] != "positions":
         kept += f", base rate {sampler['base_rate']}, seed {sampler['seed']}"
@@ -229,10 +233,16 @@ def _body(manifest: Mapping[str, Any], place: Place | None, pictures: str) -> st
     kinds = kinds_of(manifest["settings"]["capture"])
     named = _listed(f"{KINDS[kind].name} (`{kind}`)" for kind in kinds)
     numbering = _about_numbers(kinds)
-    first_head = next(iter(manifest["heads"]))
     here = 'load_dataset("PATH_OR_REPO", {}, split="train")'
-    arguments = [load_argument(manifest, name) for name in (first_head, EXAMPLES_DIRECTORY)]
-    lines = [place.load_line(i) if place else here.format(i) for i in arguments]
+    shown = {"head": first_directory(manifest)} if keeps_rows(manifest) else {}
+    arguments = {
+        name: load_argument(manifest, directory)
+        for name, directory in (shown | {"examples": EXAMPLES_DIRECTORY}).items()
+    }
+    lines = [
+        f"{name} = {place.load_line(argument) if place else here.format(argument)}"
+        for name, argument in arguments.items()
+    ]
     return f"""\
 # {describe_kinds(manifest).capitalize()} of {name}
 
@@ -245,8 +255,7 @@ def _body(manifest: Mapping[str, Any], place: Place | None, pictures: str) -> st
 ```python
 from datasets import load_dataset
 
-head = {lines[0]}
-examples = {lines[1]}
+{chr(10).join(lines)}
 ```
 {_about_configs(manifest)}
 `l00h05q` is query head 5 of layer 0, `l00h01k` its key head 1; with grouped-query attention key heads
@@ -255,7 +264,17 @@ are counted by themselves.{numbering} `examples` maps `example_id` to the ids of
 ## What was captured
 
 {_captured(manifest)}
-{pictures}
+{pictures}{_rows(manifest) if keeps_rows(manifest) else ""}
+## Licence
+
+The vectors are made of the model's numbers and the dataset's text: the terms of both apply. The
+`license` above is for whoever publishes them to set.
+"""
+
+
+def _rows(manifest: Mapping[str, Any]) -> str:
+    """What the files of heads hold."""
+    return f"""
 ## Columns
 
 {_columns(manifest)}
@@ -265,11 +284,6 @@ Rows are sorted by `example_id` and `position`. `manifest.json` has settings, ve
 ## Rows
 
 {_bucket_table(manifest["buckets"])}
-
-## Licence
-
-The vectors are made of the model's numbers and the dataset's text: the terms of both apply. The
-`license` above is for whoever publishes them to set.
 """
 
 
@@ -314,7 +328,7 @@ def _columns(manifest: Mapping[str, Any]) -> str:
 
 def _captured(manifest: Mapping[str, Any]) -> str:
     capture = manifest["settings"]["capture"]
-    heads, kinds = manifest["heads"], kinds_of(capture)
+    heads, kinds = captured_names(manifest), kinds_of(capture)
     counts = {kind: sum(name.endswith(kind) for name in heads) for kind in kinds}
     counted = _listed(f"{count:,} {KINDS[kind].name} heads" for kind, count in counts.items())
     layers = {int(name[1:].partition("h")[0]) for name in heads}

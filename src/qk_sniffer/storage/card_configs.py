@@ -39,6 +39,11 @@ def load_argument(manifest: Mapping[str, Any], name: str) -> str:
     return f'data_files="{name}/*.parquet"'
 
 
+def first_directory(manifest: Mapping[str, Any]) -> str:
+    """What a line that loads something shows: the first head, or the examples where none has files."""
+    return next(iter(manifest["heads"]), EXAMPLES_DIRECTORY)
+
+
 def configs_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The configs of a data root's card."""
     examples = {EXAMPLES_DIRECTORY: [EXAMPLES_DIRECTORY]}

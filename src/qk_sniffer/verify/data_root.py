@@ -48,6 +48,7 @@ from qk_sniffer.storage import (
     head_name,
     head_schema,
     joined_checksum,
+    keeps_rows,
     owner_of,
     parse_head_name,
     require_manifest,
@@ -82,7 +83,8 @@ def verify(data_root: Path, *, trust_code: bool = False) -> list[str]:
     ]
     try:
         kinds = kinds_of(manifest["settings"]["capture"])
-        streams = captured_streams(captured_heads(manifest), kinds)
+        heads = captured_heads(manifest) if keeps_rows(manifest) else {}
+        streams = captured_streams(heads, kinds)
     except UserError as error:
         fault = f"its settings and its layers don't agree ({error})"
         raise damaged(data_root / MANIFEST_FILE, fault) from error
