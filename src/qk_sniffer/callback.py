@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from qk_sniffer.capture import CapturedHeads, Selection, heads_to_capture
-from qk_sniffer.config import CaptureConfig, OutputConfig
+from qk_sniffer.config import CaptureConfig, MomentsConfig, OutputConfig, require_something
 from qk_sniffer.data import batch_fields
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter
@@ -74,6 +74,7 @@ class SnifferCallback(pl.Callback):
         check: Recompute attention in a few layers and heads on up to 512 tokens of the first batch,
             from the captured vectors, and stop where it differs from the model's own; or where the
             model reads passages otherwise than the whole.
+        moments: Which moments of every token are summed.
     """
 
     def __init__(
@@ -81,11 +82,14 @@ class SnifferCallback(pl.Callback):
         output: OutputConfig,
         capture: CaptureConfig = CaptureConfig(),  # noqa: B008
         check: bool = True,
+        moments: MomentsConfig = MomentsConfig(),  # noqa: B008
     ) -> None:
+        require_something(capture, moments)
         leave_out_advertisements()
         self.output = output
         self.capture = capture
         self.check = check
+        self.moments = moments
         self.own_data_root = OwnDataRoot(output)
         self.data_root = self.own_data_root.path
         self._selection = Selection.of(capture.as_settings())
