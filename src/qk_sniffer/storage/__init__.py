@@ -83,7 +83,7 @@ from qk_sniffer.storage.schema import (
     keeps_rows,
     parse_head_name,
 )
-from qk_sniffer.storage.sizes import head_files_bytes, journal_bytes, row_bytes
+from qk_sniffer.storage.sizes import head_files_bytes, journal_bytes, moments_bytes, row_bytes
 from qk_sniffer.storage.stored_rows import StoredRows, fault_of_columns, fault_of_values
 from qk_sniffer.storage.summary import (
     file_progress,
@@ -155,6 +155,7 @@ __all__ = [
     "load_argument",
     "manifest_fault",
     "merge_pulled",
+    "moments_bytes",
     "n_threads",
     "note_owner",
     "nothing_kept",
