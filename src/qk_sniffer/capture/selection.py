@@ -115,6 +115,14 @@ class Selection:
         is_certain = all(segment.probability >= 1 for segment in segments)
         return min(1, n_streams) if is_certain else n_streams
 
+    def count_buckets(self, length: int) -> int:
+        """How many buckets the positions of a text fall into.
+
+        Args:
+            length: Its tokens.
+        """
+        return len(np.unique(self.sampler.buckets(torch.arange(length)).numpy()))
+
     def draw(
         self, stream_ids: Tensor, example_ids: Tensor, lengths: Tensor, listed: Listed | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Whether the disk has room for a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qk_sniffer.capture import Listed, Selection
 from qk_sniffer.recording.provenance import stream_keys
-from qk_sniffer.storage import check_space, head_files_bytes, journal_bytes
+from qk_sniffer.storage import check_space, head_files_bytes, journal_bytes, moments_bytes
 
 
 def require_space(
@@ -17,29 +17,33 @@ def require_space(
     selection: Selection,
     lengths: Tensor | None,
     listed: Listed | None,
-    streams: Sequence[Mapping[str, Any]],
+    header: Mapping[str, Any],
     dtype: torch.dtype,
+    n_processes: int = 1,
 ) -> None:
     """Compare the room on the disk with what texts will take.
 
     Args:
         data_root: Where they are captured.
         selection: Which positions are kept.
-        lengths: (N,) int64, tokens in each text; None where they stream, and nobody knows.
+        lengths: (N,) int64, tokens in each text; None where they stream, and nobody knows. Of moments
+            it is then known what those of one bucket take.
         listed: Positions to keep of each text, where they come with it.
-        streams: The captured heads of each layer and kind, as in a journal's header.
+        header: The journal's: its streams, and the settings of the moments.
         dtype: Number format of the vectors.
+        n_processes: Processes of the run, each with moments of its own.
 
     Raises:
         UserError: They won't fit.
     """
-    if lengths is None:
-        return
-    name = str(dtype).removeprefix("torch.")
-    rows = float(selection.expected_rows(lengths, listed).sum())
-    n_draws = selection.count_draws(stream_keys(streams), lengths)
-    check_space(
-        data_root,
-        journal_bytes(streams, name, rows, n_draws=n_draws),
-        head_files_bytes(streams, name, rows),
-    )
+    streams, name = header["streams"], str(dtype).removeprefix("torch.")
+    journal, files, n_buckets = 0, 0, 1
+    if lengths is not None:
+        rows = float(selection.expected_rows(lengths, listed).sum())
+        n_draws = selection.count_draws(stream_keys(streams), lengths)
+        journal = journal_bytes(streams, name, rows, n_draws=n_draws)
+        files = head_files_bytes(streams, name, rows) if selection.keeps_rows else 0
+        n_buckets = selection.count_buckets(int(lengths.max())) if lengths.numel() else 1
+    moments = moments_bytes(streams, header["settings"], n_buckets)
+    states = moments * n_processes
+    check_space(data_root, journal + states, files + moments, states + moments)

@@ -1,0 +1,44 @@
+"""What the moments of a run take: rows of their files, and memory of each process."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qk_sniffer.config import MomentsConfig
+from qk_sniffer.kinds import KINDS
+from qk_sniffer.storage import moments_bytes
+
+MOMENTS_BYTES = 64 * 2**20
+"""The most that products of one forward take of a device's memory before they are summed."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over all tokens, in float64, of which each process has some of its own.
+
+    Attributes:
+        config: What is summed.
+        streams: The heads of each layer and kind, and their head_dim.
+        n_buckets: Buckets that the longest text reaches.
+    """
+
+    config: MomentsConfig
+    streams: Sequence[Mapping[str, Any]]
+    n_buckets: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of all files: one a head, bucket and stage."""
+        n_stages = {kind: 2 if kind in "qk" and self.config.pre_rope else 1 for kind in KINDS}
+        heads = sum(len(s["heads"]) * n_stages[s["kind"]] for s in self.streams if s["kind"] in KINDS)
+        return heads * (self.n_buckets if self.config.by_bucket else 1)
+
+    @property
+    def n_bytes(self) -> int:
+        """What they take as files, in the journal of each process, and as sums in memory."""
+        return moments_bytes(self.streams, {"moments": self.config.as_settings()}, self.n_buckets)
+
+    @property
+    def device_bytes(self) -> int:
+        """The most that a device holds: the sums, in float32 those of a forward, and a buffer."""
+        return self.n_bytes + self.n_bytes // 2 + MOMENTS_BYTES
