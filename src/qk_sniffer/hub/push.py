@@ -118,7 +118,11 @@ def _push_branch(data_root: Path, publication: Publication) -> None:
     is_new = theirs is None and not branch.has_commits(head)
     card = None if is_new else branch.card(head)
     there = branch.files(head)
-    if theirs is not None and theirs["heads"] == manifest["heads"] and not report_files(data_root):
+    if (
+        theirs is not None
+        and _parquet_files(theirs) == _parquet_files(manifest)
+        and not report_files(data_root)
+    ):
         # A report that another machine has made of these very rows.
         kept = [path for path in there if _is_of_a_report(path)]
     else:

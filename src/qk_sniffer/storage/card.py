@@ -232,7 +232,8 @@ def _body(manifest: Mapping[str, Any], place: Place | None, pictures: str) -> st
     partial = "" if manifest["complete"] else "The run was interrupted: this is part of its texts.\n\n"
     kinds = kinds_of(manifest["settings"]["capture"])
     named = _listed(f"{KINDS[kind].name} (`{kind}`)" for kind in kinds)
-    numbering = _about_numbers(kinds)
+    title = f"{'' if keeps_rows(manifest) else 'moments of '}{describe_kinds(manifest)}".capitalize()
+    vectors = f"{'' if keeps_rows(manifest) else 'moments of the '}{named} vectors".capitalize()
     here = 'load_dataset("PATH_OR_REPO", {}, split="train")'
     shown = {"head": first_directory(manifest)} if keeps_rows(manifest) else {}
     arguments = {
@@ -244,9 +245,9 @@ def _body(manifest: Mapping[str, Any], place: Place | None, pictures: str) -> st
         for name, argument in arguments.items()
     ]
     return f"""\
-# {describe_kinds(manifest).capitalize()} of {name}
+# {title} of {name}
 
-{named.capitalize()} vectors of the attention heads of `{name}` while it read texts of `{text}`.
+{vectors} of the attention heads of `{name}` while it read texts of `{text}`.
 
 {partial}{describe_run(manifest)}
 
@@ -258,8 +259,7 @@ from datasets import load_dataset
 {chr(10).join(lines)}
 ```
 {_about_configs(manifest)}
-`l00h05q` is query head 5 of layer 0, `l00h01k` its key head 1; with grouped-query attention key heads
-are counted by themselves.{numbering} `examples` maps `example_id` to the ids of the dataset.
+{_about_names(manifest, kinds)}`examples` maps `example_id` to the ids of the dataset.
 
 ## What was captured
 
@@ -306,6 +306,15 @@ def _about_configs(manifest: Mapping[str, Any]) -> str:
 A head is loaded by its file, as above. The config `{config}` is all heads of its layer and kind, one
 after another in the order of their numbers; each has the same number of rows.
 """
+
+
+def _about_names(manifest: Mapping[str, Any], kinds: Collection[Kind]) -> str:
+    """What the names of heads say, where these have files."""
+    if not keeps_rows(manifest):
+        return ""
+    return f"""\
+`l00h05q` is query head 5 of layer 0, `l00h01k` its key head 1; with grouped-query attention key heads
+are counted by themselves.{_about_numbers(kinds)} """
 
 
 def _about_numbers(kinds: Collection[Kind]) -> str:
