@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import xxhash
 
-from qk_sniffer.storage.schema import DATA_FILE
+from qk_sniffer.storage.schema import DATA_FILE, EXAMPLES_DIRECTORY, MOMENTS_DIRECTORY
 
 FileFacts = dict[str, Any]
 """Rows, bytes and checksum of a file; of a head with several, all together and of each as ``files``."""
@@ -54,6 +54,23 @@ def all_files(directories: Mapping[str, FileFacts]) -> dict[str, FileFacts]:
         for name, facts in directories.items()
         for path, about in head_files(name, facts).items()
     }
+
+
+def moment_files(manifest: Mapping[str, Any]) -> dict[str, FileFacts]:
+    """The files of moments that a manifest names, by their paths in the data root."""
+    moments: Mapping[str, FileFacts] = manifest.get("moments", {})
+    return {moment_file(name): facts for name, facts in moments.items()}
+
+
+def moment_file(name: str) -> str:
+    """The path of the moments of a kind, or of their texts, in a data root."""
+    return f"{MOMENTS_DIRECTORY}/{name}.parquet"
+
+
+def parquet_files(manifest: Mapping[str, Any]) -> dict[str, FileFacts]:
+    """All Parquet files of a data root, by their paths in it."""
+    directories = {EXAMPLES_DIRECTORY: manifest["examples"], **manifest["heads"]}
+    return all_files(directories) | moment_files(manifest)
 
 
 def describe_file(path: Path) -> FileFacts:

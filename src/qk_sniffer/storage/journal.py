@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ import pyarrow as pa
 import xxhash
 
 from qk_sniffer.kinds import Part
+from qk_sniffer.moments import MomentState
 from qk_sniffer.storage.commits import (
     COMMITS_FILE,
     HEADER_FILE,
@@ -39,6 +41,7 @@ from qk_sniffer.storage.commits import (
 )
 from qk_sniffer.storage.direct import PAGE, DirectFile
 from qk_sniffer.storage.files import explained_writing, sync_directory, write_text
+from qk_sniffer.storage.moment_states import STATE_FILE, read_state, write_state
 from qk_sniffer.storage.schema import examples_schema
 
 log = logging.getLogger(__name__)
@@ -71,6 +74,7 @@ rows it has (0 for none), the layer's window (-1 for none) and the number of its
 index has a block for each layer and kind, then second ones, and so on for as many as one of them has,
 in the order of their tokens."""
 
+_STATES = f"*/{STATE_FILE}"
 _TOKENS = pa.field("tokens", pa.list_(pa.string()))
 _CONTINUE = (
     "make room or mend the disk, then run the same command again, which goes on after the last batch "
@@ -195,6 +199,9 @@ class JournalWriter:
         header: What is captured, kept by the first process for whoever reads the journal.
         rank: Number of this process among those of the run.
 
+    Attributes:
+        moments: What its part held when it was opened; None where nothing is counted yet.
+
     Raises:
         UserError: Another process writes this part, or the disk refuses.
     """
@@ -210,6 +217,7 @@ class JournalWriter:
             directory.mkdir(parents=True, exist_ok=True)
             undo.enter_context(locked_part(directory))
             earlier = repair(directory, "what they stood for is captured again")
+            self.moments = read_state(directory) if "moments" in header["settings"] else None
             if rank == 0:
                 write_text(journal / HEADER_FILE, json.dumps(header))
             numbers = [int(c.segment.stem.rpartition("-")[2]) for c in earlier.commits]
@@ -223,6 +231,7 @@ class JournalWriter:
         self._watches_space = rank == 0
         self._error: Exception | None = None
         self._vectors = 0
+        self._waiting_moments: MomentState | None = None
         self.bytes_written = 0
         """Of the batches that this writer has committed."""
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(MOST_TASKS)
@@ -258,6 +267,16 @@ class JournalWriter:
         ids = np.array([example.example_id for example in examples], np.int32)
         task = partial(self._end_batch, self._index(blocks), numbers, content.getvalue(), ids)
         self._queue.put(partial(self._attempt, task))
+
+    def save_moments(self, state: MomentState) -> None:
+        """Write the moments of all texts that this part has counted, in place of earlier ones.
+
+        Their arrays may not change any more.
+        """
+        self._raise_error()
+        # One that waits for the disk still is not needed any more.
+        self._waiting_moments = state
+        self._queue.put(partial(self._attempt, self._write_moments))
 
     def close(self) -> None:
         """Write and commit what is waiting, and close the files.
@@ -353,6 +372,12 @@ class JournalWriter:
         elif time.monotonic() - self._last_sync >= SYNC_SECONDS:
             self._sync()
 
+    def _write_moments(self) -> None:
+        state, self._waiting_moments = self._waiting_moments, None
+        if state is not None:
+            with explained_writing(self.directory / STATE_FILE, _CONTINUE):
+                write_state(self.directory, state)
+
     def _index(self, blocks: Sequence[Block]) -> npt.NDArray[Any]:
         """The index of a batch's blocks, with places that count from its first vector and number."""
         level = Counter[int]()
@@ -382,7 +407,8 @@ class JournalWriter:
 
     def _watch_space(self) -> None:
         free = shutil.disk_usage(self.directory).free
-        written = sum(file.stat().st_size for file in self.journal.glob("*/segment-*.arrow"))
+        files = chain.from_iterable(self.journal.glob(name) for name in ("*/segment-*.arrow", _STATES))
+        written = sum(file.stat().st_size for file in files)
         if free < written:
             self._watches_space = False
             log.warning(

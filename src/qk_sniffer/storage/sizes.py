@@ -30,7 +30,7 @@ _JOURNAL_ROW, _JOURNAL_TOKEN = 12, 9
 _ITEMSIZE: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 _MOMENT_NUMBERS = 6
-"""Numbers of eight bytes that a row of moments has beside its vectors and matrices, or somewhat less."""
+"""Numbers of eight bytes that a row of moments has beside its vectors and matrices, at most."""
 
 Stream = Mapping[str, Any]
 """Heads of a layer and kind, and their head_dim, as in a journal's header."""
