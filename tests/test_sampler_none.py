@@ -1,6 +1,7 @@
 """A run of the sampler none keeps no rows, for moments alone: no files of heads, and all else."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,3 +266,17 @@ def test_an_estimate_has_no_rows(
     assert "Parquet files" not in text and "warning" not in text
     assert "vectors on their way" not in text
     assert bytes_before(text, "moments/") > 0
+
+
+def test_moments_that_the_disk_has_no_room_for_are_refused(
+    predict: Predict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They take 8 (D² + 2 D + 6) bytes a head, D = 16, once as files and twice in the journal."""
+    usage, needed = shutil.disk_usage("."), 3 * 24 * 8 * 294
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    for streaming in True, False:
+        assert predict(sniffer=NONE, data={"streaming": streaming}) == 2
+        told = error_line(capsys)
+        assert "0.0 GB of it are moments, which take less of fewer heads and without" in told
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed + 10_000))
+    assert predict(sniffer=NONE) == 0

@@ -135,8 +135,9 @@ class SnifferCallback(pl.Callback):
                 self._selection,
                 lengths,
                 listed,
-                header,
+                header["streams"],
                 next(self._backbone.parameters()).dtype,
+                self.moments,
                 ranks.size,
             )
         )
@@ -328,7 +329,7 @@ class SnifferCallback(pl.Callback):
             ranks.first(lambda: check_heads(self.capture.as_settings()))
         data = TextsAhead(trainer).data
         ranks.first(lambda: require_listed(self.capture.sampler, data))
-        run_settings = settings(module, data, self.capture, self.moments)
+        run_settings = settings(module, data, self.capture)
         self._earlier = ranks.first(lambda: self.own_data_root.pull_earlier_run(run_settings))
 
     def _leave(self, reason: str | None) -> None:
@@ -340,7 +341,7 @@ class SnifferCallback(pl.Callback):
     ) -> tuple[dict[str, Any], dict[int, CapturedHeads]]:
         """The header of the journal, the same in all processes, and the captured heads by layer."""
         config = self.capture
-        run_settings = settings(pl_module, TextsAhead(trainer).data, config, self.moments)
+        run_settings = settings(pl_module, TextsAhead(trainer).data, config)
         parts = parts_of(run_settings["capture"])
         attention = probe_attention(self._backbone, parts, pre_rope=config.capture_pre_rope)
         heads = heads_to_capture(run_settings["capture"], attention.layers)

@@ -35,8 +35,13 @@ class Moments:
 
     @property
     def n_bytes(self) -> int:
-        """What they take as files, in the journal of each process, and as sums in memory."""
+        """What they take as files, and as sums in memory."""
         return moments_bytes(self.streams, {"moments": self.config.as_settings()}, self.n_buckets)
+
+    @property
+    def journal_bytes(self) -> int:
+        """The most that they take of a process's journal: its sums, while newer ones replace them."""
+        return 2 * self.n_bytes
 
     @property
     def device_bytes(self) -> int:

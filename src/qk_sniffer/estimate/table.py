@@ -172,7 +172,8 @@ def _disk(capture: Capture, data_root: Path) -> Iterator[Line]:
         parts.append((capture.files_bytes, n_files))
     if moments is not None:
         whose = "" if capture.n_processes == 1 else f", of {capture.n_processes:,} processes"
-        parts.append((moments.n_bytes * capture.n_processes, f"moments in the journal{whose}"))
+        state = f"moments in the journal{whose}, at most: two while one replaces the other"
+        parts.append((moments.journal_bytes * capture.n_processes, state))
         parts.append((moments.n_bytes, f"moments/*.parquet, {moments.rows:,} rows in float64"))
     for number, (n_bytes, what) in enumerate(parts):
         yield "disk" if number == 0 else "", f"{as_size(n_bytes)}  {what}"

@@ -12,7 +12,7 @@ import xxhash
 from torch import nn
 
 from qk_sniffer.capture import CapturedHeads, Stream, captured_streams, described_layers
-from qk_sniffer.config import CaptureConfig, MomentsConfig
+from qk_sniffer.config import CaptureConfig
 from qk_sniffer.kinds import parts_of
 from qk_sniffer.models import AttentionMap, covered_positions, weights_digest
 from qk_sniffer.storage import SCHEMA_VERSION
@@ -85,12 +85,9 @@ _WHOLE = (
 
 
 def settings(
-    module: pl.LightningModule,
-    data: pl.LightningDataModule | None,
-    capture: CaptureConfig,
-    moments: MomentsConfig = MomentsConfig(),  # noqa: B008
+    module: pl.LightningModule, data: pl.LightningDataModule | None, capture: CaptureConfig
 ) -> dict[str, Any]:
-    """The sections model, data, capture and, where they are summed, moments as JSON takes them."""
+    """The sections model, data and capture as JSON takes them."""
     texts = _without_unused(_plain(getattr(data, "hparams", {})), _LATER_DATA_FIELDS)
     if isinstance(texts.get("tokenizer"), dict):
         texts["tokenizer"] = _without_unused(texts["tokenizer"], _LATER_TOKENIZER_FIELDS)
@@ -98,7 +95,6 @@ def settings(
         "model": _without_unused(_plain(module.hparams), _LATER_MODEL_FIELDS),
         "data": texts,
         "capture": capture.as_settings(),
-        **({"moments": moments.as_settings()} if moments.enabled else {}),
     }
 
 

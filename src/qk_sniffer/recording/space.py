@@ -1,6 +1,6 @@
 """Whether the disk has room for a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qk_sniffer.capture import Listed, Selection
+from qk_sniffer.config import MomentsConfig
 from qk_sniffer.recording.provenance import stream_keys
 from qk_sniffer.storage import check_space, head_files_bytes, journal_bytes, moments_bytes
 
@@ -17,26 +18,28 @@ def require_space(
     selection: Selection,
     lengths: Tensor | None,
     listed: Listed | None,
-    header: Mapping[str, Any],
+    streams: Sequence[Mapping[str, Any]],
     dtype: torch.dtype,
-    n_processes: int = 1,
+    moments: MomentsConfig,
+    n_processes: int,
 ) -> None:
     """Compare the room on the disk with what texts will take.
 
     Args:
         data_root: Where they are captured.
         selection: Which positions are kept.
-        lengths: (N,) int64, tokens in each text; None where they stream, and nobody knows. Of moments
-            it is then known what those of one bucket take.
+        lengths: (N,) int64, tokens in each text; None where they stream, and nobody knows: then only
+            the moments of one bucket count.
         listed: Positions to keep of each text, where they come with it.
-        header: The journal's: its streams, and the settings of the moments.
+        streams: The captured heads of each layer and kind, as in a journal's header.
         dtype: Number format of the vectors.
+        moments: Which are summed.
         n_processes: Processes of the run, each with moments of its own.
 
     Raises:
         UserError: They won't fit.
     """
-    streams, name = header["streams"], str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
     journal, files, n_buckets = 0, 0, 1
     if lengths is not None:
         rows = float(selection.expected_rows(lengths, listed).sum())
@@ -44,6 +47,7 @@ def require_space(
         journal = journal_bytes(streams, name, rows, n_draws=n_draws)
         files = head_files_bytes(streams, name, rows) if selection.keeps_rows else 0
         n_buckets = selection.count_buckets(int(lengths.max())) if lengths.numel() else 1
-    moments = moments_bytes(streams, header["settings"], n_buckets)
-    states = moments * n_processes
-    check_space(data_root, journal + states, files + moments, states + moments)
+    sums = moments_bytes(streams, {"moments": moments.as_settings()}, n_buckets)
+    # Those of a process are there twice while newer ones replace them.
+    states = 2 * sums * n_processes
+    check_space(data_root, journal + states, files + sums, states + sums)

@@ -46,8 +46,9 @@ def load_argument(manifest: Mapping[str, Any], name: str) -> str:
 
 
 def first_directory(manifest: Mapping[str, Any]) -> str:
-    """What a line that loads something shows: the first head, or the examples where none has files."""
-    return next(iter(manifest["heads"]), EXAMPLES_DIRECTORY)
+    """What a line that loads something shows: the first head, or moments where none has files."""
+    first: str = [*manifest["heads"], *_moments(manifest), EXAMPLES_DIRECTORY][0]
+    return first
 
 
 def configs_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:

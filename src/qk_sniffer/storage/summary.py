@@ -47,12 +47,12 @@ def summary_table(data_root: Path, manifest: dict[str, Any], *, seconds: float) 
         manifest: Its manifest.
         seconds: Wall time from the first batch to the last file.
     """
-    size = sum(head["bytes"] for head in manifest["heads"].values())
+    files = (*manifest["heads"].values(), *manifest.get("moments", {}).values())
     first = load_argument(manifest, first_directory(manifest))
     lines = {
         "heads": f"{len(captured_names(manifest)):,}",
         "rows": f"{count_rows(manifest):,}",
-        "bytes": f"{size:,}",
+        "bytes": f"{sum(file['bytes'] for file in files):,}",
         "seconds": f"{seconds:.1f}",
         "where": str(data_root),
         "load": f'datasets.load_dataset("{data_root}", {first}, split="train")',
