@@ -133,15 +133,14 @@ class MadeUp:
         moments: Sequence[int] = (),
         rank: int = 0,
     ) -> None:
-        """Let a process capture some texts and count some, besides those that it counted before."""
+        """Let a process capture the rows of some texts, and count some."""
         writer = JournalWriter(root / ".journal", self.header, rank)
         numbers = np.empty((3, 0), np.int32)
         if rows:
             examples = [Example(text, f"text {text}", LENGTHS[text], False) for text in rows]
             writer.commit([], numbers, examples)
-        earlier = [] if writer.moments is None else writer.moments.example_ids.tolist()
-        if moments:
-            writer.save_moments(self.state(*earlier, *moments))
+        for n_texts in range(1, len(moments) + 1):
+            writer.save_moments(self.state(*moments[:n_texts]))
         writer.close()
 
     def assert_counted(self, root: Path, *texts: int, rtol: float = 1e-10) -> None:
@@ -152,9 +151,7 @@ class MadeUp:
         assert names == sorted(f"{name}.parquet" for name in (*self.kinds, "texts"))
         for kind in self.kinds:
             rows = pq.read_table(root / "moments" / f"{kind}.parquet").to_pylist()
-            keys = [
-                (row["layer_idx"], row["head"], row["bucket"], row["pre_rope"]) for row in rows
-            ]
+            keys = [(row["layer_idx"], row["head"], row["bucket"], row["pre_rope"]) for row in rows]
             expected = {
                 key: value
                 for layer_idx in range(len(self.widths))

@@ -16,6 +16,7 @@ from qk_sniffer.storage.card_configs import (
     layer_config,
     load_argument,
 )
+from qk_sniffer.storage.card_moments import moments_section
 from qk_sniffer.storage.card_parts import compose_card, read_card
 from qk_sniffer.storage.files import write_text
 from qk_sniffer.storage.manifest import count_rows, describe_beyond
@@ -262,7 +263,7 @@ are counted by themselves.{numbering} `examples` maps `example_id` to the ids of
 
 Rows are sorted by `example_id` and `position`. `manifest.json` has settings, versions and checksums.
 
-## Rows
+{moments_section(manifest)}## Rows
 
 {_bucket_table(manifest["buckets"])}
 
