@@ -17,6 +17,7 @@ from qk_sniffer.storage.card_configs import (
     layer_config,
     load_argument,
 )
+from qk_sniffer.storage.card_moments import moments_section
 from qk_sniffer.storage.card_parts import compose_card, read_card
 from qk_sniffer.storage.files import write_text
 from qk_sniffer.storage.manifest import captured_names, count_rows, describe_beyond
@@ -235,7 +236,7 @@ def _body(manifest: Mapping[str, Any], place: Place | None, pictures: str) -> st
     title = f"{'' if keeps_rows(manifest) else 'moments of '}{describe_kinds(manifest)}".capitalize()
     vectors = f"{'' if keeps_rows(manifest) else 'moments of the '}{named} vectors".capitalize()
     here = 'load_dataset("PATH_OR_REPO", {}, split="train")'
-    shown = {"head": first_directory(manifest)} if keeps_rows(manifest) else {}
+    shown = {"head" if keeps_rows(manifest) else "moments": first_directory(manifest)}
     arguments = {
         name: load_argument(manifest, directory)
         for name, directory in (shown | {"examples": EXAMPLES_DIRECTORY}).items()
@@ -264,7 +265,7 @@ from datasets import load_dataset
 ## What was captured
 
 {_captured(manifest)}
-{pictures}{_rows(manifest) if keeps_rows(manifest) else ""}
+{pictures}{_about_files(manifest)}
 ## Licence
 
 The vectors are made of the model's numbers and the dataset's text: the terms of both apply. The
@@ -272,8 +273,10 @@ The vectors are made of the model's numbers and the dataset's text: the terms of
 """
 
 
-def _rows(manifest: Mapping[str, Any]) -> str:
-    """What the files of heads hold."""
+def _about_files(manifest: Mapping[str, Any]) -> str:
+    """What the files of heads and of moments hold."""
+    if not keeps_rows(manifest):
+        return f"\n{moments_section(manifest)}".removesuffix("\n")
     return f"""
 ## Columns
 
@@ -281,7 +284,7 @@ def _rows(manifest: Mapping[str, Any]) -> str:
 
 Rows are sorted by `example_id` and `position`. `manifest.json` has settings, versions and checksums.
 
-## Rows
+{moments_section(manifest)}## Rows
 
 {_bucket_table(manifest["buckets"])}
 """
@@ -309,9 +312,11 @@ after another in the order of their numbers; each has the same number of rows.
 
 
 def _about_names(manifest: Mapping[str, Any], kinds: Collection[Kind]) -> str:
-    """What the names of heads say, where these have files."""
+    """How heads are numbered, in names where these have files."""
     if not keeps_rows(manifest):
-        return ""
+        return (
+            f"With grouped-query attention key heads are counted by themselves.{_about_numbers(kinds)} "
+        )
     return f"""\
 `l00h05q` is query head 5 of layer 0, `l00h01k` its key head 1; with grouped-query attention key heads
 are counted by themselves.{_about_numbers(kinds)} """

@@ -29,8 +29,8 @@ from qk_sniffer.storage.commits import (
 )
 from qk_sniffer.storage.files import explained_writing
 from qk_sniffer.storage.finished import finished_runs
-from qk_sniffer.storage.moment_sources import counted_texts
-from qk_sniffer.storage.moment_states import drop_damaged_state
+from qk_sniffer.storage.moment_sources import counted_anywhere
+from qk_sniffer.storage.moment_states import repair_states
 from qk_sniffer.storage.reports import remove_report
 from qk_sniffer.storage.schema import (
     CARD_FILE,
@@ -170,7 +170,7 @@ def earlier_run(data_root: Path) -> EarlierRun | None:
     return EarlierRun(
         fingerprint=found[0].get("fingerprint", {}),
         example_ids=np.unique(np.concatenate([log.example_ids(), *stored])),
-        counted_ids=counted_texts(data_root) if has_moments else np.empty(0, np.int32),
+        counted_ids=counted_anywhere(data_root) if has_moments else np.empty(0, np.int32),
         has_moments=has_moments,
         finalizing=log.finalizing is not None,
         is_pulled=len(found) == len(runs) and all(run.directory != data_root for run in runs),
@@ -247,7 +247,7 @@ def _repair_journal(journal: Path) -> None:
     with explained_writing(journal, remedy), locked_journal(journal):
         for part in part_directories(journal):
             repair(part, "what they stood for is captured again")
-            drop_damaged_state(part)
+            repair_states(part)
 
 
 def require_shared(data_root: Path, ranks: Ranks) -> None:

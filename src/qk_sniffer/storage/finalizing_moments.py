@@ -18,7 +18,7 @@ from qk_sniffer.storage.file_facts import FileFacts, describe_file, moment_file
 from qk_sniffer.storage.files import sync_directory, sync_file
 from qk_sniffer.storage.moment_files import (
     count_tokens,
-    describe_moments,
+    describe_moment_file,
     moment_schemas,
     write_moments,
 )
@@ -59,12 +59,13 @@ def stage_moments(data_root: Path, header: Mapping[str, Any]) -> None:
     if "moments" not in header["settings"] or staged.exists():
         return
     moments = together(moments_there(data_root))
+    schemas = moment_schemas(header)
     for some in moments:
-        some.require_intact()
+        some.require_intact(schemas)
     making = staged.with_name(temporary_name(staged.name))
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir()
-    for kind, schema in moment_schemas(header).items():
+    for kind, schema in schemas.items():
         path = making / Path(moment_file(kind)).name
         write_moments(path, schema, _layers(moments, kind, header["streams"]))
         sync_file(path)
@@ -100,7 +101,7 @@ def place_moments(data_root: Path, header: Mapping[str, Any]) -> dict[str, FileF
             (staged / path.name).replace(path)
     sync_directory(directory)
     sync_directory(staged)
-    facts = {name: describe_moments(data_root / moment_file(name)) for name in names[:-1]}
+    facts = {name: describe_moment_file(data_root / moment_file(name)) for name in names[:-1]}
     texts = data_root / moment_file(MOMENT_TEXTS)
     tokens = count_tokens(data_root / moment_file(names[0]))
     return facts | {MOMENT_TEXTS: describe_file(texts) | {"tokens": tokens}}

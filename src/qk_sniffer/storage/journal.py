@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,7 +40,7 @@ from qk_sniffer.storage.commits import (
 )
 from qk_sniffer.storage.direct import PAGE, DirectFile
 from qk_sniffer.storage.files import explained_writing, sync_directory, write_text
-from qk_sniffer.storage.moment_states import STATE_FILE, read_state, write_state
+from qk_sniffer.storage.moment_states import next_state_file, state_files, write_state
 from qk_sniffer.storage.schema import examples_schema
 
 log = logging.getLogger(__name__)
@@ -74,7 +73,6 @@ rows it has (0 for none), the layer's window (-1 for none) and the number of its
 index has a block for each layer and kind, then second ones, and so on for as many as one of them has,
 in the order of their tokens."""
 
-_STATES = f"*/{STATE_FILE}"
 _TOKENS = pa.field("tokens", pa.list_(pa.string()))
 _CONTINUE = (
     "make room or mend the disk, then run the same command again, which goes on after the last batch "
@@ -199,9 +197,6 @@ class JournalWriter:
         header: What is captured, kept by the first process for whoever reads the journal.
         rank: Number of this process among those of the run.
 
-    Attributes:
-        moments: What its part held when it was opened; None where nothing is counted yet.
-
     Raises:
         UserError: Another process writes this part, or the disk refuses.
     """
@@ -217,7 +212,7 @@ class JournalWriter:
             directory.mkdir(parents=True, exist_ok=True)
             undo.enter_context(locked_part(directory))
             earlier = repair(directory, "what they stood for is captured again")
-            self.moments = read_state(directory) if "moments" in header["settings"] else None
+            self._moments = next_state_file(directory)
             if rank == 0:
                 write_text(journal / HEADER_FILE, json.dumps(header))
             numbers = [int(c.segment.stem.rpartition("-")[2]) for c in earlier.commits]
@@ -242,6 +237,11 @@ class JournalWriter:
         """Write some of a batch's vectors, in their order; they count once the batch is committed."""
         self._raise_error()
         self._queue.put(partial(self._write_portion, portion))
+
+    @property
+    def sync_seconds(self) -> float:
+        """How often what was captured is made safe."""
+        return SYNC_SECONDS
 
     @property
     def is_due(self) -> bool:
@@ -269,7 +269,7 @@ class JournalWriter:
         self._queue.put(partial(self._attempt, task))
 
     def save_moments(self, state: MomentState) -> None:
-        """Write the moments of all texts that this part has counted, in place of earlier ones.
+        """Write the moments of all texts counted since this writer was opened, for those saved before.
 
         Their arrays may not change any more.
         """
@@ -375,8 +375,8 @@ class JournalWriter:
     def _write_moments(self) -> None:
         state, self._waiting_moments = self._waiting_moments, None
         if state is not None:
-            with explained_writing(self.directory / STATE_FILE, _CONTINUE):
-                write_state(self.directory, state)
+            with explained_writing(self._moments, _CONTINUE):
+                write_state(self._moments, state)
 
     def _index(self, blocks: Sequence[Block]) -> npt.NDArray[Any]:
         """The index of a batch's blocks, with places that count from its first vector and number."""
@@ -407,7 +407,7 @@ class JournalWriter:
 
     def _watch_space(self) -> None:
         free = shutil.disk_usage(self.directory).free
-        files = chain.from_iterable(self.journal.glob(name) for name in ("*/segment-*.arrow", _STATES))
+        files = [*self.journal.glob("*/segment-*.arrow"), *state_files(self.journal)]
         written = sum(file.stat().st_size for file in files)
         if free < written:
             self._watches_space = False

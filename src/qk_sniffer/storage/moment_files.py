@@ -21,6 +21,8 @@ from qk_sniffer.storage.schema import moment_schema
 _NUMBERS = ("layer_idx", "head", "bucket", "pre_rope", "count", "position_sum", "position_square_sum")
 """Columns with one number a row; the others have lists."""
 
+_SQUARES = ("covariance", "key_covariance")
+
 
 def moment_schemas(header: Mapping[str, Any]) -> dict[Kind, pa.Schema]:
     """The columns of the moments of each kind that a run captures.
@@ -61,9 +63,26 @@ def write_moments(path: Path, schema: pa.Schema, layers: Iterable[Sequence[Momen
                 writer.write_table(_as_arrow(table, schema), row_group_size=len(table))
 
 
-def read_layer(path: Path, layer_idx: int) -> list[MomentTable]:
-    """The moments of a layer, as tables of one width each; none where it has none."""
-    return as_moments(pq.read_table(path, filters=[("layer_idx", "=", layer_idx)]))
+def read_layer(path: Path, layer_idx: int) -> pa.Table:
+    """The rows of a layer."""
+    return pq.read_table(path, filters=[("layer_idx", "=", layer_idx)])
+
+
+def fault_of_moments(rows: pa.Table) -> str | None:
+    """Which value of a file of moments is missing; None where each is there that must be."""
+    for name in rows.column_names:
+        if name != "bucket" and rows[name].null_count:
+            return f"{name} has no value in some rows"
+    if pc.any(pc.less(rows["count"], 1)).as_py():
+        return "some rows count no tokens"
+    widths = pc.list_value_length(rows["mean"])
+    for name in (name for name in rows.column_names if name not in _NUMBERS):
+        expected = pc.multiply(widths, widths) if name in _SQUARES else widths
+        if pc.any(pc.not_equal(pc.list_value_length(rows[name]), expected)).as_py():
+            return f"{name} has other numbers of values than the mean"
+        if pc.list_flatten(rows[name]).null_count:
+            return f"{name} has gaps"
+    return None
 
 
 def as_moments(rows: pa.Table) -> list[MomentTable]:
@@ -129,7 +148,7 @@ def _as_lists(values: npt.NDArray[np.float64], kind: pa.DataType) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), flat, type=kind)
 
 
-def describe_moments(path: Path) -> FileFacts:
+def describe_moment_file(path: Path) -> FileFacts:
     """What a manifest says of a file of moments, with the number of rows that are not finite."""
     n_rows = 0
     with pq.ParquetFile(path) as file:

@@ -4,7 +4,7 @@ Moments can't be taken apart by text. So two of these either count other texts, 
 texts of one are among the other's, and it is left out.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -16,11 +16,10 @@ import pyarrow.parquet as pq
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.kinds import Kind
 from qk_sniffer.moments import MomentState, MomentTable
-from qk_sniffer.storage.commits import part_directories
 from qk_sniffer.storage.file_facts import is_described, moment_file, moment_files
 from qk_sniffer.storage.manifest import read_manifest
-from qk_sniffer.storage.moment_files import read_layer
-from qk_sniffer.storage.moment_states import STATE_FILE, counted_ids, map_state
+from qk_sniffer.storage.moment_files import as_moments, fault_of_moments, read_layer
+from qk_sniffer.storage.moment_states import counted_ids, map_state, state_files
 from qk_sniffer.storage.schema import (
     JOURNAL_DIRECTORY,
     MANIFEST_FILE,
@@ -29,6 +28,7 @@ from qk_sniffer.storage.schema import (
     MOMENTS_DIRECTORY,
     PULLED_DIRECTORY,
 )
+from qk_sniffer.storage.stored_rows import fault_of_columns
 
 _NONE = np.empty(0, np.int32)
 
@@ -51,21 +51,31 @@ class StoredMoments:
     def __init__(self, directory: Path, place: str | None = None) -> None:
         self._directory = directory
         self.place = place or str(directory / MOMENTS_DIRECTORY)
-        self.example_ids = stored_texts(directory)
+        self.example_ids = stored_counted_ids(directory)
 
     def tables(self, kind: Kind, layer_idx: int) -> list[MomentTable]:
         """Those of a layer and kind."""
-        return read_layer(self._directory / moment_file(kind), layer_idx)
+        path = self._directory / moment_file(kind)
+        rows = read_layer(path, layer_idx)
+        if fault := fault_of_moments(rows):
+            raise damaged_moments(path, fault)
+        return as_moments(rows)
 
-    def require_intact(self) -> None:
-        """See that their files are what the manifest describes.
+    def require_intact(self, schemas: Mapping[Kind, pa.Schema]) -> None:
+        """See that their files have the columns of these kinds, and are what the manifest describes.
 
         Raises:
             UserError: One is not.
         """
-        for path, facts in moment_files(read_manifest(self._directory) or {}).items():
-            if not is_described(self._directory / path, facts):
-                raise damaged_moments(self._directory / path, "it is not what the manifest describes")
+        files = moment_files(read_manifest(self._directory) or {})
+        for name in (*schemas, MOMENT_TEXTS):
+            path = self._directory / moment_file(name)
+            if not is_described(path, files.get(moment_file(name), {"xxh3_128": None})):
+                raise damaged_moments(path, "it is not what the manifest describes")
+        for kind, schema in schemas.items():
+            path = self._directory / moment_file(kind)
+            if fault := fault_of_columns(path, schema):
+                raise damaged_moments(path, fault)
 
 
 class CountedMoments:
@@ -89,7 +99,7 @@ class CountedMoments:
         found = (t.select(t.layer_idx == layer_idx) for t in self._state.tables.get(kind, ()))
         return [table for table in found if len(table)]
 
-    def require_intact(self) -> None:
+    def require_intact(self, _: Mapping[Kind, pa.Schema]) -> None:
         """See that the file is what was written.
 
         Raises:
@@ -101,7 +111,7 @@ class CountedMoments:
 Moments = StoredMoments | CountedMoments
 
 
-def stored_texts(directory: Path) -> npt.NDArray[np.int32]:
+def stored_counted_ids(directory: Path) -> npt.NDArray[np.int32]:
     """The texts that the moments of a finished run count, (E,) int32; none where it has no moments.
 
     Raises:
@@ -134,13 +144,12 @@ def moments_there(data_root: Path) -> list[Moments]:
     Raises:
         UserError: One of them does not tell its texts.
     """
-    parts = part_directories(data_root / JOURNAL_DIRECTORY)
-    states = [part / STATE_FILE for part in parts if (part / STATE_FILE).exists()]
     # Without a manifest they are those of an attempt that was cut off.
     own, pulled = (
         [StoredMoments(directory)] if (directory / MANIFEST_FILE).exists() else []
         for directory in (data_root, data_root / PULLED_DIRECTORY)
     )
+    states = state_files(data_root / JOURNAL_DIRECTORY)
     return [*own, *map(CountedMoments, states), *pulled]
 
 
@@ -166,7 +175,21 @@ def together(moments: Iterable[Moments]) -> list[Moments]:
     return taken
 
 
-def counted_texts(data_root: Path) -> npt.NDArray[np.int32]:
+def require_joinable(data_root: Path, directory: Path, place: str) -> None:
+    """See that the moments of a data root and of a finished run can be brought together.
+
+    Args:
+        data_root: The data root.
+        directory: The run's.
+        place: What a person is told of where it is.
+
+    Raises:
+        UserError: They share some texts, and each has others.
+    """
+    together([*moments_there(data_root), StoredMoments(directory, place)])
+
+
+def counted_anywhere(data_root: Path) -> npt.NDArray[np.int32]:
     """The texts that the moments of a data root count, (C,) int32, ascending.
 
     Raises:

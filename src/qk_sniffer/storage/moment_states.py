@@ -1,7 +1,8 @@
 """The moments of the texts that one process of a run has counted, in its part of the journal.
 
-They are one file, an archive of NumPy arrays with the checksums of ZIP, which is replaced as a whole.
-It names its texts itself, so that each counts once whatever the commit logs say of their rows.
+They are one file, an archive of NumPy arrays with the checksums of ZIP, which is replaced as a whole. A
+process that goes on later begins a file of its own. Each names its texts itself, so that a text counts
+once whatever the commit logs say of its rows.
 """
 
 import logging
@@ -18,11 +19,13 @@ import numpy.typing as npt
 
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.moments import MomentState, MomentTable
+from qk_sniffer.storage.commits import part_directories
 from qk_sniffer.storage.files import replacing
+from qk_sniffer.storage.schema import temporary_name
 
 log = logging.getLogger(__name__)
 
-STATE_FILE = "moments.npz"
+_FILES = "moments-*.npz"
 _EXAMPLE_IDS = "example_ids"
 _LOCAL_HEADER = 30
 """Bytes of a member's header in a ZIP file before its name; the last two numbers are the length of the
@@ -32,8 +35,23 @@ Source: <https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT>, 4.3.7.
 """
 
 
-def write_state(part: Path, state: MomentState) -> None:
-    """Replace the moments of a part of a journal."""
+def state_files(journal: Path) -> list[Path]:
+    """The moments in all parts of a journal."""
+    return [path for part in part_directories(journal) for path in _files(part)]
+
+
+def _files(part: Path) -> list[Path]:
+    return sorted(part.glob(_FILES))
+
+
+def next_state_file(part: Path) -> Path:
+    """Where a process that opens a part of a journal writes the moments of its texts."""
+    last = max((int(path.stem.rpartition("-")[2]) for path in _files(part)), default=-1)
+    return part / f"moments-{last + 1:05d}.npz"
+
+
+def write_state(path: Path, state: MomentState) -> None:
+    """Write moments, or replace those that the file has."""
     arrays: dict[str, Any] = {
         f"{kind}.{number}.{name}": column
         for kind, tables in state.tables.items()
@@ -41,21 +59,8 @@ def write_state(part: Path, state: MomentState) -> None:
         for name, column in table.columns.items()
     }
     arrays[_EXAMPLE_IDS] = state.example_ids
-    with replacing(part / STATE_FILE) as temporary, temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
-
-
-def read_state(part: Path) -> MomentState | None:
-    """The moments of a part of a journal; None where there are none.
-
-    Raises:
-        UserError: They are damaged.
-    """
-    path = part / STATE_FILE
-    if not path.exists():
-        return None
-    with _explained(path), np.load(path, allow_pickle=False) as archive:
-        return _state({name: archive[name] for name in archive.files})
 
 
 def map_state(path: Path) -> MomentState:
@@ -83,16 +88,16 @@ def counted_ids(path: Path) -> npt.NDArray[np.int32]:
         return ids
 
 
-def drop_damaged_state(part: Path) -> None:
-    """Remove the moments of a part of a journal where they are damaged, and tell the user."""
-    path = part / STATE_FILE
-    if not path.exists():
-        return
-    try:
-        map_state(path)
-    except UserError:
+def repair_states(part: Path) -> None:
+    """Remove the moments of a part of a journal that are damaged or not complete, and tell the user."""
+    for path in part.glob(temporary_name(_FILES)):
         path.unlink()
-        log.warning("%s: damaged, it holds no moments; its texts are counted anew", path)
+    for path in _files(part):
+        try:
+            map_state(path)
+        except UserError:
+            path.unlink()
+            log.warning("%s: damaged, it holds no moments; its texts are counted anew", path)
 
 
 def _state(arrays: Mapping[str, npt.NDArray[Any]]) -> MomentState:
