@@ -367,9 +367,9 @@ def test_moments_take_what_their_formula_says(
     assert ("of 3 processes" in text) == (devices == 3)
     assert bytes_before(text, "on its host, at most: moments while they are saved") == near(n_bytes)
     found = re.search(r"([\d.]+) MB for moments", " ".join(text.split()))
-    assert found is not None and float(found[1]) * 1e6 == near(1.5 * n_bytes + 2**26)
+    assert found is not None and float(found[1]) * 1e6 == near(2 * n_bytes + 2**27)
     more = bytes_before(text, "on its device at most") - bytes_before(plain, "on its device at most")
-    assert more == pytest.approx(1.5 * n_bytes + 2**26, abs=1e5)
+    assert more == pytest.approx(2 * n_bytes + 2**27, abs=2e5)
     assert rows_of_each_head(text) == rows_of_each_head(plain)
 
 

@@ -4,12 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qk_sniffer.capture import MOMENTS_BYTES
 from qk_sniffer.config import MomentsConfig
 from qk_sniffer.kinds import KINDS
 from qk_sniffer.storage import moments_bytes
-
-MOMENTS_BYTES = 64 * 2**20
-"""The most that products of one forward take of a device's memory before they are summed."""
 
 
 @dataclass(frozen=True)
@@ -45,5 +43,6 @@ class Moments:
 
     @property
     def device_bytes(self) -> int:
-        """The most that a device holds: the sums, in float32 those of a forward, and a buffer."""
-        return self.n_bytes + self.n_bytes // 2 + MOMENTS_BYTES
+        """The most that a device holds: the sums, those of a batch, and vectors that are summed."""
+        # Vectors of texts of several lengths are gathered before they are put about their mean.
+        return 2 * self.n_bytes + 2 * MOMENTS_BYTES
