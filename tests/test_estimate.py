@@ -365,12 +365,40 @@ def test_moments_take_what_their_formula_says(
     assert f"moments/*.parquet, {rows:,} rows in float64\n" in text
     assert bytes_before(text, "moments in the journal") == near(2 * devices * n_bytes)
     assert ("of 3 processes" in text) == (devices == 3)
-    assert bytes_before(text, "on its host, at most: moments while they are saved") == near(n_bytes)
+    assert bytes_before(text, "on its host, at most: moments while they are saved") == near(2 * n_bytes)
     found = re.search(r"([\d.]+) MB for moments", " ".join(text.split()))
     assert found is not None and float(found[1]) * 1e6 == near(2 * n_bytes + 2**27)
     more = bytes_before(text, "on its device at most") - bytes_before(plain, "on its device at most")
     assert more == pytest.approx(2 * n_bytes + 2**27, abs=2e5)
     assert rows_of_each_head(text) == rows_of_each_head(plain)
+
+
+def test_moments_of_a_run_are_as_estimated(
+    say: Say, write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qk_sniffer.recording import own_data_root
+
+    states: list[int] = []
+    finalize = own_data_root.finalize
+
+    def weigh(data_root: Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        states.extend(file.stat().st_size for file in data_root.glob(".journal/*/moments-*.npz"))
+        return finalize(data_root, *args, **kwargs)
+
+    monkeypatch.setattr(own_data_root, "finalize", weigh)
+    sniffer = {
+        "capture": {"sampler": {"type": "none"}, "min_bucket_size": 4},
+        "moments": {"enabled": True, "by_bucket": True, "pre_rope": True, "cross": True},
+    }
+    run = write_run(sniffer=sniffer)
+    text = say("estimate", *run[1:])
+    assert main(run) == 0
+    files = [tmp_path / "root" / "moments" / f"{kind}.parquet" for kind in "qk"]
+    size, rows = sum(f.stat().st_size for f in files), sum(pq.read_metadata(f).num_rows for f in files)
+    assert f"moments/*.parquet, {rows:,} rows in float64" in text
+    assert bytes_before(text, "moments/") == pytest.approx(size, rel=0.15)
+    assert bytes_before(text, "moments in the journal") == pytest.approx(2 * sum(states), rel=0.15)
+    assert len(states) == 1
 
 
 def test_moments_of_a_large_model_are_those_of_the_docs(say: Say, tmp_path: Path) -> None:

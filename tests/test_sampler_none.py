@@ -65,6 +65,22 @@ def test_a_run_writes_all_but_heads(
     assert capsys.readouterr().out == f"{root}: all is well, 24 heads, 0 rows\n"
 
 
+@pytest.mark.parametrize("by_bucket", [False, True])
+def test_moments_are_those_of_a_run_with_rows(
+    predict: Predict, tmp_path: Path, by_bucket: bool
+) -> None:
+    moments = {"enabled": True, "by_bucket": by_bucket, "cross": True}
+    with_rows = {"sampler": {"type": "log_uniform"}, "min_bucket_size": 4}
+    assert predict("none", sniffer=NONE | {"moments": moments}) == 0
+    assert predict("rows", sniffer={"capture": with_rows, "moments": moments}) == 0
+    assert heads_of(tmp_path / "none") == [] and len(heads_of(tmp_path / "rows")) == 24
+    for name in ("q", "k", "texts"):
+        tables = [
+            pq.read_table(tmp_path / run / "moments" / f"{name}.parquet") for run in ("none", "rows")
+        ]
+        assert tables[0].num_rows > 0 and tables[0].equals(tables[1])
+
+
 def test_the_card_tells_that_there_are_moments_alone(
     predict: Predict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,11 +92,13 @@ def test_the_card_tells_that_there_are_moments_alone(
     assert "- 16 query heads and 8 key heads, in 4 layers\n" in card
     assert "- 24 heads, 0 rows\n" in card
     assert "## Columns" not in card and "## Rows" not in card and "l00h" not in card
+    assert 'moments = load_dataset("PATH_OR_REPO", "moments_q", split="train")\n' in card
     listed = yaml.safe_load(card.split("---\n")[1])["configs"]
-    assert "examples" in [config["config_name"] for config in listed]
+    assert [config["config_name"] for config in listed] == ["examples", "moments_q", "moments_k"]
     found = datasets.load_dataset(str(root), "examples", split="train")
     assert sorted(found["n_tokens"]) == sorted(LENGTHS)
-    assert f'load_dataset("{root}", "' in capsys.readouterr().out
+    assert f'load_dataset("{root}", "moments_q", split="train")' in capsys.readouterr().out
+    assert datasets.load_dataset(str(root), "moments_q", split="train").num_rows == 16
 
 
 def test_captures_have_layers_and_no_heads(
@@ -155,7 +173,7 @@ def test_a_branch_is_published_pulled_and_added_to(
     assert predict("first", data={"path": str(some)}, sniffer=sniffer) == 0
     assert hub.commits(REPO, "tiny-llama")[0].title.endswith(": 24 heads, 3 examples")
     index = hub.files(REPO, "main")["README.md"].decode()
-    assert "| 3 | 24 | 0 |" in index and "\nexamples = load_dataset(" in index
+    assert "| 3 | 24 | 0 |" in index and '"moments_q", revision="tiny-llama"' in index
     captures = Captures(REPO, "tiny-llama")
     assert captures.heads == [] and captures.examples.num_rows == 3
     # Another machine, which has none of it.

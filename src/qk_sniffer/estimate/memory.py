@@ -52,7 +52,7 @@ def memory_lines(
         cache = size * length * numbers_a_token * skeleton.dtype.itemsize
         yield "", f"{as_size(cache)}  more there while texts are continued: their keys and values"
     if (moments := capture.moments) is not None:
-        yield "", f"{as_size(moments.n_bytes)}  on its host, at most: moments while they are saved"
+        yield "", f"{as_size(moments.host_bytes)}  on its host, at most: moments while they are saved"
     if not capture.selection.keeps_rows:
         return
     yield "", f"{as_size(capture.plan_bytes)}  on its host: places of the rows of the largest batch"

@@ -33,8 +33,13 @@ class Moments:
 
     @property
     def n_bytes(self) -> int:
-        """What they take as files, and as sums in memory."""
+        """What they take as files, and as sums."""
         return moments_bytes(self.streams, {"moments": self.config.as_settings()}, self.n_buckets)
+
+    @property
+    def host_bytes(self) -> int:
+        """The most that they take of the host's memory: copied from a device, and put together."""
+        return 2 * self.n_bytes
 
     @property
     def journal_bytes(self) -> int:

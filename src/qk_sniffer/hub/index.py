@@ -33,7 +33,7 @@ def render_index(runs: Sequence[tuple[Branch, Mapping[str, Any]]], existing: str
         lines.append(f"| [{branch.name}]({branch.url}) | {names} | {counts} |")
     first, manifest = next((run for run in runs if run[1]["heads"]), runs[0])
     place = Place(first.repo_id, first.name)
-    shown = "head" if manifest["heads"] else "examples"
+    shown = "head" if manifest["heads"] else "moments"
     argument = load_argument(manifest, first_directory(manifest))
     return compose_card(
         existing,
