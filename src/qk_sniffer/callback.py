@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from qk_sniffer.capture import CapturedHeads, Selection, heads_to_capture
-from qk_sniffer.config import CaptureConfig, MomentsConfig, OutputConfig
+from qk_sniffer.config import CaptureConfig, MomentsConfig, OutputConfig, require_something
 from qk_sniffer.data import batch_fields
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter
@@ -85,6 +85,7 @@ class SnifferCallback(pl.Callback):
         check: bool = True,
         moments: MomentsConfig = MomentsConfig(),  # noqa: B008
     ) -> None:
+        require_something(capture, moments)
         leave_out_advertisements()
         self.output = output
         self.capture = capture
@@ -140,6 +141,8 @@ class SnifferCallback(pl.Callback):
                 listed,
                 header["streams"],
                 next(self._backbone.parameters()).dtype,
+                self.moments,
+                ranks.size,
             )
         )
         ranks.first(lambda: self.own_data_root.make_ready(self._earlier, header))

@@ -20,19 +20,19 @@ from qk_sniffer.storage import (
     CARD_ASIDE_FILE,
     CARD_FILE,
     CONFIG_FILE,
-    EXAMPLES_DIRECTORY,
     MANIFEST_FILE,
+    MOMENT_FILE,
     REPORT_DIRECTORY,
     REPORT_FILE,
-    FileFacts,
     Place,
-    all_files,
+    captured_names,
     checksum,
     describe_run,
     file_progress,
     is_described,
     merge_pulled,
     own_part,
+    parquet_files,
     parse_head_name,
     read_card,
     render_card,
@@ -117,7 +117,11 @@ def _push_branch(data_root: Path, publication: Publication) -> None:
     is_new = theirs is None and not branch.has_commits(head)
     card = None if is_new else branch.card(head)
     there = branch.files(head)
-    if theirs is not None and theirs["heads"] == manifest["heads"] and not report_files(data_root):
+    if (
+        theirs is not None
+        and parquet_files(theirs) == parquet_files(manifest)
+        and not report_files(data_root)
+    ):
         # A report that another machine has made of these very rows.
         kept = [path for path in there if _is_of_a_report(path)]
     else:
@@ -189,13 +193,13 @@ def _gone(
         theirs: The manifest of the branch, if it holds a run.
         is_new: Whether nobody has committed to the branch.
     """
-    ours = {*_parquet_files(manifest), *_other_files(data_root)}
+    ours = {*parquet_files(manifest), *_other_files(data_root)}
     return [
         path
         for path in there
         if path not in ours
         and path != _FIRST_FILE
-        and (is_new or (theirs is not None and _is_replaced(path)) or _is_of_a_head(path))
+        and (is_new or (theirs is not None and _is_replaced(path)) or _holds_vectors(path))
     ]
 
 
@@ -208,8 +212,9 @@ def _is_of_a_report(path: str) -> bool:
     return directory == REPORT_DIRECTORY and REPORT_FILE.fullmatch(name) is not None
 
 
-def _is_of_a_head(path: str) -> bool:
-    return parse_head_name(path.partition("/")[0]) is not None
+def _holds_vectors(path: str) -> bool:
+    is_of_a_head = parse_head_name(path.partition("/")[0]) is not None
+    return is_of_a_head or MOMENT_FILE.fullmatch(path) is not None
 
 
 def _changed(
@@ -229,13 +234,13 @@ def _changed(
     Raises:
         UserError: One of them is damaged.
     """
-    held = {} if theirs is None else _parquet_files(theirs)
+    held = {} if theirs is None else parquet_files(theirs)
     changed = [
         path
         for path in _other_files(data_root)
         if path not in there or there[path].git_id not in _git_ids(data_root / path)
     ]
-    for path, facts in _parquet_files(manifest).items():
+    for path, facts in parquet_files(manifest).items():
         if path not in there or held.get(path) != facts or there[path].size != facts["bytes"]:
             if not is_described(data_root / path, facts):
                 raise UserError(
@@ -250,10 +255,6 @@ def _other_files(data_root: Path) -> list[str]:
     """What is published beside the Parquet files."""
     texts = [path for path in (CARD_FILE, MANIFEST_FILE, CONFIG_FILE) if (data_root / path).exists()]
     return texts + report_files(data_root)
-
-
-def _parquet_files(manifest: Mapping[str, Any]) -> dict[str, FileFacts]:
-    return all_files({EXAMPLES_DIRECTORY: manifest["examples"], **manifest["heads"]})
 
 
 def _git_ids(path: Path) -> tuple[str, str]:
@@ -274,7 +275,7 @@ def _git_id(content: bytes) -> str:
 
 def _title(manifest: Mapping[str, Any]) -> str:
     model, text = shown_names(manifest["settings"])
-    heads, examples = len(manifest["heads"]), manifest["examples"]["rows"]
+    heads, examples = len(captured_names(manifest)), manifest["examples"]["rows"]
     return f"{model} on {text}: {heads:,} heads, {examples:,} examples"
 
 

@@ -39,6 +39,7 @@ from qk_sniffer.storage.commits import (
 from qk_sniffer.storage.examples import read_examples
 from qk_sniffer.storage.file_facts import FileFacts, head_files
 from qk_sniffer.storage.files import explained_writing, sync_directory
+from qk_sniffer.storage.finalizing_moments import adds_moments, place_moments, stage_moments
 from qk_sniffer.storage.finished import FinishedRun, finished_runs
 from qk_sniffer.storage.journal import JournalWriter
 from qk_sniffer.storage.manifest import (
@@ -46,6 +47,7 @@ from qk_sniffer.storage.manifest import (
     count_beyond,
     header_of,
     read_manifest,
+    stream_names,
     write_manifest,
 )
 from qk_sniffer.storage.non_finite import NonFinite, non_finite_field
@@ -60,7 +62,7 @@ from qk_sniffer.storage.schema import (
     MANIFEST_FILE,
     PULLED_DIRECTORY,
     examples_schema,
-    head_name,
+    keeps_rows,
 )
 
 _MOST_THREADS = 16
@@ -93,8 +95,8 @@ def finalize(
         The manifest. The journal is gone.
 
     Raises:
-        UserError: There is no journal, it is damaged or in use, or the disk refuses; what the journal
-            holds stays there.
+        UserError: There is no journal, it is damaged or in use, its moments and those of finished runs
+            can't be added, or the disk refuses; what the journal holds stays there.
     """
     directory = data_root / JOURNAL_DIRECTORY
     if data_root.is_dir():
@@ -127,7 +129,12 @@ def finalize(
         if ranks.first(lambda: journal.log.n_broken > 0):
             ranks.first(explained(lambda: _drop_broken(directory)))
             complete = False
-        adds_nothing = not journal.log.commits and [run.directory for run in earlier] == [data_root]
+        adds_moments_too = ranks.first(explained(lambda: adds_moments(data_root, journal.header)))
+        adds_nothing = (
+            not journal.log.commits
+            and [run.directory for run in earlier] == [data_root]
+            and not adds_moments_too
+        )
         # An attempt that was cut off may have joined the examples already, but not the manifest.
         if ranks.first(lambda: adds_nothing and journal.log.finalizing is None):
             return ranks.first(explained(lambda: _discard(data_root, earlier[0].manifest, complete)))
@@ -136,6 +143,7 @@ def finalize(
             damaged = ranks.gather(ranks.run(explained(lambda: _damaged(own, ranks))))
             ranks.first(lambda: begin(damaged, complete))
             journal.log.finalizing = complete
+        ranks.first(explained(lambda: stage_moments(data_root, journal.header)))
         examples = ranks.run(
             explained(lambda: _all_examples(journal, earlier) if ranks.is_first else None)
         )
@@ -269,11 +277,11 @@ def _groups(data_root: Path, journal: JournalReader, earlier: Sequence[FinishedR
     """The heads of every layer and kind, some at a time."""
     groups = []
     for number, stream in enumerate(journal.header["streams"]):
-        if stream["kind"] not in KINDS:
+        if not _has_files(journal.header, stream):
             continue
         files = [
             HeadFiles(data_root / name, head, _earlier_files(name, earlier))
-            for head, name in enumerate(_head_names(stream))
+            for head, name in enumerate(stream_names(stream))
         ]
         groups += [
             (number, files[first : first + _HEADS_AT_ONCE])
@@ -282,8 +290,9 @@ def _groups(data_root: Path, journal: JournalReader, earlier: Sequence[FinishedR
     return groups
 
 
-def _head_names(stream: Mapping[str, Any]) -> list[str]:
-    return [head_name(stream["layer_idx"], head, stream["kind"]) for head in stream["heads"]]
+def _has_files(header: Mapping[str, Any], stream: Mapping[str, Any]) -> bool:
+    """Whether the heads of a stream have files of their own."""
+    return keeps_rows(header) and stream["kind"] in KINDS
 
 
 def _earlier_files(name: str, earlier: Sequence[FinishedRun]) -> tuple[EarlierFiles, ...]:
@@ -347,8 +356,8 @@ def _end(
     """Write what describes the files, and put the journal away."""
     facts = write_table(data_root / EXAMPLES_DIRECTORY / DATA_FILE, examples)
     found = {name: facts for heads, _ in shares for name, facts in heads.items()}
-    streams = [stream for stream in journal.header["streams"] if stream["kind"] in KINDS]
-    ordered = {name: found[name] for stream in streams for name in _head_names(stream)}
+    streams = [s for s in journal.header["streams"] if _has_files(journal.header, s)]
+    ordered = {name: found[name] for stream in streams for name in stream_names(stream)}
     complete = journal.log.finalizing is True
     buckets = _rows_by_bucket(data_root, streams, ordered)
     manifest = build_manifest(
@@ -361,6 +370,8 @@ def _end(
             examples["n_tokens"].to_numpy(), journal.header.get("n_positions")
         ),
     )
+    if moments := place_moments(data_root, journal.header):
+        manifest["moments"] = moments
     manifest |= non_finite_field(ordered, [example_ids for _, example_ids in shares])
     # Its pictures are of fewer texts.
     remove_report(data_root)
@@ -379,7 +390,7 @@ def _rows_by_bucket(
 
     def count(stream: Mapping[str, Any]) -> Counter[int]:
         counts: Counter[int] = Counter()
-        name = _head_names(stream)[0]
+        name = stream_names(stream)[0]
         for path in head_files(name, heads[name]):
             with pq.ParquetFile(data_root / path) as file:
                 for number in range(file.num_row_groups):
