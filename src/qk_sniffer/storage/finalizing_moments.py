@@ -37,35 +37,37 @@ def adds_moments(data_root: Path, header: Mapping[str, Any]) -> bool:
     """Whether finalizing changes the moments of a data root.
 
     Raises:
-        UserError: Moments that are to be brought together share some texts.
+        UserError: Moments that are to be brought together are damaged, or share some texts.
     """
     if "moments" not in header["settings"]:
         return False
-    own = str(data_root / MOMENTS_DIRECTORY)
-    return any(some.place != own for some in together(moments_there(data_root)))
+    if _staged(data_root).exists():
+        return True
+    moments, own = together(moments_there(data_root)), str(data_root / MOMENTS_DIRECTORY)
+    if all(some.place == own for some in moments):
+        return False
+    for some in moments:
+        some.require_intact(moment_schemas(header))
+    return True
 
 
 def stage_moments(data_root: Path, header: Mapping[str, Any]) -> None:
     """Make the files of all moments in the journal, unless an attempt that was cut off has done so.
 
+    ``adds_moments`` has seen that they can be made.
+
     Args:
         data_root: Has a journal whose writers are closed.
         header: The journal's.
-
-    Raises:
-        UserError: Moments are damaged, or share some texts.
     """
     staged = _staged(data_root)
     if "moments" not in header["settings"] or staged.exists():
         return
     moments = together(moments_there(data_root))
-    schemas = moment_schemas(header)
-    for some in moments:
-        some.require_intact(schemas)
     making = staged.with_name(temporary_name(staged.name))
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir()
-    for kind, schema in schemas.items():
+    for kind, schema in moment_schemas(header).items():
         path = making / Path(moment_file(kind)).name
         write_moments(path, schema, _layers(moments, kind, header["streams"]))
         sync_file(path)

@@ -177,7 +177,7 @@ def _check_keys(
             ]
         if found[4:6] != wanted[4:6] or not np.isclose(found[6], wanted[6], rtol=1e-12, atol=0):
             return [
-                f"{label}: row {number} counts {found[4]} tokens, with positions that sum to {found[5]}; "
+                f"{label}: row {number} counts {found[4]} tokens at positions of sum {found[5]}, and "
                 f"the texts have {wanted[4]} with {wanted[5]}"
             ]
     if len(stored) != len(expected):
