@@ -104,10 +104,7 @@ class SnifferCallback(pl.Callback):
     def example_filter(self, trainer: pl.Trainer) -> ExampleFilter:
         """The texts that the data module reads: those that no earlier run has captured and counted."""
         self._join(trainer)
-        captured, counted = self._left("example_ids"), self._left("counted_ids")
-        if not self.moments.enabled:
-            return captured
-        return ExampleFilter(np.intersect1d(captured.ids, counted.ids), listed=False)
+        return self._left("done_ids")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Finish files that an earlier run has begun, and see that the model can read the texts."""
@@ -364,8 +361,8 @@ class SnifferCallback(pl.Callback):
             return None
         return TextsAhead(trainer).n_batches()
 
-    def _left(self, done: Literal["example_ids", "counted_ids"]) -> ExampleFilter:
-        """The texts that no earlier run has captured, or counted."""
+    def _left(self, done: Literal["example_ids", "counted_ids", "done_ids"]) -> ExampleFilter:
+        """The texts that no earlier run has captured, or counted, or both."""
         ids = np.empty(0, np.int32) if self._earlier is None else getattr(self._earlier, done)
         return ExampleFilter(ids, listed=False)
 

@@ -219,11 +219,16 @@ class MomentsConfig:
 
 
 def require_something(capture: CaptureConfig, moments: MomentsConfig) -> None:
-    """See that rows or moments are captured.
+    """See that rows or moments are captured, and that these can be summed.
 
     Raises:
-        UserError: Neither is.
+        UserError: Neither is, or they can't.
     """
+    _require(
+        not moments.cross or (capture.capture_queries and capture.capture_keys),
+        "sniffer.moments.cross: queries and keys are summed together, and one of them is not captured; "
+        "set sniffer.capture.capture_queries and capture_keys to true, or cross to false",
+    )
     _require(
         capture.sampler.keeps_rows or moments.enabled,
         "sniffer.capture.sampler.type: none keeps no rows, so nothing would be captured; set "
