@@ -2,7 +2,7 @@
 
 import logging
 import time
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from qk_sniffer.capture import CapturedHeads, Selection, heads_to_capture
-from qk_sniffer.config import CaptureConfig, OutputConfig
+from qk_sniffer.config import CaptureConfig, MomentsConfig, OutputConfig
 from qk_sniffer.data import batch_fields
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter
@@ -22,6 +22,7 @@ from qk_sniffer.models import (
     check_passages,
     probe_attention,
     require_known_tokens,
+    require_unrotated,
 )
 from qk_sniffer.module import SnifferModule
 from qk_sniffer.processes import (
@@ -74,6 +75,7 @@ class SnifferCallback(pl.Callback):
         check: Recompute attention in a few layers and heads on up to 512 tokens of the first batch,
             from the captured vectors, and stop where it differs from the model's own; or where the
             model reads passages otherwise than the whole.
+        moments: Moments of every token, which are summed beside the rows.
     """
 
     def __init__(
@@ -81,11 +83,13 @@ class SnifferCallback(pl.Callback):
         output: OutputConfig,
         capture: CaptureConfig = CaptureConfig(),  # noqa: B008
         check: bool = True,
+        moments: MomentsConfig = MomentsConfig(),  # noqa: B008
     ) -> None:
         leave_out_advertisements()
         self.output = output
         self.capture = capture
         self.check = check
+        self.moments = moments
         self.own_data_root = OwnDataRoot(output)
         self.data_root = self.own_data_root.path
         self._selection = Selection.of(capture.as_settings())
@@ -97,9 +101,12 @@ class SnifferCallback(pl.Callback):
         self._started = 0.0
 
     def example_filter(self, trainer: pl.Trainer) -> ExampleFilter:
-        """The texts that the data module reads: those that no earlier run has captured."""
+        """The texts that the data module reads: those that no earlier run has captured and counted."""
         self._join(trainer)
-        return self._uncaptured()
+        captured, counted = self._left("example_ids"), self._left("counted_ids")
+        if not self.moments.enabled:
+            return captured
+        return ExampleFilter(np.intersect1d(captured.ids, counted.ids), listed=False)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Finish files that an earlier run has begun, and see that the model can read the texts."""
@@ -144,9 +151,11 @@ class SnifferCallback(pl.Callback):
                 self.data_root / JOURNAL_DIRECTORY,
                 header,
                 ranks.rank,
-                self._uncaptured(),
+                self._left("example_ids"),
                 texts.tokenizer,
                 texts.own_batches(),
+                self.moments,
+                self._left("counted_ids"),
             )
         )
         # Of several processes one warns.
@@ -323,7 +332,7 @@ class SnifferCallback(pl.Callback):
             ranks.first(lambda: check_heads(self.capture.as_settings()))
         data = TextsAhead(trainer).data
         ranks.first(lambda: require_listed(self.capture.sampler, data))
-        run_settings = settings(module, data, self.capture)
+        run_settings = settings(module, data, self.capture, self.moments)
         self._earlier = ranks.first(lambda: self.own_data_root.pull_earlier_run(run_settings))
 
     def _leave(self, reason: str | None) -> None:
@@ -335,9 +344,11 @@ class SnifferCallback(pl.Callback):
     ) -> tuple[dict[str, Any], dict[int, CapturedHeads]]:
         """The header of the journal, the same in all processes, and the captured heads by layer."""
         config = self.capture
-        run_settings = settings(pl_module, TextsAhead(trainer).data, config)
+        run_settings = settings(pl_module, TextsAhead(trainer).data, config, self.moments)
         parts = parts_of(run_settings["capture"])
         attention = probe_attention(self._backbone, parts, pre_rope=config.capture_pre_rope)
+        if self.moments.pre_rope:
+            require_unrotated(attention, "sniffer.moments.pre_rope")
         heads = heads_to_capture(run_settings["capture"], attention.layers)
         template = TextsAhead(trainer).chat_template
         return describe(run_settings, self._backbone, attention, heads, template), heads
@@ -350,9 +361,10 @@ class SnifferCallback(pl.Callback):
             return None
         return TextsAhead(trainer).n_batches()
 
-    def _uncaptured(self) -> ExampleFilter:
-        captured = np.empty(0, np.int32) if self._earlier is None else self._earlier.example_ids
-        return ExampleFilter(captured, listed=False)
+    def _left(self, done: Literal["example_ids", "counted_ids"]) -> ExampleFilter:
+        """The texts that no earlier run has captured, or counted."""
+        ids = np.empty(0, np.int32) if self._earlier is None else getattr(self._earlier, done)
+        return ExampleFilter(ids, listed=False)
 
 
 def _backbone_of(module: pl.LightningModule) -> nn.Module:

@@ -73,6 +73,12 @@ class MomentTable:
         """(R,)."""
         return self.position_sum / self.count
 
+    @classmethod
+    def concatenated(cls, tables: "Sequence[MomentTable]") -> "MomentTable":
+        """The rows of several tables, at least one, with the same columns."""
+        names = tables[0].columns
+        return cls(**{name: np.concatenate([t.columns[name] for t in tables]) for name in names})
+
     def summed(self, groups: npt.NDArray[np.int64]) -> "MomentTable":
         """Bring rows together, as moments of all their tokens.
 
@@ -157,8 +163,7 @@ def joined(tables: Sequence[MomentTable]) -> MomentTable:
     Args:
         tables: At least one.
     """
-    names = tables[0].columns
-    together = MomentTable(**{n: np.concatenate([t.columns[n] for t in tables]) for n in names})
+    together = MomentTable.concatenated(tables)
     keys = [together.bucket, together.pre_rope, together.head, together.layer_idx]
     order = np.lexsort(keys)
     changes = np.zeros(len(order), np.int64)
@@ -180,6 +185,12 @@ class MomentState:
 
     tables: dict[Any, list[MomentTable]]
     example_ids: npt.NDArray[np.int32]
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of the tables."""
+        tables = (table for _, table in self.arrays())
+        return sum(column.nbytes for table in tables for column in table.columns.values())
 
     def arrays(self) -> Iterator[tuple[Any, MomentTable]]:
         """Kind and table, one after the other."""

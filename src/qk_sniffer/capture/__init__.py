@@ -20,6 +20,7 @@ from qk_sniffer.capture.heads import (
     heads_to_capture,
     select_heads,
 )
+from qk_sniffer.capture.moments import MomentSums
 from qk_sniffer.capture.positions import compute_positions, own_keys
 from qk_sniffer.capture.rows import BatchRows, Block
 from qk_sniffer.capture.sampling import (
@@ -38,9 +39,11 @@ from qk_sniffer.capture.sniffer import (
     get_active_sniffer,
 )
 from qk_sniffer.capture.softmax import SOFTMAX_BYTES, SoftmaxInput
+from qk_sniffer.capture.tiles import MOMENTS_BYTES
 
 __all__ = [
     "BUFFER_BYTES",
+    "MOMENTS_BYTES",
     "N_BUFFERS",
     "SAMPLERS",
     "SOFTMAX_BYTES",
@@ -55,6 +58,7 @@ __all__ = [
     "Chunk",
     "Chunks",
     "Listed",
+    "MomentSums",
     "Portion",
     "PositionsSampler",
     "Sampler",

@@ -18,6 +18,7 @@ from torch import Tensor
 from qk_sniffer.capture.buffers import Staging
 from qk_sniffer.capture.gathers import Gather, Gathers, result_states
 from qk_sniffer.capture.heads import CapturedStream, Stream
+from qk_sniffer.capture.moments import MomentSums
 from qk_sniffer.capture.plan import BatchPlan, Passage, Plans
 from qk_sniffer.capture.positions import own_keys
 from qk_sniffer.capture.rows import BatchRows, Block, Sink
@@ -63,6 +64,9 @@ class CapturesAttention(Protocol):
     pre_rope: bool
     """Whether it wants them as they are before the rotary embedding."""
 
+    both_stages: bool = False
+    """Whether it wants those of the other side of the rotary embedding too."""
+
     @property
     def parts(self) -> Collection[Part]:
         """What it wants of a call."""
@@ -78,6 +82,10 @@ class CapturesAttention(Protocol):
         softmax: SoftmaxInput | None = None,
     ) -> None:
         """Take one attention call; the arguments are those of ``Sniffer.capture``."""
+
+    def capture_other_stage(self, layer_idx: int, query: Tensor, key: Tensor) -> None:
+        """Take the vectors of the other side of the rotary embedding, where they are wanted."""
+        return None
 
     def capture_result(
         self,
@@ -105,6 +113,7 @@ class Sniffer:
         pre_rope: Ask for the vectors as they are before the rotary embedding.
         expected: Example ids and lengths of batches to come, which are then drawn some at a time;
             others may come instead.
+        moments: Sums those of every token, kept or not.
     """
 
     def __init__(
@@ -116,8 +125,12 @@ class Sniffer:
         local_positions: int = LOCAL_POSITIONS,
         pre_rope: bool = False,
         expected: Iterable[tuple[Sequence[int], Sequence[int]]] = (),
+        moments: MomentSums | None = None,
     ) -> None:
         self.pre_rope = pre_rope
+        self.both_stages = moments is not None and (pre_rope or moments.pre_rope)
+        self._moments = moments
+        self._to_read: list[int] = []
         streams = list(streams)
         self._heads = {stream.key: stream.heads for stream in streams}
         self.parts = frozenset(stream.kind for stream in streams)
@@ -143,6 +156,7 @@ class Sniffer:
         example_ids: Sequence[int],
         sequence_lengths: Sequence[int],
         listed: Listed | None = None,
+        counted_lengths: Sequence[int] | None = None,
     ) -> None:
         """Draw the rows of a batch.
 
@@ -150,9 +164,15 @@ class Sniffer:
             example_ids: One integer for each sequence.
             sequence_lengths: Its number of tokens; where the model generates, the most there can be.
             listed: Positions to keep of each, where they come with it.
+            counted_lengths: Tokens of each whose moments are summed; None sums those of all that rows
+                are drawn from.
         """
         self.close()
         self._plan = self._plans.next(example_ids, sequence_lengths, listed)
+        counted = sequence_lengths if counted_lengths is None else counted_lengths
+        self._to_read = list(map(max, sequence_lengths, counted))
+        if self._moments is not None:
+            self._moments.begin_batch(counted)
         self._sequences = range(len(sequence_lengths))
         self._tokens_read = {layer_idx: [0] * len(sequence_lengths) for layer_idx, _ in self._heads}
         if self._has_results:
@@ -170,6 +190,8 @@ class Sniffer:
             stop: The one after the last.
         """
         self._sequences, self._passage = range(start, stop), None
+        if self._moments is not None:
+            self._moments.begin_part(self._sequences)
         for read in (*self._tokens_read.values(), *self._results_read.values()):
             read[start:stop] = [0] * (stop - start)
         self._pending = [
@@ -226,8 +248,27 @@ class Sniffer:
         read[sequences.start : sequences.stop] = [tokens.stop] * len(sequences)
         key = own_keys(key, tokens.start, length)
         states: dict[Kind, Tensor] = {"q": query, "k": key}
+        if self._moments is not None:
+            self._moments.add(layer_idx, states, sequences, tokens, pre_rope=self.pre_rope)
         for stream, gather in self._gathers.gather_call(layer_idx, states, passage, softmax):
             self._pending.append(_PendingChunk(passage, stream, sliding_window, gather))
+
+    def capture_other_stage(self, layer_idx: int, query: Tensor, key: Tensor) -> None:
+        """Sum the moments of the other stage of the attention call that the layer has captured.
+
+        Args:
+            layer_idx: Layer in the text decoder.
+            query: (B, num_attention_heads, Q, head_dim), before the rotary embedding where ``capture``
+                took them behind it, and the other way round.
+            key: (B, num_key_value_heads, Q, head_dim), those of the queries' tokens.
+        """
+        passage = self._passage
+        if self._moments is None or passage is None:
+            return
+        states: dict[Kind, Tensor] = {"q": query, "k": key}
+        self._moments.add(
+            layer_idx, states, passage.sequences, passage.tokens, pre_rope=not self.pre_rope
+        )
 
     def capture_result(
         self,
@@ -250,6 +291,8 @@ class Sniffer:
             return
         assert passage is not None
         states = result_states(value, output, passage.tokens.start, len(passage.tokens))
+        if self._moments is not None:
+            self._moments.add(layer_idx, states, passage.sequences, passage.tokens)
         for stream, gather in self._gathers.gather_call(layer_idx, states, passage):
             self._pending.append(_PendingChunk(passage, stream, sliding_window, gather))
         read[passage.sequences.start : passage.sequences.stop] = [passage.tokens.stop] * len(
@@ -283,11 +326,13 @@ class Sniffer:
         lengths = plan.lengths
         if sequence_lengths is not None:
             lengths = torch.as_tensor(sequence_lengths, dtype=torch.int64)
-        self._require_read(lengths.tolist())
+        self._require_read(self._to_read if sequence_lengths is None else lengths.tolist())
         self.rows_kept += self._count(None if sequence_lengths is None else lengths)
         for passage in {chunk.passage for chunk in self._pending}:
             passage.forget_steps()
         self._ended.append(_EndedBatch(plan.example_ids, lengths, self._pending))
+        if self._moments is not None:
+            self._moments.end_batch()
         self._end_batch()
         if hand_on:
             self.hand_on()

@@ -16,15 +16,20 @@ from qk_sniffer.storage import (
     DATA_FILE,
     EXAMPLES_DIRECTORY,
     MANIFEST_FILE,
+    MOMENT_TEXTS,
     PULLED_DIRECTORY,
     PULLING_DIRECTORY,
+    EarlierRun,
     FileFacts,
-    all_files,
     differing_settings,
     earlier_run,
     file_progress,
     is_described,
     merge_pulled,
+    moment_file,
+    parquet_files,
+    require_joinable,
+    stored_counted_ids,
     stored_example_ids,
     sync_directory,
     sync_file,
@@ -105,35 +110,54 @@ def bring(data_root: Path, branch: Branch, head: str, manifest: dict[str, Any]) 
 
     Returns:
         Whether it has.
+
+    Raises:
+        UserError: Moments count texts that those there count too, and others.
     """
     pulling = data_root / PULLING_DIRECTORY
-    examples = f"{EXAMPLES_DIRECTORY}/{DATA_FILE}"
     earlier = earlier_run(data_root)
-    adds_nothing = is_described(data_root / examples, manifest["examples"])
+    texts = _tables_of_texts(manifest)
+    adds_nothing = all(is_described(data_root / path, facts) for path, facts in texts.items())
     if not adds_nothing:
-        _download(branch, head, {EXAMPLES_DIRECTORY: manifest["examples"]}, pulling)
-        ours = np.empty(0, np.int32) if earlier is None else earlier.example_ids
-        adds_nothing = bool(np.isin(stored_example_ids(pulling), ours).all())
+        _download(branch, head, texts, pulling)
+        adds_nothing = not _adds(pulling, earlier)
     if adds_nothing:
         shutil.rmtree(pulling, ignore_errors=True)
         return False
     if (earlier is not None and earlier.finalizing) or (data_root / PULLED_DIRECTORY).exists():
         # What is being merged must stay as it is until that is done.
         merge_pulled(data_root, file_progress)
-    _download(branch, head, manifest["heads"], pulling)
+    require_joinable(data_root, pulling, f"{_FIELD}: {_name(branch)}")
+    files = parquet_files(manifest)
+    _download(branch, head, {path: files[path] for path in files if path not in texts}, pulling)
     write_text(pulling / MANIFEST_FILE, json.dumps(manifest))
     pulling.replace(data_root / PULLED_DIRECTORY)
     sync_directory(data_root)
     return True
 
 
-def _download(branch: Branch, head: str, files: Mapping[str, FileFacts], directory: Path) -> None:
-    """Bring the Parquet files of some directories, compare them with a manifest, and sync them.
+def _tables_of_texts(manifest: Mapping[str, Any]) -> dict[str, FileFacts]:
+    """The files that tell which texts a run has captured, and which its moments count."""
+    counted = moment_file(MOMENT_TEXTS)
+    tables = {f"{EXAMPLES_DIRECTORY}/{DATA_FILE}", counted}
+    return {path: facts for path, facts in parquet_files(manifest).items() if path in tables}
+
+
+def _adds(pulling: Path, earlier: EarlierRun | None) -> bool:
+    """Whether a run whose tables of texts are here has captured or counted other texts."""
+    captured, counted = stored_example_ids(pulling), stored_counted_ids(pulling)
+    if earlier is None:
+        return bool(captured.size or counted.size)
+    new = np.setdiff1d(captured, earlier.example_ids), np.setdiff1d(counted, earlier.counted_ids)
+    return any(ids.size for ids in new)
+
+
+def _download(branch: Branch, head: str, paths: Mapping[str, FileFacts], directory: Path) -> None:
+    """Bring some Parquet files, compare them with a manifest, and sync them.
 
     Raises:
         UserError: One is missing or something else.
     """
-    paths = all_files(files)
     branch.download(head, [*paths], directory)
     # One that an earlier attempt left may be that of another commit, when the Hub was not asked.
     wrong = [path for path, facts in paths.items() if not is_described(directory / path, facts)]

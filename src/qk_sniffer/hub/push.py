@@ -20,19 +20,18 @@ from qk_sniffer.storage import (
     CARD_ASIDE_FILE,
     CARD_FILE,
     CONFIG_FILE,
-    EXAMPLES_DIRECTORY,
     MANIFEST_FILE,
+    MOMENT_FILE,
     REPORT_DIRECTORY,
     REPORT_FILE,
-    FileFacts,
     Place,
-    all_files,
     checksum,
     describe_run,
     file_progress,
     is_described,
     merge_pulled,
     own_part,
+    parquet_files,
     parse_head_name,
     read_card,
     render_card,
@@ -189,13 +188,13 @@ def _gone(
         theirs: The manifest of the branch, if it holds a run.
         is_new: Whether nobody has committed to the branch.
     """
-    ours = {*_parquet_files(manifest), *_other_files(data_root)}
+    ours = {*parquet_files(manifest), *_other_files(data_root)}
     return [
         path
         for path in there
         if path not in ours
         and path != _FIRST_FILE
-        and (is_new or (theirs is not None and _is_replaced(path)) or _is_of_a_head(path))
+        and (is_new or (theirs is not None and _is_replaced(path)) or _holds_vectors(path))
     ]
 
 
@@ -208,8 +207,9 @@ def _is_of_a_report(path: str) -> bool:
     return directory == REPORT_DIRECTORY and REPORT_FILE.fullmatch(name) is not None
 
 
-def _is_of_a_head(path: str) -> bool:
-    return parse_head_name(path.partition("/")[0]) is not None
+def _holds_vectors(path: str) -> bool:
+    is_of_a_head = parse_head_name(path.partition("/")[0]) is not None
+    return is_of_a_head or MOMENT_FILE.fullmatch(path) is not None
 
 
 def _changed(
@@ -229,13 +229,13 @@ def _changed(
     Raises:
         UserError: One of them is damaged.
     """
-    held = {} if theirs is None else _parquet_files(theirs)
+    held = {} if theirs is None else parquet_files(theirs)
     changed = [
         path
         for path in _other_files(data_root)
         if path not in there or there[path].git_id not in _git_ids(data_root / path)
     ]
-    for path, facts in _parquet_files(manifest).items():
+    for path, facts in parquet_files(manifest).items():
         if path not in there or held.get(path) != facts or there[path].size != facts["bytes"]:
             if not is_described(data_root / path, facts):
                 raise UserError(
@@ -250,10 +250,6 @@ def _other_files(data_root: Path) -> list[str]:
     """What is published beside the Parquet files."""
     texts = [path for path in (CARD_FILE, MANIFEST_FILE, CONFIG_FILE) if (data_root / path).exists()]
     return texts + report_files(data_root)
-
-
-def _parquet_files(manifest: Mapping[str, Any]) -> dict[str, FileFacts]:
-    return all_files({EXAMPLES_DIRECTORY: manifest["examples"], **manifest["heads"]})
 
 
 def _git_ids(path: Path) -> tuple[str, str]:

@@ -45,6 +45,7 @@ from qk_sniffer.models.probe import (
     is_probing,
     probe_attention,
     probe_quietly,
+    require_unrotated,
 )
 from qk_sniffer.models.results import on_result_of
 from qk_sniffer.models.rotary import RotaryTrace
@@ -95,6 +96,7 @@ __all__ = [
     "read_in_passages",
     "require_known_tokens",
     "require_room",
+    "require_unrotated",
     "sequences_of",
     "softmax_input",
     "spans_of_like_frequencies",

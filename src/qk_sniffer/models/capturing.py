@@ -32,7 +32,8 @@ def capture_attention(backbone: nn.Module) -> Iterator[None]:
     if sniffer is None:
         yield
         return
-    attention = probe_attention(backbone, sniffer.parts, pre_rope=sniffer.pre_rope)
+    traces_rotary = sniffer.pre_rope or sniffer.both_stages
+    attention = probe_attention(backbone, sniffer.parts, pre_rope=traces_rotary)
     layers = {layer.layer_idx: layer for layer in attention.layers}
     wants_softmax, wants_result = "softmax" in sniffer.parts, not {"v", "o"}.isdisjoint(sniffer.parts)
 
@@ -43,16 +44,20 @@ def capture_attention(backbone: nn.Module) -> Iterator[None]:
             return None
         layer = layers[layer_idx]
         positions = _positions(past_length, call.query.shape[2], call.key.shape[2])
-        query, key = states_of(layer_idx, call, past_length, trace, attention)
+        before = states_of(layer_idx, call, past_length, trace, attention)
+        query, key = before if sniffer.pre_rope else (call.query, call.key)
         softmax = softmax_input(call, layer, past_length) if wants_softmax else None
         sniffer.capture(layer_idx, query, key, positions, layer.sliding_window, softmax)
+        if sniffer.both_stages:
+            own = call.query, own_keys(call.key, past_length, call.query.shape[2])
+            sniffer.capture_other_stage(layer_idx, *(own if sniffer.pre_rope else before))
         if not wants_result:
             return None
         take = partial(sniffer.capture_result, layer_idx, sliding_window=layer.sliding_window)
         return on_result_of(call.module, take)
 
     with watch_attention(
-        backbone, report, numbered_by_call=attention.numbered_by_call, rotary=sniffer.pre_rope
+        backbone, report, numbered_by_call=attention.numbered_by_call, rotary=traces_rotary
     ):
         yield
 

@@ -92,13 +92,27 @@ def probe_attention(
         refuse_compiled(backbone)
         _maps[backbone] = _Probe(backbone).run()
     attention = _maps[backbone]
-    if pre_rope and attention.rotary.problem:
-        raise UserError(
-            f"sniffer.capture.capture_pre_rope: this architecture {attention.rotary.problem}, so its "
-            "vectors before RoPE can't be told; set it to false"
-        )
+    if pre_rope:
+        require_unrotated(attention, "sniffer.capture.capture_pre_rope")
     attention.results.require(parts)
     return attention
+
+
+def require_unrotated(attention: AttentionMap, setting: str) -> None:
+    """See that the vectors before RoPE can be captured.
+
+    Args:
+        attention: What a probe saw in the model.
+        setting: What asks for them.
+
+    Raises:
+        UserError: They can't.
+    """
+    if attention.rotary.problem:
+        raise UserError(
+            f"{setting}: this architecture {attention.rotary.problem}, so its vectors before RoPE "
+            "can't be told; set it to false"
+        )
 
 
 def is_probing() -> bool:

@@ -86,7 +86,9 @@ class PredictCLI(LightningCLI):
         try:
             module.check_model()
             module.check_trainer(trainer)
-            sniffer.own_data_root.earlier_run(settings(module, self.datamodule, sniffer.capture))
+            sniffer.own_data_root.earlier_run(
+                settings(module, self.datamodule, sniffer.capture, sniffer.moments)
+            )
         except BaseException:
             sniffer.own_data_root.ownership.release()
             raise

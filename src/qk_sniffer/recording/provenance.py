@@ -12,7 +12,7 @@ import xxhash
 from torch import nn
 
 from qk_sniffer.capture import CapturedHeads, Stream, captured_streams, described_layers
-from qk_sniffer.config import CaptureConfig
+from qk_sniffer.config import CaptureConfig, MomentsConfig
 from qk_sniffer.kinds import parts_of
 from qk_sniffer.models import AttentionMap, covered_positions, weights_digest
 from qk_sniffer.storage import SCHEMA_VERSION
@@ -85,9 +85,12 @@ _WHOLE = (
 
 
 def settings(
-    module: pl.LightningModule, data: pl.LightningDataModule | None, capture: CaptureConfig
+    module: pl.LightningModule,
+    data: pl.LightningDataModule | None,
+    capture: CaptureConfig,
+    moments: MomentsConfig,
 ) -> dict[str, Any]:
-    """The sections model, data and capture as JSON takes them."""
+    """The sections model, data, capture, and moments where they are summed, as JSON takes them."""
     texts = _without_unused(_plain(getattr(data, "hparams", {})), _LATER_DATA_FIELDS)
     if isinstance(texts.get("tokenizer"), dict):
         texts["tokenizer"] = _without_unused(texts["tokenizer"], _LATER_TOKENIZER_FIELDS)
@@ -95,6 +98,7 @@ def settings(
         "model": _without_unused(_plain(module.hparams), _LATER_MODEL_FIELDS),
         "data": texts,
         "capture": capture.as_settings(),
+        **({"moments": summed} if (summed := moments.as_settings()) else {}),
     }
 
 
@@ -112,7 +116,8 @@ def fingerprint(settings: Mapping[str, Any]) -> dict[str, Any]:
         section: {name: settings[section][name] for name in names if name in settings[section]}
         for section, names in _DECISIVE.items()
     }
-    decisive["sniffer"] = {"capture": settings["capture"]}
+    of_sniffer = ("capture", "moments")
+    decisive["sniffer"] = {name: settings[name] for name in of_sniffer if name in settings}
     flat = {"schema_version": SCHEMA_VERSION} | dict(_flatten("", decisive))
     plain: dict[str, Any] = json.loads(json.dumps(flat))
     return plain
@@ -153,7 +158,7 @@ def describe(
     """What is known of a run before its first batch, and kept with its rows.
 
     Args:
-        settings: The sections model, data and capture.
+        settings: The sections model, data, capture, and moments where they are summed.
         backbone: The model that runs.
         attention: What a probe saw in it.
         heads: What is captured, by layer.
@@ -182,7 +187,10 @@ def describe(
         "versions": _versions(),
         "settings": settings,
         "layers": layers,
-        "notes": attention.notes_of(parts_of(capture), pre_rope=capture["capture_pre_rope"]),
+        "notes": attention.notes_of(
+            parts_of(capture),
+            pre_rope=capture["capture_pre_rope"] or settings.get("moments", {}).get("pre_rope", False),
+        ),
         "streams": streams,
         "n_positions": covered_positions(getattr(backbone, "config", None)),
     }

@@ -18,11 +18,12 @@ from qk_sniffer.capture import (
     active_sniffer,
     captured_streams,
 )
-from qk_sniffer.config import CaptureConfig
+from qk_sniffer.config import CaptureConfig, MomentsConfig
 from qk_sniffer.data import BatchFields
 from qk_sniffer.errors import UserError
-from qk_sniffer.ids import ExampleFilter
+from qk_sniffer.ids import EVERY_EXAMPLE, ExampleFilter
 from qk_sniffer.kinds import parts_of
+from qk_sniffer.recording.counting import Counting
 from qk_sniffer.recording.progress import Progress
 from qk_sniffer.storage import Example, JournalWriter
 
@@ -40,6 +41,8 @@ class Recorder:
         is_left: The texts that no earlier run has captured.
         tokenizer: Gives the token strings, where they are captured, and the text that a model writes.
         expected: Example ids, int32, and lengths, int64, of batches to come; others may come instead.
+        moments: Which moments of every token are summed.
+        is_uncounted: The texts whose moments no earlier run has summed.
 
     Raises:
         UserError: The journal is in use, or the disk refuses.
@@ -56,24 +59,35 @@ class Recorder:
         is_left: ExampleFilter,
         tokenizer: PreTrainedTokenizerBase | None,
         expected: Iterable[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = (),
+        moments: MomentsConfig = MomentsConfig(),  # noqa: B008
+        is_uncounted: ExampleFilter = EVERY_EXAMPLE,
     ) -> None:
         self._is_left = is_left
         self._tokenizer = tokenizer
         self._needs_tokens = capture.capture_token_strings
         self._is_continued = header["settings"]["model"].get("generate") is not None
         self._journal = JournalWriter(journal, header, rank)
+        streams = captured_streams(heads, parts_of(capture.as_settings()))
+        self._counting = (
+            Counting(moments, streams, selection.sampler, self._journal, is_uncounted)
+            if moments.enabled
+            else None
+        )
         self._sniffer = Sniffer(
-            captured_streams(heads, parts_of(capture.as_settings())),
+            streams,
             selection,
             self,
             local_positions=capture.local_positions,
             pre_rope=capture.capture_pre_rope,
             expected=((ids.tolist(), self._to_keep(ids, lengths)) for ids, lengths in expected),
+            moments=None if self._counting is None else self._counting.sums,
         )
         self._open = ExitStack()
         self._open.callback(self._journal.close)
         self._open.callback(self._sniffer.close)
         self._open.callback(self._sniffer.hand_on)
+        if self._counting is not None:
+            self._open.callback(self._counting.save)
         self._open.enter_context(active_sniffer(self._sniffer))
         self._examples: list[Example] = []
         """Texts whose rows the sniffer has not handed on."""
@@ -93,7 +107,10 @@ class Recorder:
     def begin_batch(self, batch: BatchFields) -> None:
         """Draw the rows that a batch keeps."""
         lengths = self._to_keep(batch.example_ids, batch.sequence_lengths.numpy())
-        self._sniffer.begin_batch(batch.example_ids.tolist(), lengths, batch.listed)
+        counted = None
+        if self._counting is not None:
+            counted = self._counting.lengths(batch.example_ids, batch.sequence_lengths.numpy())
+        self._sniffer.begin_batch(batch.example_ids.tolist(), lengths, batch.listed, counted)
 
     def end_batch(self, batch: BatchFields, before_saving: Callable[[], None] = lambda: None) -> None:
         """Move the batch's rows to the journal, or keep them for the end of another that soon follows.
@@ -112,12 +129,16 @@ class Recorder:
             )
         self._sniffer.flush_batch(hand_on=False)
         self._examples += self._examples_of(batch)
+        if self._counting is not None:
+            self._counting.end_batch(batch.example_ids)
         self.batches_read += 1
         self.texts_read += len(batch.example_ids)
         self.tokens_read += int(batch.sequence_lengths.sum())
         if self._journal.is_due:
             before_saving()
             self._sniffer.hand_on()
+            if self._counting is not None and self._counting.is_due:
+                self._counting.save()
 
     def close(self) -> None:
         """Commit what is waiting, and stop capturing; a second call does nothing.

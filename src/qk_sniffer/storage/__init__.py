@@ -28,12 +28,15 @@ from qk_sniffer.storage.data_root import (
 from qk_sniffer.storage.examples import read_examples
 from qk_sniffer.storage.file_facts import (
     FILE_NAME,
+    MOMENT_FILE,
     FileFacts,
-    all_files,
     checksum,
     head_files,
     is_described,
     joined_checksum,
+    moment_file,
+    moment_files,
+    parquet_files,
 )
 from qk_sniffer.storage.files import (
     damaged,
@@ -50,9 +53,12 @@ from qk_sniffer.storage.journal import Example, JournalWriter
 from qk_sniffer.storage.manifest import (
     count_rows,
     describe_beyond,
+    describe_moments,
     read_manifest,
     require_manifest,
 )
+from qk_sniffer.storage.moment_files import as_moments, fault_of_moments, is_not_finite
+from qk_sniffer.storage.moment_sources import require_joinable, stored_counted_ids
 from qk_sniffer.storage.ownership import Owner, Ownership, note_owner, owned, owner_of
 from qk_sniffer.storage.reports import remove_report, report_files
 from qk_sniffer.storage.schema import (
@@ -64,6 +70,9 @@ from qk_sniffer.storage.schema import (
     EXAMPLES_SCHEMA,
     JOURNAL_DIRECTORY,
     MANIFEST_FILE,
+    MOMENT_TEXTS,
+    MOMENT_TEXTS_SCHEMA,
+    MOMENTS_DIRECTORY,
     PUBLICATION_FILE,
     PULLED_DIRECTORY,
     PULLING_DIRECTORY,
@@ -74,9 +83,10 @@ from qk_sniffer.storage.schema import (
     has_softmax,
     head_name,
     head_schema,
+    moment_schema,
     parse_head_name,
 )
-from qk_sniffer.storage.sizes import head_files_bytes, journal_bytes, row_bytes
+from qk_sniffer.storage.sizes import head_files_bytes, journal_bytes, moments_bytes, row_bytes
 from qk_sniffer.storage.stored_rows import StoredRows, fault_of_columns, fault_of_values
 from qk_sniffer.storage.summary import (
     file_progress,
@@ -97,6 +107,10 @@ __all__ = [
     "JOURNAL_ALIGNMENT",
     "JOURNAL_DIRECTORY",
     "MANIFEST_FILE",
+    "MOMENTS_DIRECTORY",
+    "MOMENT_FILE",
+    "MOMENT_TEXTS",
+    "MOMENT_TEXTS_SCHEMA",
     "PUBLICATION_FILE",
     "PULLED_DIRECTORY",
     "PULLING_DIRECTORY",
@@ -111,7 +125,7 @@ __all__ = [
     "Ownership",
     "Place",
     "StoredRows",
-    "all_files",
+    "as_moments",
     "check_space",
     "checksum",
     "clear_data_root",
@@ -122,6 +136,7 @@ __all__ = [
     "data_root_path",
     "describe_beyond",
     "describe_kinds",
+    "describe_moments",
     "describe_non_finite",
     "describe_run",
     "differing_settings",
@@ -131,6 +146,7 @@ __all__ = [
     "existing_data_root",
     "explained_writing",
     "fault_of_columns",
+    "fault_of_moments",
     "fault_of_values",
     "file_progress",
     "finalize",
@@ -140,17 +156,23 @@ __all__ = [
     "head_name",
     "head_schema",
     "is_described",
+    "is_not_finite",
     "joined_checksum",
     "journal_bytes",
     "load_argument",
     "manifest_fault",
     "merge_pulled",
+    "moment_file",
+    "moment_files",
+    "moment_schema",
+    "moments_bytes",
     "n_threads",
     "note_owner",
     "nothing_kept",
     "own_part",
     "owned",
     "owner_of",
+    "parquet_files",
     "parse_head_name",
     "parse_json",
     "prepare_data_root",
@@ -163,10 +185,12 @@ __all__ = [
     "render_card",
     "report_files",
     "require_captured",
+    "require_joinable",
     "require_manifest",
     "require_shared",
     "row_bytes",
     "shown_names",
+    "stored_counted_ids",
     "stored_example_ids",
     "summary_table",
     "sync_directory",

@@ -16,6 +16,7 @@ from qk_sniffer.storage.card_configs import (
     layer_config,
     load_argument,
 )
+from qk_sniffer.storage.card_moments import moments_section
 from qk_sniffer.storage.card_parts import compose_card, read_card
 from qk_sniffer.storage.files import write_text
 from qk_sniffer.storage.manifest import count_rows, describe_beyond
@@ -201,7 +202,19 @@ def _known(settings: Mapping[str, Any], names: Mapping[str, str]) -> str:
 
 
 def describe_non_finite(manifest: Mapping[str, Any]) -> str:
-    """Which rows hold an infinity or a NaN; empty where none does."""
+    """Which rows, and how many of moments, hold an infinity or a NaN; empty where none does."""
+    told = (_non_finite_rows(manifest), _non_finite_moments(manifest))
+    return "; ".join(text for text in told if text)
+
+
+def _non_finite_moments(manifest: Mapping[str, Any]) -> str:
+    count = sum(facts.get("non_finite", 0) for facts in manifest.get("moments", {}).values())
+    if count == 0:
+        return ""
+    return f"{count:,} row{'s' * (count > 1)} of moments hold{'s' * (count == 1)} inf or NaN"
+
+
+def _non_finite_rows(manifest: Mapping[str, Any]) -> str:
     found = manifest.get("non_finite")
     if found is None:
         return ""
@@ -262,7 +275,7 @@ are counted by themselves.{numbering} `examples` maps `example_id` to the ids of
 
 Rows are sorted by `example_id` and `position`. `manifest.json` has settings, versions and checksums.
 
-## Rows
+{moments_section(manifest)}## Rows
 
 {_bucket_table(manifest["buckets"])}
 

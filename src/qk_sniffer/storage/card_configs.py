@@ -4,8 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qk_sniffer.storage.file_facts import head_files, joined_checksum
-from qk_sniffer.storage.schema import EXAMPLES_DIRECTORY, head_name, parse_head_name
+from qk_sniffer.kinds import KINDS, Kind
+from qk_sniffer.storage.file_facts import head_files, joined_checksum, moment_file
+from qk_sniffer.storage.schema import (
+    EXAMPLES_DIRECTORY,
+    MOMENTS_DIRECTORY,
+    head_name,
+    parse_head_name,
+)
 
 MOST_CONFIGS = 3000
 """The Hub's viewer shows no dataset that has more."""
@@ -29,12 +35,12 @@ class Place:
 
 def has_config_of_each_head(manifest: Mapping[str, Any]) -> bool:
     """Whether a head is a config; otherwise the heads of a layer and kind are one together."""
-    return len(manifest["heads"]) < MOST_CONFIGS
+    return len(manifest["heads"]) + len(_moments(manifest)) < MOST_CONFIGS
 
 
 def load_argument(manifest: Mapping[str, Any], name: str) -> str:
-    """The argument of ``load_dataset`` that names a head or the examples."""
-    if name == EXAMPLES_DIRECTORY or has_config_of_each_head(manifest):
+    """The argument of ``load_dataset`` that names a head, the examples or moments."""
+    if name == EXAMPLES_DIRECTORY or name in _moments(manifest) or has_config_of_each_head(manifest):
         return f'"{name}"'
     return f'data_files="{name}/*.parquet"'
 
@@ -47,7 +53,22 @@ def configs_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     else:
         # datasets looks for the files of the first config, whichever it loads.
         names = examples | _heads_of_layers(manifest)
-    return [_config(manifest, name, heads) for name, heads in names.items()]
+    configs = [_config(manifest, name, heads) for name, heads in names.items()]
+    moments = _moments(manifest)
+    return configs + [
+        _described(name, [moment_file(kind)], [manifest["moments"][kind]["xxh3_128"]])
+        for name, kind in moments.items()
+    ]
+
+
+def moments_config(kind: Kind) -> str:
+    """The config of the moments of a kind."""
+    return f"{MOMENTS_DIRECTORY}_{kind}"
+
+
+def _moments(manifest: Mapping[str, Any]) -> dict[str, Kind]:
+    """The configs of moments, and their kinds; none where there are no moments."""
+    return {moments_config(kind): kind for kind in KINDS if kind in manifest.get("moments", ())}
 
 
 def layer_config(name: str) -> str:
@@ -69,7 +90,10 @@ def _config(manifest: Mapping[str, Any], name: str, directories: list[str]) -> d
     """One config, with the files of some heads or the examples."""
     facts = manifest["heads"] | {EXAMPLES_DIRECTORY: manifest["examples"]}
     paths = [path for directory in directories for path in head_files(directory, facts[directory])]
-    digests = [facts[directory]["xxh3_128"] for directory in directories]
+    return _described(name, paths, [facts[directory]["xxh3_128"] for directory in directories])
+
+
+def _described(name: str, paths: list[str], digests: list[str]) -> dict[str, Any]:
     digest = digests[0] if len(digests) == 1 else joined_checksum(digests)
     return {
         "config_name": name,

@@ -25,6 +25,7 @@ from qk_sniffer.storage.schema import (
     DIRECTORIES,
     FILES,
     HEAD_DIRECTORY,
+    MOMENT_TEXTS,
     SCHEMA_VERSION,
     parse_head_name,
     temporary_name,
@@ -113,7 +114,8 @@ _SETTINGS = _object(
             },
         ),
         "capture": _CAPTURE,
-    }
+    },
+    {"moments": _object(dict.fromkeys(("enabled", "by_bucket", "pre_rope", "cross"), _FLAG))},
 )
 _SLOPES = _or_null(_array(_NUMBER))
 _LAYER = _object(
@@ -164,6 +166,11 @@ _MANIFEST = _object(
         "beyond_positions": _object(
             {"positions": _integer(1), "texts": _integer(1), "longest": _integer(1)}
         ),
+        "moments": _object({MOMENT_TEXTS: _object({**_FACTS, "tokens": _integer()})})
+        | {
+            "propertyNames": {"enum": [*KINDS, MOMENT_TEXTS]},
+            "additionalProperties": _object(_FACTS, {"non_finite": _integer(1)}),
+        },
         "non_finite": _object(
             {"rows": _integer(1), "texts": _integer(1), "layers": _array(_LAYER_IDX, 1)}
         ),

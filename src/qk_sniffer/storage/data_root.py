@@ -29,6 +29,8 @@ from qk_sniffer.storage.commits import (
 )
 from qk_sniffer.storage.files import explained_writing
 from qk_sniffer.storage.finished import finished_runs
+from qk_sniffer.storage.moment_sources import counted_anywhere
+from qk_sniffer.storage.moment_states import repair_states
 from qk_sniffer.storage.reports import remove_report
 from qk_sniffer.storage.schema import (
     CARD_FILE,
@@ -87,14 +89,25 @@ class EarlierRun:
     Attributes:
         fingerprint: The settings that decide its rows, by field.
         example_ids: (E,) int32, ascending: the examples that are captured.
+        counted_ids: (C,) int32, ascending: the examples that its moments count.
+        has_moments: Whether it sums moments.
         finalizing: Whether writing its files has begun and was cut off.
         is_pulled: Whether all of it was pulled, and nothing captured here.
     """
 
     fingerprint: Mapping[str, Any]
     example_ids: npt.NDArray[np.int32]
+    counted_ids: npt.NDArray[np.int32]
+    has_moments: bool
     finalizing: bool
     is_pulled: bool
+
+    @property
+    def done_ids(self) -> npt.NDArray[np.int32]:
+        """The examples that need not be read again, ascending: captured, and counted by any moments."""
+        if not self.has_moments:
+            return self.example_ids
+        return np.intersect1d(self.example_ids, self.counted_ids)
 
     def require(self, data_root: Path, fingerprint: Mapping[str, Any]) -> None:
         """See that a run with other settings does not add to this one.
@@ -142,7 +155,7 @@ def earlier_run(data_root: Path) -> EarlierRun | None:
     """What a data root holds already; None where that is nothing.
 
     Raises:
-        UserError: Its header or manifest is damaged.
+        UserError: Its header or manifest is damaged, or its moments are.
     """
     journal = data_root / JOURNAL_DIRECTORY
     runs = finished_runs(data_root)
@@ -153,9 +166,12 @@ def earlier_run(data_root: Path) -> EarlierRun | None:
         return None
     log = read_journal(journal)
     stored = [run.example_ids for run in runs]
+    has_moments = "moments" in found[0]["settings"]
     return EarlierRun(
         fingerprint=found[0].get("fingerprint", {}),
         example_ids=np.unique(np.concatenate([log.example_ids(), *stored])),
+        counted_ids=counted_anywhere(data_root) if has_moments else np.empty(0, np.int32),
+        has_moments=has_moments,
         finalizing=log.finalizing is not None,
         is_pulled=len(found) == len(runs) and all(run.directory != data_root for run in runs),
     )
@@ -231,6 +247,7 @@ def _repair_journal(journal: Path) -> None:
     with explained_writing(journal, remedy), locked_journal(journal):
         for part in part_directories(journal):
             repair(part, "what they stood for is captured again")
+            repair_states(part)
 
 
 def require_shared(data_root: Path, ranks: Ranks) -> None:
@@ -268,17 +285,23 @@ def _is_seen(path: Path) -> bool:
 
 
 def require_captured(data_root: Path, example_ids: npt.NDArray[np.int32]) -> None:
-    """See that the processes of a run have together captured all that they were to.
+    """See that the processes of a run have together captured and counted all that they were to.
 
     Raises:
         RuntimeError: They have not.
     """
     earlier = earlier_run(data_root)
-    captured = np.empty(0, np.int32) if earlier is None else earlier.example_ids
-    missing = np.setdiff1d(example_ids, captured)
+    none = np.empty(0, np.int32)
+    _require_all(example_ids, none if earlier is None else earlier.example_ids, "captured")
+    if earlier is not None and earlier.has_moments:
+        _require_all(example_ids, earlier.counted_ids, "counted in the moments")
+
+
+def _require_all(wanted: npt.NDArray[np.int32], found: npt.NDArray[np.int32], what: str) -> None:
+    missing = np.setdiff1d(wanted, found)
     if missing.size:
         raise RuntimeError(
-            f"{missing.size} of {example_ids.size} texts were not captured, as example {missing[0]}"
+            f"{missing.size} of {wanted.size} texts were not {what}, as example {missing[0]}"
         )
 
 

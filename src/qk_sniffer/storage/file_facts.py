@@ -9,13 +9,22 @@ from typing import Any
 import pyarrow.parquet as pq
 import xxhash
 
-from qk_sniffer.storage.schema import DATA_FILE
+from qk_sniffer.kinds import KINDS
+from qk_sniffer.storage.schema import (
+    DATA_FILE,
+    EXAMPLES_DIRECTORY,
+    MOMENT_TEXTS,
+    MOMENTS_DIRECTORY,
+)
 
 FileFacts = dict[str, Any]
 """Rows, bytes and checksum of a file; of a head with several, all together and of each as ``files``."""
 
 FILE_NAME = re.compile(r"data(?:-[0-9]{5}-of-([0-9]{5}))?\.parquet")
 """Every name that ``file_names`` gives, and how many files there are."""
+
+MOMENT_FILE = re.compile(rf"{MOMENTS_DIRECTORY}/(?:[{''.join(KINDS)}]|{MOMENT_TEXTS})\.parquet")
+"""Every path that ``moment_file`` gives."""
 
 MOST_FILES = 99_999
 """As many as the names have numbers for."""
@@ -43,17 +52,26 @@ def head_files(name: str, facts: Mapping[str, Any]) -> dict[str, FileFacts]:
     return {f"{name}/{file}": dict(about) for file, about in zip(names, files, strict=True)}
 
 
-def all_files(directories: Mapping[str, FileFacts]) -> dict[str, FileFacts]:
-    """The files of several heads, and of the texts, as ``head_files`` gives those of one.
+def moment_files(manifest: Mapping[str, Any]) -> dict[str, FileFacts]:
+    """The files of moments that a manifest names, by their paths in the data root."""
+    moments: Mapping[str, FileFacts] = manifest.get("moments", {})
+    return {moment_file(name): facts for name, facts in moments.items()}
 
-    Args:
-        directories: What a manifest says, by directory.
-    """
-    return {
+
+def moment_file(name: str) -> str:
+    """The path of the moments of a kind, or of their texts, in a data root."""
+    return f"{MOMENTS_DIRECTORY}/{name}.parquet"
+
+
+def parquet_files(manifest: Mapping[str, Any]) -> dict[str, FileFacts]:
+    """All Parquet files of a data root, by their paths in it."""
+    directories = {EXAMPLES_DIRECTORY: manifest["examples"], **manifest["heads"]}
+    of_rows = {
         path: about
         for name, facts in directories.items()
         for path, about in head_files(name, facts).items()
     }
+    return of_rows | moment_files(manifest)
 
 
 def describe_file(path: Path) -> FileFacts:

@@ -39,6 +39,7 @@ from qk_sniffer.storage.commits import (
 from qk_sniffer.storage.examples import read_examples
 from qk_sniffer.storage.file_facts import FileFacts, head_files
 from qk_sniffer.storage.files import explained_writing, sync_directory
+from qk_sniffer.storage.finalizing_moments import adds_moments, place_moments, stage_moments
 from qk_sniffer.storage.finished import FinishedRun, finished_runs
 from qk_sniffer.storage.journal import JournalWriter
 from qk_sniffer.storage.manifest import (
@@ -93,8 +94,8 @@ def finalize(
         The manifest. The journal is gone.
 
     Raises:
-        UserError: There is no journal, it is damaged or in use, or the disk refuses; what the journal
-            holds stays there.
+        UserError: There is no journal, it is damaged or in use, its moments and those of finished runs
+            can't be added, or the disk refuses; what the journal holds stays there.
     """
     directory = data_root / JOURNAL_DIRECTORY
     if data_root.is_dir():
@@ -127,7 +128,12 @@ def finalize(
         if ranks.first(lambda: journal.log.n_broken > 0):
             ranks.first(explained(lambda: _drop_broken(directory)))
             complete = False
-        adds_nothing = not journal.log.commits and [run.directory for run in earlier] == [data_root]
+        adds_moments_too = ranks.first(explained(lambda: adds_moments(data_root, journal.header)))
+        adds_nothing = (
+            not journal.log.commits
+            and [run.directory for run in earlier] == [data_root]
+            and not adds_moments_too
+        )
         # An attempt that was cut off may have joined the examples already, but not the manifest.
         if ranks.first(lambda: adds_nothing and journal.log.finalizing is None):
             return ranks.first(explained(lambda: _discard(data_root, earlier[0].manifest, complete)))
@@ -136,6 +142,7 @@ def finalize(
             damaged = ranks.gather(ranks.run(explained(lambda: _damaged(own, ranks))))
             ranks.first(lambda: begin(damaged, complete))
             journal.log.finalizing = complete
+        ranks.first(explained(lambda: stage_moments(data_root, journal.header)))
         examples = ranks.run(
             explained(lambda: _all_examples(journal, earlier) if ranks.is_first else None)
         )
@@ -361,6 +368,8 @@ def _end(
             examples["n_tokens"].to_numpy(), journal.header.get("n_positions")
         ),
     )
+    if moments := place_moments(data_root, journal.header):
+        manifest["moments"] = moments
     manifest |= non_finite_field(ordered, [example_ids for _, example_ids in shares])
     # Its pictures are of fewer texts.
     remove_report(data_root)

@@ -28,6 +28,7 @@ import pyarrow as pa
 import xxhash
 
 from qk_sniffer.kinds import Part
+from qk_sniffer.moments import MomentState
 from qk_sniffer.storage.commits import (
     COMMITS_FILE,
     HEADER_FILE,
@@ -39,6 +40,7 @@ from qk_sniffer.storage.commits import (
 )
 from qk_sniffer.storage.direct import PAGE, DirectFile
 from qk_sniffer.storage.files import explained_writing, sync_directory, write_text
+from qk_sniffer.storage.moment_states import next_state_file, state_files, write_state
 from qk_sniffer.storage.schema import examples_schema
 
 log = logging.getLogger(__name__)
@@ -210,6 +212,7 @@ class JournalWriter:
             directory.mkdir(parents=True, exist_ok=True)
             undo.enter_context(locked_part(directory))
             earlier = repair(directory, "what they stood for is captured again")
+            self._moments = next_state_file(directory)
             if rank == 0:
                 write_text(journal / HEADER_FILE, json.dumps(header))
             numbers = [int(c.segment.stem.rpartition("-")[2]) for c in earlier.commits]
@@ -223,6 +226,7 @@ class JournalWriter:
         self._watches_space = rank == 0
         self._error: Exception | None = None
         self._vectors = 0
+        self._waiting_moments: MomentState | None = None
         self.bytes_written = 0
         """Of the batches that this writer has committed."""
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(MOST_TASKS)
@@ -233,6 +237,11 @@ class JournalWriter:
         """Write some of a batch's vectors, in their order; they count once the batch is committed."""
         self._raise_error()
         self._queue.put(partial(self._write_portion, portion))
+
+    @property
+    def sync_seconds(self) -> float:
+        """How often what was captured is made safe."""
+        return SYNC_SECONDS
 
     @property
     def is_due(self) -> bool:
@@ -258,6 +267,16 @@ class JournalWriter:
         ids = np.array([example.example_id for example in examples], np.int32)
         task = partial(self._end_batch, self._index(blocks), numbers, content.getvalue(), ids)
         self._queue.put(partial(self._attempt, task))
+
+    def save_moments(self, state: MomentState) -> None:
+        """Write the moments of all texts counted since this writer was opened, for those saved before.
+
+        Their arrays may not change any more.
+        """
+        self._raise_error()
+        # One that waits for the disk still is not needed any more.
+        self._waiting_moments = state
+        self._queue.put(partial(self._attempt, self._write_moments))
 
     def close(self) -> None:
         """Write and commit what is waiting, and close the files.
@@ -353,6 +372,12 @@ class JournalWriter:
         elif time.monotonic() - self._last_sync >= SYNC_SECONDS:
             self._sync()
 
+    def _write_moments(self) -> None:
+        state, self._waiting_moments = self._waiting_moments, None
+        if state is not None:
+            with explained_writing(self._moments, _CONTINUE):
+                write_state(self._moments, state)
+
     def _index(self, blocks: Sequence[Block]) -> npt.NDArray[Any]:
         """The index of a batch's blocks, with places that count from its first vector and number."""
         level = Counter[int]()
@@ -382,7 +407,8 @@ class JournalWriter:
 
     def _watch_space(self) -> None:
         free = shutil.disk_usage(self.directory).free
-        written = sum(file.stat().st_size for file in self.journal.glob("*/segment-*.arrow"))
+        files = [*self.journal.glob("*/segment-*.arrow"), *state_files(self.journal)]
+        written = sum(file.stat().st_size for file in files)
         if free < written:
             self._watches_space = False
             log.warning(

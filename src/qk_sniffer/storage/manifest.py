@@ -17,6 +17,7 @@ from qk_sniffer.storage.files import damaged, read_json, write_text
 from qk_sniffer.storage.ownership import owner_of
 from qk_sniffer.storage.schema import (
     MANIFEST_FILE,
+    MOMENT_TEXTS,
     SCHEMA_VERSION,
     has_softmax,
     parse_head_name,
@@ -79,6 +80,14 @@ def describe_beyond(manifest: Mapping[str, Any]) -> str | None:
         f"{beyond['positions']:,} positions that the model's config covers, the longest has "
         f"{beyond['longest']:,} tokens"
     )
+
+
+def describe_moments(manifest: Mapping[str, Any]) -> str | None:
+    """What the moments of a run count; None where it has none."""
+    if "moments" not in manifest:
+        return None
+    texts = manifest["moments"][MOMENT_TEXTS]
+    return f"{texts['tokens']:,} tokens of {texts['rows']:,} texts"
 
 
 def count_rows(manifest: Mapping[str, Any]) -> int:

@@ -1,7 +1,7 @@
 """Names and column types of everything in a data root."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import pyarrow as pa
@@ -11,6 +11,7 @@ from qk_sniffer.kinds import KINDS, SOFTMAX_COLUMNS, Kind, Part
 SCHEMA_VERSION = 1
 DATA_FILE = "data.parquet"
 EXAMPLES_DIRECTORY = "examples"
+MOMENTS_DIRECTORY, MOMENT_TEXTS = "moments", "texts"
 JOURNAL_DIRECTORY = ".journal"
 FINISHED_JOURNAL_DIRECTORY = ".journal-finished"
 PULLED_DIRECTORY, PULLING_DIRECTORY = ".pulled", ".pulling"
@@ -28,6 +29,7 @@ HEAD_DIRECTORY = re.compile(f"l({_NUMBER})h({_NUMBER})([{''.join(KINDS)}])")
 
 DIRECTORIES = {
     EXAMPLES_DIRECTORY,
+    MOMENTS_DIRECTORY,
     JOURNAL_DIRECTORY,
     FINISHED_JOURNAL_DIRECTORY,
     PULLED_DIRECTORY,
@@ -126,5 +128,41 @@ def head_schema(width: int, *, softmax: bool = False) -> pa.Schema:
             ("sliding_window", pa.int32()),
             ("token_str", pa.string()),
             *(statistics if softmax else []),
+        ]
+    )
+
+
+MOMENT_TEXTS_SCHEMA = pa.schema([pa.field("example_id", pa.int32(), nullable=False)])
+"""Columns of the file that names the texts which moments count."""
+
+
+def moment_schema(kind: Kind, widths: Collection[int], *, cross: bool) -> pa.Schema:
+    """Columns of the moments of a kind.
+
+    Args:
+        kind: The kind of vectors.
+        widths: Numbers in a vector, of all layers; where they differ, lists have no fixed size.
+        cross: Whether those of queries have the covariance with their keys.
+    """
+    width = next(iter(widths)) if len(widths) == 1 else None
+
+    def numbers(factors: int) -> pa.DataType:
+        size = -1 if width is None else width**factors
+        return pa.list_(pa.field("element", pa.float64()), size)
+
+    with_keys = [("key_mean", numbers(1)), ("key_covariance", numbers(2))]
+    return pa.schema(
+        [
+            ("layer_idx", pa.int32()),
+            ("head", pa.int32()),
+            ("bucket", pa.int32()),
+            ("pre_rope", pa.bool_()),
+            ("count", pa.int64()),
+            ("position_sum", pa.int64()),
+            ("position_square_sum", pa.float64()),
+            ("mean", numbers(1)),
+            ("covariance", numbers(2)),
+            ("position_covariance", numbers(1)),
+            *(with_keys if cross and kind == "q" else []),
         ]
     )

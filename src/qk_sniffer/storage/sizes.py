@@ -29,6 +29,9 @@ _JOURNAL_ROW, _JOURNAL_TOKEN = 12, 9
 
 _ITEMSIZE: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+_MOMENT_NUMBERS = 6
+"""Numbers of eight bytes that a row of moments has beside its vectors and matrices, at most."""
+
 Stream = Mapping[str, Any]
 """Heads of a layer and kind, and their head_dim, as in a journal's header."""
 
@@ -96,3 +99,30 @@ def head_files_bytes(
         size = _FILE + rows * numbers + vectors * (small if vectors <= _SMALL else large)
         total += len(stream["heads"]) * size
     return math.ceil(total)
+
+
+def moments_bytes(streams: Sequence[Stream], settings: Mapping[str, Any], n_buckets: int) -> int:
+    """Bytes of the moments of all heads: of the final files, and of the file of each process too.
+
+    A row is float64 and hardly shrinks: with D numbers in a vector it takes 8 (D² + 2 D + 6), and a row
+    of queries 8 (D² + D) more where the covariance with their keys is there.
+
+    Args:
+        streams: What is captured.
+        settings: The run's, whose section moments says what is summed; 0 where it has none.
+        n_buckets: Buckets that positions fall into; they count where each has rows of its own.
+    """
+    moments = settings.get("moments")
+    if not moments:
+        return 0
+    total = 0
+    for stream in streams:
+        kind, width = stream["kind"], stream["head_dim"]
+        if kind == "softmax":
+            continue
+        numbers = width**2 + 2 * width + _MOMENT_NUMBERS
+        if kind == "q" and moments["cross"]:
+            numbers += width**2 + width
+        stages = 2 if kind in "qk" and moments["pre_rope"] else 1
+        total += 8 * numbers * stages * len(stream["heads"])
+    return total * (n_buckets if moments["by_bucket"] else 1)

@@ -10,6 +10,7 @@ from qk_sniffer.storage import (
     Place,
     count_rows,
     describe_beyond,
+    describe_moments,
     describe_non_finite,
     load_argument,
 )
@@ -52,6 +53,8 @@ def summary_table(data_root: Path, manifest: dict[str, Any], *, seconds: float) 
         "where": str(data_root),
         "load": f'datasets.load_dataset("{data_root}", {first}, split="train")',
     }
+    if (moments := describe_moments(manifest)) is not None:
+        lines["moments"] = moments
     table = "\n".join(f"{name:<8} {value}" for name, value in lines.items())
     if rows == 0:
         table += f"\n{nothing_kept(manifest)}"

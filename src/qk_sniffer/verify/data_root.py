@@ -38,11 +38,9 @@ from qk_sniffer.storage import (
     MANIFEST_FILE,
     FileFacts,
     StoredRows,
-    checksum,
     configs_of,
     damaged,
     examples_schema,
-    fault_of_columns,
     has_softmax,
     head_files,
     head_name,
@@ -53,9 +51,10 @@ from qk_sniffer.storage import (
     require_manifest,
     waiting_rows,
 )
+from qk_sniffer.verify.files import UNREADABLE, check_file
+from qk_sniffer.verify.moments import check_moments
 
 _TOKENS_AT_ONCE = 2**20
-_UNREADABLE = (OSError, pa.ArrowException)
 
 
 def verify(data_root: Path, *, trust_code: bool = False) -> list[str]:
@@ -93,6 +92,7 @@ def verify(data_root: Path, *, trust_code: bool = False) -> list[str]:
     listed = None
     if selection.needs_lists and examples is not None:
         listed = _stored_positions(data_root, manifest, examples)
+    faults += check_moments(data_root, manifest, streams, selection.sampler, examples)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for found in pool.map(
             lambda s: _check_stream(data_root, manifest, s, selection, examples, listed), streams
@@ -184,7 +184,7 @@ def _check_files(
     paths, faults = [], []
     files = head_files(name, facts)
     for label, about in files.items():
-        path, found = _check_file(data_root, label, about, schema)
+        path, found = check_file(data_root, label, about, schema)
         paths += [] if path is None else [path]
         faults += found
     if len(files) > 1 and facts["xxh3_128"] != joined_checksum(f["xxh3_128"] for f in files.values()):
@@ -192,35 +192,10 @@ def _check_files(
     return paths, faults
 
 
-def _check_file(
-    data_root: Path, label: str, facts: FileFacts, schema: pa.Schema
-) -> tuple[Path | None, list[str]]:
-    """The file if its rows can be trusted to be what was written, and its faults."""
-    path = data_root / label
-    if not path.exists():
-        return None, [f"{label}: missing"]
-    if path.stat().st_size != facts["bytes"]:
-        return None, [
-            f"{label}: damaged, it has {path.stat().st_size} bytes and not {facts['bytes']} as in the "
-            "manifest"
-        ]
-    if checksum(path) != facts["xxh3_128"]:
-        return None, [f"{label}: damaged, its checksum is not that of the manifest"]
-    try:
-        fault, rows = fault_of_columns(path, schema), pq.read_metadata(path).num_rows
-    except _UNREADABLE as error:
-        return None, [f"{label}: can't be read ({first_line(error)})"]
-    if fault is not None:
-        return None, [f"{label}: {fault}"]
-    if rows != facts["rows"]:
-        return path, [f"{label}: {rows} rows, and the manifest says {facts['rows']}"]
-    return path, []
-
-
 def _check_examples(data_root: Path, manifest: Mapping[str, Any]) -> tuple[pa.Table | None, list[str]]:
     schema = examples_schema(manifest["settings"])
     label = f"{EXAMPLES_DIRECTORY}/{DATA_FILE}"
-    path, faults = _check_file(data_root, label, manifest["examples"], schema)
+    path, faults = check_file(data_root, label, manifest["examples"], schema)
     if path is None:
         return None, [*faults, "heads: their rows can't be checked without the examples"]
     table = pq.read_table(path, columns=["example_id", "n_tokens"])
@@ -243,7 +218,7 @@ def _stored_positions(data_root: Path, manifest: Mapping[str, Any], examples: pa
             paths = [str(data_root / path) for path in head_files(name, heads[name])]
             table = pq.read_table(paths, columns=["example_id", "position"])
             texts, positions = (column.to_numpy().astype(np.int64) for column in table.columns)
-        except (*_UNREADABLE, ValueError):
+        except (*UNREADABLE, ValueError):
             # Named as a fault where the heads are checked.
             continue
         rows = np.unique((texts << 32) + positions)

@@ -1,0 +1,141 @@
+"""The moments of the texts that one process of a run has counted, in its part of the journal.
+
+They are one file, an archive of NumPy arrays with the checksums of ZIP, which is replaced as a whole. A
+process that goes on later begins a file of its own. Each names its texts itself, so that a text counts
+once whatever the commit logs say of its rows.
+"""
+
+import logging
+import mmap
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qk_sniffer.errors import UserError, first_line
+from qk_sniffer.moments import MomentState, MomentTable
+from qk_sniffer.storage.commits import part_directories
+from qk_sniffer.storage.files import replacing
+from qk_sniffer.storage.schema import temporary_name
+
+log = logging.getLogger(__name__)
+
+_FILES = "moments-*.npz"
+_EXAMPLE_IDS = "example_ids"
+_LOCAL_HEADER = 30
+"""Bytes of a member's header in a ZIP file before its name; the last two numbers are the length of the
+name and that of the field behind it.
+
+Source: <https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT>, 4.3.7.
+"""
+
+
+def state_files(journal: Path) -> list[Path]:
+    """The moments in all parts of a journal."""
+    return [path for part in part_directories(journal) for path in _files(part)]
+
+
+def _files(part: Path) -> list[Path]:
+    return sorted(part.glob(_FILES))
+
+
+def next_state_file(part: Path) -> Path:
+    """Where a process that opens a part of a journal writes the moments of its texts."""
+    last = max((int(path.stem.rpartition("-")[2]) for path in _files(part)), default=-1)
+    return part / f"moments-{last + 1:05d}.npz"
+
+
+def write_state(path: Path, state: MomentState) -> None:
+    """Write moments, or replace those that the file has."""
+    arrays: dict[str, Any] = {
+        f"{kind}.{number}.{name}": column
+        for kind, tables in state.tables.items()
+        for number, table in enumerate(tables)
+        for name, column in table.columns.items()
+    }
+    arrays[_EXAMPLE_IDS] = state.example_ids
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def map_state(path: Path) -> MomentState:
+    """The moments of a file, whose arrays stay on disk until they are read.
+
+    Raises:
+        UserError: They are damaged.
+    """
+    with _explained(path), path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        if (name := archive.testzip()) is not None:
+            raise ValueError(f"{name} is not what was written")
+        content = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        members = {info.filename: _mapped(archive, info, content) for info in archive.infolist()}
+        return _state({name.removesuffix(".npy"): array for name, array in members.items()})
+
+
+def counted_ids(path: Path) -> npt.NDArray[np.int32]:
+    """The texts that the moments of a file count, (E,) int32, ascending.
+
+    Raises:
+        UserError: They are damaged.
+    """
+    with _explained(path), np.load(path, allow_pickle=False) as archive:
+        ids: npt.NDArray[np.int32] = archive[_EXAMPLE_IDS]
+        return ids
+
+
+def repair_states(part: Path) -> None:
+    """Remove the moments of a part of a journal that are damaged or not complete, and tell the user."""
+    for path in part.glob(temporary_name(_FILES)):
+        path.unlink()
+    for path in _files(part):
+        try:
+            map_state(path)
+        except UserError:
+            path.unlink()
+            log.warning("%s: damaged, it holds no moments; its texts are counted anew", path)
+
+
+def _state(arrays: Mapping[str, npt.NDArray[Any]]) -> MomentState:
+    columns: dict[tuple[str, int], dict[str, Any]] = {}
+    for name in arrays:
+        if name != _EXAMPLE_IDS:
+            kind, number, column = name.split(".")
+            columns.setdefault((kind, int(number)), {})[column] = arrays[name]
+    tables: dict[str, list[MomentTable]] = {}
+    for (kind, _), found in sorted(columns.items(), key=lambda item: item[0]):
+        tables.setdefault(kind, []).append(MomentTable(**found))
+    return MomentState(tables, arrays[_EXAMPLE_IDS])
+
+
+def _mapped(archive: zipfile.ZipFile, info: zipfile.ZipInfo, content: mmap.mmap) -> npt.NDArray[Any]:
+    """An array where it lies in its file; it may begin at any byte."""
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, is_fortran, dtype = read_header(member)
+        after_header = info.header_offset + _LOCAL_HEADER
+        names = sum(struct.unpack("<HH", content[after_header - 4 : after_header]))
+        start = after_header + names + member.tell()
+    return np.ndarray(shape, dtype, content, start, order="F" if is_fortran else "C")
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise
+    # NumPy and zipfile raise whatever damaged bytes lead them to.
+    except Exception as error:
+        raise UserError(
+            f"{path}: damaged, it holds no moments ({first_line(error)}); run predict again, which "
+            "counts its texts anew, or remove it to do without them"
+        ) from error
