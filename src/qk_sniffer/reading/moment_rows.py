@@ -1,7 +1,7 @@
 """The rows of a file of moments that somebody asks for, brought together."""
 
 import operator
-from collections.abc import Iterator
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -14,10 +14,10 @@ from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.kinds import KINDS, Kind
 from qk_sniffer.moments import MomentTable, joined
 from qk_sniffer.reading.head import Numbers
-from qk_sniffer.reading.moments import Floats, Moments
+from qk_sniffer.reading.moments import Moments
 from qk_sniffer.reading.places import CapturePlace
+from qk_sniffer.storage import as_moments, fault_of_moments, moment_file, moment_schema
 
-_DIRECTORY = "moments"
 _ROWS_AT_ONCE = 32
 _NUMBERS = ["layer_idx", "head", "bucket", "pre_rope"]
 """What rows are told apart by."""
@@ -42,10 +42,11 @@ def read_moments(
         raise UserError(f"moments: there are none of {KINDS[kind].plural}; choose from {there}")
     wanted = {"layer_idx": layer, "head": head, "bucket": bucket}
     chosen = {column: _integers(column, n) for column, n in wanted.items() if n is not None}
-    path = f"{_DIRECTORY}/{kind}.parquet"
+    path = moment_file(kind)
     with place.reading():
         try:
             file = place.table(path, facts[kind]["bytes"])
+            _require_columns(file.schema, kind, cross=place.manifest["settings"]["moments"]["cross"])
             table, found = _sum(file, _condition(chosen, pre_rope))
             try:
                 _require(kind, chosen, pre_rope, found)
@@ -60,6 +61,13 @@ def read_moments(
             ) from error
     assert table is not None
     return Moments.of(table)
+
+
+def _require_columns(schema: pa.Schema, kind: Kind, *, cross: bool) -> None:
+    vector = schema.field("mean").type
+    widths = [vector.list_size] if pa.types.is_fixed_size_list(vector) else []
+    if not schema.equals(moment_schema(kind, widths, cross=cross)):
+        raise ValueError("it has other columns than moments")
 
 
 def _integers(column: str, numbers: Any) -> list[int]:
@@ -123,55 +131,34 @@ def _condition(chosen: dict[str, list[int]], pre_rope: bool) -> ds.Expression:
 
 
 def _sum(file: ds.Dataset, condition: ds.Expression) -> tuple[MomentTable | None, pa.Table]:
-    """All rows that fulfil a condition, as a table of one, and what they were told apart by."""
+    """All rows that fulfil a condition, as a table of one, and what they were told apart by.
+
+    Raises:
+        ValueError: A value is missing.
+    """
     total: MomentTable | None = None
     found = [file.schema.empty_table().select(_NUMBERS)]
     scanner = file.scanner(
         filter=condition, batch_size=_ROWS_AT_ONCE, batch_readahead=1, fragment_readahead=1
     )
-    for batch in scanner.to_batches():
-        found.append(pa.table(batch.select(_NUMBERS)))
-        for rows in _tables(batch):
-            if total is not None and rows.width != total.width:
+    for rows in map(pa.table, scanner.to_batches()):
+        if not rows.num_rows:
+            continue
+        if fault := fault_of_moments(rows):
+            raise ValueError(fault)
+        found.append(rows.select(_NUMBERS))
+        for table in as_moments(rows):
+            if total is not None and table.width != total.width:
                 raise UserError(
-                    f"moments: some vectors have {total.width} coordinates, others {rows.width}; name "
+                    f"moments: some vectors have {total.width} coordinates, others {table.width}; name "
                     "layers of one width"
                 )
-            total = joined([rows] if total is None else [total, rows])
+            alike = _as_of_one_head(table)
+            total = joined([alike] if total is None else [total, alike])
     return total, pa.concat_tables(found)
 
 
-def _tables(batch: pa.RecordBatch) -> Iterator[MomentTable]:
-    """Some rows, as if all were those of one head, those of one width together."""
-    widths = pc.list_value_length(batch["mean"])
-    for width in pc.unique(widths).to_pylist():
-        yield _table(batch.filter(pc.equal(widths, width)), width)
-
-
-def _table(batch: pa.RecordBatch, width: int) -> MomentTable:
-    n_rows = batch.num_rows
-    count = batch["count"].to_numpy()
-    numbers: dict[str, Any] = {
-        name: np.zeros(n_rows, np.int32) for name in ("layer_idx", "head", "bucket")
-    }
-    key: dict[str, Any] = {}
-    if "key_mean" in batch.schema.names:
-        key["key_mean"] = _floats(batch, "key_mean", n_rows, width)
-        key["key_products"] = _floats(batch, "key_covariance", n_rows, width, width)
-        key["key_products"] *= count[:, None, None]
-    return MomentTable(
-        **numbers,
-        pre_rope=np.zeros(n_rows, np.bool_),
-        count=count,
-        position_sum=batch["position_sum"].to_numpy(),
-        position_square_sum=batch["position_square_sum"].to_numpy(),
-        mean=_floats(batch, "mean", n_rows, width),
-        products=_floats(batch, "covariance", n_rows, width, width) * count[:, None, None],
-        position_products=_floats(batch, "position_covariance", n_rows, width) * count[:, None],
-        **key,
-    )
-
-
-def _floats(batch: pa.RecordBatch, column: str, *shape: int) -> Floats:
-    values: Floats = batch[column].flatten().to_numpy().reshape(shape).astype(np.float64)
-    return values
+def _as_of_one_head(table: MomentTable) -> MomentTable:
+    """The same moments, which ``joined`` takes together."""
+    numbers: dict[str, Any] = {name: np.zeros_like(table.columns[name]) for name in _NUMBERS}
+    return replace(table, **numbers)
