@@ -7,6 +7,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
+from transformers import Qwen3Config
 
 from conftest import WriteRun, byte_tokenizer, write_jsonl
 from families import FAMILIES, tiny_model
@@ -328,6 +330,115 @@ def test_a_disk_without_room_is_told(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**5))
     text = say("estimate", *run[1:])
     assert "100.0 KB  free on the disk of " in text and "IT WILL NOT FIT: make room" in text
+
+
+MOMENTS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "plain": ({}, 24, 24 * 294),
+    "before and after RoPE": ({"pre_rope": True}, 48, 48 * 294),
+    "with keys": ({"cross": True}, 24, 24 * 294 + 16 * 272),
+    "by bucket": ({"by_bucket": True}, 24 * 8, 24 * 8 * 294),
+    "all of it": (
+        {"pre_rope": True, "cross": True, "by_bucket": True},
+        48 * 8,
+        8 * (48 * 294 + 2 * 16 * 272),
+    ),
+}
+"""Of 16 query and 8 key heads of 16 numbers, which reach eight buckets of eight positions: settings,
+rows, and float64 numbers. A row has D² + 2 D + 6 = 294, and D² + D = 272 with the keys."""
+
+
+@pytest.mark.parametrize("case", MOMENTS)
+@pytest.mark.parametrize("devices", [1, 3])
+def test_moments_take_what_their_formula_says(
+    say: Say, write_run: WriteRun, case: str, devices: int
+) -> None:
+    settings, rows, numbers = MOMENTS[case]
+    capture = {"min_bucket_size": 8, "sampler": {"type": "uniform", "base_rate": 4}}
+    sections = {"capture": capture, "moments": {"enabled": True, **settings}}
+    plain = say("estimate", *write_run(sniffer={"capture": capture}, trainer={"devices": devices})[1:])
+    assert "moments/*" not in plain and "for moments" not in plain
+    text = say("estimate", *write_run(sniffer=sections, trainer={"devices": devices})[1:])
+    n_bytes = numbers * 8
+    # Sizes have one digit behind the point.
+    near = partial(pytest.approx, rel=0.03)
+    assert bytes_before(text, "moments/") == near(n_bytes)
+    assert f"moments/*.parquet, {rows:,} rows in float64\n" in text
+    assert bytes_before(text, "moments in the journal") == near(2 * devices * n_bytes)
+    assert ("of 3 processes" in text) == (devices == 3)
+    assert bytes_before(text, "on its host, at most: moments while they are saved") == near(2 * n_bytes)
+    found = re.search(r"([\d.]+) MB for moments", " ".join(text.split()))
+    assert found is not None and float(found[1]) * 1e6 == near(2 * n_bytes + 2**27)
+    more = bytes_before(text, "on its device at most") - bytes_before(plain, "on its device at most")
+    assert more == pytest.approx(2 * n_bytes + 2**27, abs=2e5)
+    assert rows_of_each_head(text) == rows_of_each_head(plain)
+
+
+def test_moments_of_a_run_are_as_estimated(
+    say: Say, write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qk_sniffer.recording import own_data_root
+
+    states: list[int] = []
+    finalize = own_data_root.finalize
+
+    def weigh(data_root: Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        states.extend(file.stat().st_size for file in data_root.glob(".journal/*/moments-*.npz"))
+        return finalize(data_root, *args, **kwargs)
+
+    monkeypatch.setattr(own_data_root, "finalize", weigh)
+    sniffer = {
+        "capture": {"sampler": {"type": "none"}, "min_bucket_size": 4},
+        "moments": {"enabled": True, "by_bucket": True, "pre_rope": True, "cross": True},
+    }
+    run = write_run(sniffer=sniffer)
+    text = say("estimate", *run[1:])
+    assert main(run) == 0
+    files = [tmp_path / "root" / "moments" / f"{kind}.parquet" for kind in "qk"]
+    size, rows = sum(f.stat().st_size for f in files), sum(pq.read_metadata(f).num_rows for f in files)
+    assert f"moments/*.parquet, {rows:,} rows in float64" in text
+    assert bytes_before(text, "moments/") == pytest.approx(size, rel=0.15)
+    assert bytes_before(text, "moments in the journal") == pytest.approx(2 * sum(states), rel=0.15)
+    assert len(states) == 1
+
+
+def test_moments_of_a_large_model_are_those_of_the_docs(say: Say, tmp_path: Path) -> None:
+    config = Qwen3Config(
+        num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128
+    )
+    config.hidden_size, config.intermediate_size, config.vocab_size = 64, 64, 300
+    config.architectures = ["Qwen3ForCausalLM"]
+    config.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "some text"}])
+    run = {
+        "model": {"name": str(tmp_path / "model")},
+        "data": {"path": str(texts)},
+        "sniffer": {
+            "capture": {"sampler": {"type": "none"}},
+            "moments": {"enabled": True, "cross": True},
+            "output": {"data_root": str(tmp_path / "root")},
+        },
+        "trainer": {"accelerator": "cpu", "devices": 1},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    text = say("estimate", "--config", str(tmp_path / "run.yaml"))
+    assert "343.9 MB  moments/*.parquet, 1,440 rows in float64" in text
+    assert "344 MB" in Path("docs/scale.md").read_text()
+
+
+def test_moments_that_do_not_fit_are_told(
+    say: Say, write_run: WriteRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**6))
+    for by_bucket in False, True:
+        sniffer = {
+            "capture": {"sampler": {"type": "uniform"}, "min_bucket_size": 4},
+            "moments": {"enabled": True, "by_bucket": by_bucket},
+        }
+        text = " ".join(say("estimate", *write_run(sniffer=sniffer)[1:]).split())
+        assert ("IT WILL NOT FIT" in text) is by_bucket
+        assert ("moments take less of fewer heads" in text) is by_bucket
 
 
 @pytest.mark.parametrize(

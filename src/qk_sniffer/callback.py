@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from qk_sniffer.capture import CapturedHeads, Selection, heads_to_capture
-from qk_sniffer.config import CaptureConfig, MomentsConfig, OutputConfig
+from qk_sniffer.config import CaptureConfig, MomentsConfig, OutputConfig, require_something
 from qk_sniffer.data import batch_fields
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter
@@ -85,6 +85,7 @@ class SnifferCallback(pl.Callback):
         check: bool = True,
         moments: MomentsConfig = MomentsConfig(),  # noqa: B008
     ) -> None:
+        require_something(capture, moments)
         leave_out_advertisements()
         self.output = output
         self.capture = capture
@@ -103,10 +104,7 @@ class SnifferCallback(pl.Callback):
     def example_filter(self, trainer: pl.Trainer) -> ExampleFilter:
         """The texts that the data module reads: those that no earlier run has captured and counted."""
         self._join(trainer)
-        captured, counted = self._left("example_ids"), self._left("counted_ids")
-        if not self.moments.enabled:
-            return captured
-        return ExampleFilter(np.intersect1d(captured.ids, counted.ids), listed=False)
+        return self._left("done_ids")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Finish files that an earlier run has begun, and see that the model can read the texts."""
@@ -140,6 +138,8 @@ class SnifferCallback(pl.Callback):
                 listed,
                 header["streams"],
                 next(self._backbone.parameters()).dtype,
+                self.moments,
+                ranks.size,
             )
         )
         ranks.first(lambda: self.own_data_root.make_ready(self._earlier, header))
@@ -361,8 +361,8 @@ class SnifferCallback(pl.Callback):
             return None
         return TextsAhead(trainer).n_batches()
 
-    def _left(self, done: Literal["example_ids", "counted_ids"]) -> ExampleFilter:
-        """The texts that no earlier run has captured, or counted."""
+    def _left(self, done: Literal["example_ids", "counted_ids", "done_ids"]) -> ExampleFilter:
+        """The texts that no earlier run has captured, or counted, or both."""
         ids = np.empty(0, np.int32) if self._earlier is None else getattr(self._earlier, done)
         return ExampleFilter(ids, listed=False)
 

@@ -121,6 +121,7 @@ def _verify(args: list[str]) -> int:
     options = parser.parse_args(args)
 
     from qk_sniffer.storage import (
+        captured_names,
         count_rows,
         note_owner,
         nothing_kept,
@@ -142,14 +143,11 @@ def _verify(args: list[str]) -> int:
         sys.stdout.write("".join(f"{fault}\n" for fault in faults))
         return 1
     manifest = require_manifest(data_root)
-    heads, rows = len(manifest["heads"]), count_rows(manifest)
+    heads, rows = len(captured_names(manifest)), count_rows(manifest)
     non_finite = warn_of_non_finite(manifest)
     verdict, but = ("the files are whole", f", but {non_finite}") if non_finite else ("all is well", "")
-    if rows == 0:
-        verdict, but = (
-            "the files are as they must be, and they are empty",
-            f"\n{nothing_kept(manifest)}",
-        )
+    if nothing := nothing_kept(manifest):
+        verdict, but = "the files are as they must be, and they are empty", f"\n{nothing}"
     sys.stdout.write(f"{data_root}: {verdict}, {heads:,} heads, {rows:,} rows{but}\n")
     return 0
 

@@ -121,11 +121,20 @@ class PositionsSampler(UniformSampler):
         return []
 
 
+class NoneSampler(LogUniformSampler):
+    """Keeps no rows, for moments alone, whose buckets are those of ``log_uniform``."""
+
+    def segments(self, length: int) -> list[Segment]:
+        """None."""
+        return []
+
+
 SAMPLERS: dict[str, type[Sampler]] = {
     "log_uniform": LogUniformSampler,
     "uniform": UniformSampler,
     "all": AllSampler,
     "positions": PositionsSampler,
+    "none": NoneSampler,
 }
 
 

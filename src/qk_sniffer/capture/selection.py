@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qk_sniffer.capture.random import WORD
 from qk_sniffer.capture.sampling import (
+    NoneSampler,
     PositionsSampler,
     Sampler,
     build_sampler,
@@ -85,6 +86,11 @@ class Selection:
         )
 
     @property
+    def keeps_rows(self) -> bool:
+        """Whether it keeps any; otherwise moments alone are captured."""
+        return not isinstance(self.sampler, NoneSampler)
+
+    @property
     def needs_lists(self) -> bool:
         """Whether the positions to keep come with each text."""
         return isinstance(self.sampler, PositionsSampler) and self.positions is None
@@ -108,6 +114,14 @@ class Selection:
         segments = self.sampler.segments(longest_of(lengths))
         is_certain = all(segment.probability >= 1 for segment in segments)
         return min(1, n_streams) if is_certain else n_streams
+
+    def count_buckets(self, length: int) -> int:
+        """How many buckets the positions of a text fall into.
+
+        Args:
+            length: Its tokens.
+        """
+        return len(np.unique(self.sampler.buckets(torch.arange(length)).numpy()))
 
     def draw(
         self, stream_ids: Tensor, example_ids: Tensor, lengths: Tensor, listed: Listed | None = None

@@ -8,6 +8,7 @@ from qk_sniffer.config.fields import (
     SamplerConfig,
     TokenizerConfig,
     require_hub_names,
+    require_something,
 )
 from qk_sniffer.config.files import bases_first
 from qk_sniffer.config.local_or_hub import absent, described, explained_loading, is_address
@@ -28,4 +29,5 @@ __all__ = [
     "explained_loading",
     "is_address",
     "require_hub_names",
+    "require_something",
 ]

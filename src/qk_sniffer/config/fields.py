@@ -44,10 +44,11 @@ class SamplerConfig:
     """Which positions of each sequence are kept."""
 
     type: str = "uniform"
-    """log_uniform, uniform, all, positions, or the class path of a subclass of
+    """log_uniform, uniform, all, positions, none, or the class path of a subclass of
     qk_sniffer.capture.Sampler."""
     base_rate: float = 1.0
-    """Expected rows kept in each bucket of a sequence, for every head; all and positions ignore it."""
+    """Expected rows kept in each bucket of a sequence, for every head; all, positions and none ignore
+    it."""
     seed: int = 0
     """Seed of the random stream, from 0 to 2^64 - 1."""
     keep_first: int = 0
@@ -61,6 +62,11 @@ class SamplerConfig:
         _require(
             self.keep_first >= 0,
             f"sniffer.capture.sampler.keep_first: must be at least 0, got {self.keep_first}",
+        )
+        _require(
+            self.keep_first == 0 or self.keeps_rows,
+            "sniffer.capture.sampler.keep_first: the sampler none keeps no rows; leave it out, or "
+            "choose another sampler",
         )
         if self.positions is not None:
             self.positions = _ascending(self.positions)
@@ -78,6 +84,11 @@ class SamplerConfig:
             0 <= self.seed < 2**64,
             f"sniffer.capture.sampler.seed: must lie between 0 and 2^64 - 1, got {self.seed}",
         )
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether rows are captured, and not moments alone."""
+        return self.type != "none"
 
 
 def _ascending(positions: Collection[int]) -> list[int]:
@@ -138,6 +149,12 @@ class CaptureConfig:
             "sniffer.capture.capture_softmax: the statistics are columns of the queries, which are not "
             "captured; capture them too, or do without the statistics",
         )
+        for name in ("capture_softmax", "capture_token_strings"):
+            _require(
+                self.sampler.keeps_rows or not getattr(self, name),
+                f"sniffer.capture.{name}: it adds to the rows, and the sampler none keeps none; set it "
+                "to false, or choose another sampler",
+            )
         _require(
             self.local_positions > 0,
             f"sniffer.capture.local_positions: must be at least 1, got {self.local_positions}",
@@ -199,6 +216,24 @@ class MomentsConfig:
     def as_settings(self) -> dict[str, bool]:
         """The section as JSON takes it; empty where no moments are summed."""
         return asdict(self) if self.enabled else {}
+
+
+def require_something(capture: CaptureConfig, moments: MomentsConfig) -> None:
+    """See that rows or moments are captured, and that these can be summed.
+
+    Raises:
+        UserError: Neither is, or they can't.
+    """
+    _require(
+        not moments.cross or (capture.capture_queries and capture.capture_keys),
+        "sniffer.moments.cross: queries and keys are summed together, and one of them is not captured; "
+        "set sniffer.capture.capture_queries and capture_keys to true, or cross to false",
+    )
+    _require(
+        capture.sampler.keeps_rows or moments.enabled,
+        "sniffer.capture.sampler.type: none keeps no rows, so nothing would be captured; set "
+        "sniffer.moments.enabled to true, or choose another sampler",
+    )
 
 
 @dataclass

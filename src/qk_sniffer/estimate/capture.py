@@ -18,7 +18,8 @@ from qk_sniffer.capture import (
     Selection,
     heads_to_capture,
 )
-from qk_sniffer.config import CaptureConfig
+from qk_sniffer.config import CaptureConfig, MomentsConfig
+from qk_sniffer.estimate.moments import Moments
 from qk_sniffer.estimate.texts import Texts
 from qk_sniffer.kinds import KINDS, SOFTMAX_COLUMNS
 from qk_sniffer.models import AttentionGeometry
@@ -38,12 +39,16 @@ class Capture:
         geometry: The attention of the model.
         texts: What is read.
         selection: Which positions are kept.
+        moments_config: Which moments are summed.
+        n_processes: Processes that share the texts.
     """
 
     config: CaptureConfig
     geometry: AttentionGeometry
     texts: Texts
     selection: Selection
+    moments_config: MomentsConfig
+    n_processes: int
 
     @cached_property
     def heads(self) -> Mapping[int, CapturedHeads]:
@@ -63,6 +68,14 @@ class Capture:
     def dtype(self) -> str:
         """Number format of the vectors, by its name in torch."""
         return str(self.geometry.dtype).removeprefix("torch.")
+
+    @cached_property
+    def moments(self) -> Moments | None:
+        """What is summed over all tokens; None for nothing."""
+        if not self.moments_config.enabled:
+            return None
+        n_buckets = self.selection.count_buckets(int(self.texts.lengths.max()))
+        return Moments(self.moments_config, self.streams, n_buckets)
 
     @property
     def n_heads(self) -> int:
@@ -95,6 +108,8 @@ class Capture:
     @property
     def files_bytes(self) -> int:
         """What the Parquet files of all heads take."""
+        if not self.selection.keeps_rows:
+            return 0
         return head_files_bytes(
             self.streams, self.dtype, self.rows, token_strings=self.config.capture_token_strings
         )
@@ -114,6 +129,8 @@ class Capture:
     @property
     def buffer_bytes(self) -> int:
         """The most that vectors take of the host's memory, and of a device's, on their way."""
+        if not self.selection.keeps_rows:
+            return 0
         n_bytes = self.rows_of_largest_batch * row_bytes(self.streams, self.dtype)
         n_buffers: int = min(N_BUFFERS, math.ceil(n_bytes / BUFFER_BYTES) + 1)
         return n_buffers * BUFFER_BYTES

@@ -99,7 +99,8 @@ def estimate(args: list[str], *, timed: bool) -> str:
         seconds_to_load = _load(module, device)
         geometry = attention_geometry(module.backbone)
     settings = sniffer.capture
-    capture = Capture(settings, geometry, texts, Selection.of(settings.as_settings()))
+    selection = Selection.of(settings.as_settings())
+    capture = Capture(settings, geometry, texts, selection, sniffer.moments, trainer.world_size)
     timing = None
     if timed:
         samples = read_samples(module, capture, device, data.tokenizer)

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from math import prod
 from pathlib import Path
 from textwrap import wrap
 
@@ -12,26 +11,19 @@ from transformers import PreTrainedModel
 
 from qk_sniffer.config import described
 from qk_sniffer.data import TextDataModule
-from qk_sniffer.estimate.capture import Capture, parameter_bytes
+from qk_sniffer.estimate.capture import Capture
+from qk_sniffer.estimate.lines import Line, as_size
+from qk_sniffer.estimate.memory import memory_lines
 from qk_sniffer.estimate.texts import Texts
 from qk_sniffer.estimate.timing import FILE_BYTES_PER_SECOND, Samples
 from qk_sniffer.kinds import KINDS, kinds_of
-from qk_sniffer.models import (
-    Footprint,
-    Quantization,
-    covered_positions,
-    decoder_backbone,
-    forward_footprint,
-)
+from qk_sniffer.models import Quantization, covered_positions
 from qk_sniffer.recording import forewarnings
 from qk_sniffer.storage import n_threads
 
 _WIDTH = 96
 _LABEL = 11
 _MOST_BUCKETS = 16
-
-Line = tuple[str, str]
-"""A label, empty in the lines below its first, and a text."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +72,9 @@ def table(
         *_texts(data, capture),
         *_rows(capture),
         *_disk(capture, data_root),
-        *_memory(skeleton, capture, quantization, adapter_bytes, prefill_chunk_size, data.n_new_tokens),
+        *memory_lines(
+            skeleton, capture, quantization, adapter_bytes, prefill_chunk_size, data.n_new_tokens
+        ),
         *_time(capture, timing, data.n_new_tokens),
         *_warnings(skeleton, capture),
     ]
@@ -140,6 +134,9 @@ def _texts(data: TextDataModule, capture: Capture) -> Iterator[Line]:
 
 
 def _rows(capture: Capture) -> Iterator[Line]:
+    if not capture.selection.keeps_rows:
+        yield "rows", "none are kept, for moments alone"
+        return
     cells = [("bucket", "of each head", "of all heads")]
     cells += [
         (label, _number(rows), _number(rows * capture.n_heads))
@@ -168,15 +165,30 @@ def _joined(rows_by_bucket: dict[int, float]) -> list[tuple[str, float]]:
 
 
 def _disk(capture: Capture, data_root: Path) -> Iterator[Line]:
-    journal, files, free = capture.journal_bytes, capture.files_bytes, _free_bytes(data_root)
-    yield "disk", f"{_size(journal)}  journal, in {capture.dtype}, until the files are written"
-    yield "", f"{_size(files)}  {capture.n_heads:,} Parquet files, in float32, compressed"
-    yield "", f"{_size(free)}  free on the disk of {data_root}, which needs room for both at the end"
-    if free < journal + files:
+    moments, free = capture.moments, _free_bytes(data_root)
+    parts = [(capture.journal_bytes, f"journal, in {capture.dtype}, until the files are written")]
+    if capture.selection.keeps_rows:
+        n_files = f"{capture.n_heads:,} Parquet files, in float32, compressed"
+        parts.append((capture.files_bytes, n_files))
+    if moments is not None:
+        whose = "" if capture.n_processes == 1 else f", of {capture.n_processes:,} processes"
+        state = f"moments in the journal{whose}, at most: two while one replaces the other"
+        parts.append((moments.journal_bytes * capture.n_processes, state))
+        parts.append((moments.n_bytes, f"moments/*.parquet, {moments.rows:,} rows in float64"))
+    for number, (n_bytes, what) in enumerate(parts):
+        yield "disk" if number == 0 else "", f"{as_size(n_bytes)}  {what}"
+    room = "both" if len(parts) == 2 else "all of it"
+    yield (
+        "",
+        f"{as_size(free)}  free on the disk of {data_root}, which needs room for {room} at the end",
+    )
+    if free < sum(n_bytes for n_bytes, _ in parts):
         remedy = (
             "IT WILL NOT FIT: make room, name another disk in sniffer.output.data_root, or lower "
             "data.max_samples or sniffer.capture.sampler.base_rate"
         )
+        if moments is not None:
+            remedy += "; moments take less of fewer heads and without sniffer.moments.by_bucket"
         yield "", remedy
 
 
@@ -186,89 +198,6 @@ def _free_bytes(directory: Path) -> int:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
-
-
-def _memory(
-    skeleton: PreTrainedModel,
-    capture: Capture,
-    quantization: Quantization | None,
-    adapter_bytes: int,
-    prefill_chunk_size: int | None,
-    n_new_tokens: int,
-) -> Iterator[Line]:
-    weights = list(skeleton.parameters())
-    count, dtype = sum(weight.numel() for weight in weights), str(skeleton.dtype)
-    n_bytes, numbers = parameter_bytes(weights), f"{count:,} in {dtype.removeprefix('torch.')}"
-    if quantization is not None and quantization.n_bytes is not None:
-        n_bytes, numbers = quantization.n_bytes, f"{count:,} quantized by {quantization.method}"
-    if adapter_bytes:
-        n_bytes += adapter_bytes
-        numbers += f" and {_size(adapter_bytes).strip()} of an adapter"
-    yield "memory", f"{_size(n_bytes)}  weights of each process, {numbers}, beside activations"
-    if quantization is not None and quantization.n_bytes is None:
-        yield (
-            "",
-            f"less, since they are quantized by {quantization.method}; how much can't be told here",
-        )
-    yield from _device_memory(n_bytes, skeleton, capture, prefill_chunk_size)
-    if n_new_tokens:
-        size, length = max(map(tuple, capture.texts.shapes.tolist()), key=prod)
-        numbers_a_token = sum(
-            layer.num_key_value_heads * (layer.width("k") + layer.width("v"))
-            for layer in capture.geometry.layers
-        )
-        cache = size * length * numbers_a_token * skeleton.dtype.itemsize
-        yield "", f"{_size(cache)}  more there while texts are continued: their keys and values"
-    yield "", f"{_size(capture.plan_bytes)}  on its host: places of the rows of the largest batch"
-    yield (
-        "",
-        f"{_size(capture.buffer_bytes)}  on its host, at most: vectors on their way to the disk; a GPU "
-        "has as much",
-    )
-
-
-def _device_memory(
-    weight_bytes: int, skeleton: PreTrainedModel, capture: Capture, prefill_chunk_size: int | None
-) -> Iterator[Line]:
-    """What a process needs of its device: weights, activations, and buffers of the capture."""
-    try:
-        forward, batch = _largest_forward(skeleton, capture, prefill_chunk_size)
-    # A forward may do anything with a value that isn't there.
-    except Exception:
-        yield "", "activations can't be told without the weights' values; --time reads a batch"
-        return
-    total = weight_bytes + forward.n_bytes + capture.buffer_bytes + capture.softmax_bytes
-    statistics = f", {_size(capture.softmax_bytes).strip()} for statistics of softmax"
-    yield (
-        "",
-        f"{_size(total)}  on its device at most: weights, {_size(forward.n_bytes).strip()} of "
-        f"activations for {batch[0]:,} x {batch[1]:,} tokens, vectors on their way"
-        f"{statistics if capture.softmax_bytes else ''}",
-    )
-    if forward.is_mask and forward.largest > total / 10:
-        yield (
-            "",
-            f"a mask of every pair of tokens takes {_size(forward.largest).strip()} of it, and more "
-            "while it is made; read in passages (model.prefill_chunk_size), or without such masks "
-            "(model.attn_implementation: flash_attention_2 or flex_attention)",
-        )
-
-
-def _largest_forward(
-    skeleton: PreTrainedModel, capture: Capture, prefill_chunk_size: int | None
-) -> tuple[Footprint, tuple[int, int]]:
-    """The memory of the batch that takes the most, and its shape."""
-    backbone, shapes = decoder_backbone(skeleton), capture.texts.shapes.tolist()
-    candidates = {
-        max(map(tuple, shapes), key=lambda shape: shape[0] * shape[1] ** power) for power in (1, 2)
-    }
-    return max(
-        (
-            (forward_footprint(backbone, size, length, prefill_chunk_size), (size, length))
-            for size, length in candidates
-        ),
-        key=lambda found: found[0].n_bytes,
-    )
 
 
 def _time(capture: Capture, timing: Timing | None, n_new_tokens: int) -> Iterator[Line]:
@@ -335,15 +264,6 @@ def _spans(numbers: Sequence[int]) -> str:
 def _number(rows: float) -> str:
     """A number of rows; small expectations keep a digit."""
     return f"{rows:,.0f}" if rows >= 10 else f"{rows:,.1f}"
-
-
-def _size(n_bytes: float) -> str:
-    """Bytes in a unit that a person reads, right-aligned."""
-    units = ["B", "KB", "MB", "GB", "TB"]
-    while n_bytes >= 1000 and len(units) > 1:
-        n_bytes /= 1000
-        del units[0]
-    return f"{n_bytes:,.{0 if units[0] == 'B' else 1}f} {units[0]}".rjust(9)
 
 
 def _duration(seconds: float) -> str:

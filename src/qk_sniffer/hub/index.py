@@ -4,7 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qk_sniffer.hub.branch import Branch
-from qk_sniffer.storage import Place, compose_card, count_rows, load_argument, shown_names
+from qk_sniffer.storage import (
+    Place,
+    captured_names,
+    compose_card,
+    count_rows,
+    first_directory,
+    load_argument,
+    shown_names,
+)
 
 
 def render_index(runs: Sequence[tuple[Branch, Mapping[str, Any]]], existing: str | None) -> str:
@@ -19,13 +27,14 @@ def render_index(runs: Sequence[tuple[Branch, Mapping[str, Any]]], existing: str
     """
     lines = ["| branch | model | text | examples | heads | rows |", "|---|---|---|---|---|---|"]
     for branch, manifest in runs:
-        numbers = (manifest["examples"]["rows"], len(manifest["heads"]), count_rows(manifest))
+        numbers = (manifest["examples"]["rows"], len(captured_names(manifest)), count_rows(manifest))
         counts = " | ".join(f"{number:,}" for number in numbers)
         names = " | ".join(f"`{name}`" for name in shown_names(manifest["settings"]))
         lines.append(f"| [{branch.name}]({branch.url}) | {names} | {counts} |")
-    first, manifest = runs[0]
+    first, manifest = next((run for run in runs if run[1]["heads"]), runs[0])
     place = Place(first.repo_id, first.name)
-    head = load_argument(manifest, next(iter(manifest["heads"])))
+    shown = "head" if manifest["heads"] else "moments"
+    argument = load_argument(manifest, first_directory(manifest))
     return compose_card(
         existing,
         {},
@@ -37,7 +46,7 @@ Each branch holds the query and key vectors of one model, a file for each head:
 ```python
 from datasets import load_dataset
 
-head = {place.load_line(head)}
+{shown} = {place.load_line(argument)}
 ```
 
 {chr(10).join(lines)}

@@ -25,6 +25,7 @@ from qk_sniffer.storage import (
     REPORT_DIRECTORY,
     REPORT_FILE,
     Place,
+    captured_names,
     checksum,
     describe_run,
     file_progress,
@@ -116,7 +117,11 @@ def _push_branch(data_root: Path, publication: Publication) -> None:
     is_new = theirs is None and not branch.has_commits(head)
     card = None if is_new else branch.card(head)
     there = branch.files(head)
-    if theirs is not None and theirs["heads"] == manifest["heads"] and not report_files(data_root):
+    if (
+        theirs is not None
+        and parquet_files(theirs) == parquet_files(manifest)
+        and not report_files(data_root)
+    ):
         # A report that another machine has made of these very rows.
         kept = [path for path in there if _is_of_a_report(path)]
     else:
@@ -270,7 +275,7 @@ def _git_id(content: bytes) -> str:
 
 def _title(manifest: Mapping[str, Any]) -> str:
     model, text = shown_names(manifest["settings"])
-    heads, examples = len(manifest["heads"]), manifest["examples"]["rows"]
+    heads, examples = len(captured_names(manifest)), manifest["examples"]["rows"]
     return f"{model} on {text}: {heads:,} heads, {examples:,} examples"
 
 

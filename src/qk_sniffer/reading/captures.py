@@ -22,9 +22,11 @@ from qk_sniffer.reading.moment_rows import read_moments
 from qk_sniffer.reading.moments import Moments
 from qk_sniffer.reading.places import place_of
 from qk_sniffer.storage import (
+    captured_names,
     has_softmax,
     head_name,
     head_schema,
+    keeps_rows,
     parse_head_name,
     shown_names,
 )
@@ -54,8 +56,9 @@ class Captures:
 
     def __repr__(self) -> str:
         model, text = shown_names(self.settings)
+        n_heads = len(captured_names(self.manifest))
         return (
-            f"<Captures of {model} on {text}, in {self._place}: {len(self.heads):,} heads in "
+            f"<Captures of {model} on {text}, in {self._place}: {n_heads:,} heads in "
             f"{len(self.layers)} layers, {self.manifest['examples']['rows']:,} examples>"
         )
 
@@ -68,7 +71,8 @@ class Captures:
     @property
     def layers(self) -> dict[int, AttentionLayer]:
         """The layers of which a head was captured, by their number."""
-        captured = {head.layer.layer_idx for head in self.heads}
+        names = map(parse_head_name, captured_names(self.manifest))
+        captured = {parsed[0] for parsed in names if parsed is not None}
         return {idx: layer for idx, layer in self._model_layers.items() if idx in captured}
 
     @property
@@ -329,6 +333,8 @@ class Captures:
 
     def _not_captured(self, layer: int, head: int, kind: Kind) -> str:
         name = head_name(layer, head, kind)
+        if not keeps_rows(self.manifest):
+            return f"{name}: no rows were kept, since the sampler is none; there are moments alone"
         there = [str(h.head) for h in self.heads if h.layer.layer_idx == layer and h.kind == kind]
         what = KINDS[kind].name
         if there:

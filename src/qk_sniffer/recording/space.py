@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from qk_sniffer.capture import Listed, Selection
+from qk_sniffer.config import MomentsConfig
 from qk_sniffer.recording.provenance import stream_keys
-from qk_sniffer.storage import check_space, head_files_bytes, journal_bytes
+from qk_sniffer.storage import check_space, head_files_bytes, journal_bytes, moments_bytes
 
 
 def require_space(
@@ -19,27 +20,34 @@ def require_space(
     listed: Listed | None,
     streams: Sequence[Mapping[str, Any]],
     dtype: torch.dtype,
+    moments: MomentsConfig,
+    n_processes: int,
 ) -> None:
     """Compare the room on the disk with what texts will take.
 
     Args:
         data_root: Where they are captured.
         selection: Which positions are kept.
-        lengths: (N,) int64, tokens in each text; None where they stream, and nobody knows.
+        lengths: (N,) int64, tokens in each text; None where they stream, and nobody knows: then only
+            the moments of one bucket count.
         listed: Positions to keep of each text, where they come with it.
         streams: The captured heads of each layer and kind, as in a journal's header.
         dtype: Number format of the vectors.
+        moments: Which are summed.
+        n_processes: Processes of the run, each with moments of its own.
 
     Raises:
         UserError: They won't fit.
     """
-    if lengths is None:
-        return
     name = str(dtype).removeprefix("torch.")
-    rows = float(selection.expected_rows(lengths, listed).sum())
-    n_draws = selection.count_draws(stream_keys(streams), lengths)
-    check_space(
-        data_root,
-        journal_bytes(streams, name, rows, n_draws=n_draws),
-        head_files_bytes(streams, name, rows),
-    )
+    journal, files, n_buckets = 0, 0, 1
+    if lengths is not None:
+        rows = float(selection.expected_rows(lengths, listed).sum())
+        n_draws = selection.count_draws(stream_keys(streams), lengths)
+        journal = journal_bytes(streams, name, rows, n_draws=n_draws)
+        files = head_files_bytes(streams, name, rows) if selection.keeps_rows else 0
+        n_buckets = selection.count_buckets(int(lengths.max())) if lengths.numel() else 1
+    sums = moments_bytes(streams, {"moments": moments.as_settings()}, n_buckets)
+    # Those of a process are there twice while newer ones replace them.
+    states = 2 * sums * n_processes
+    check_space(data_root, journal + states, files + sums, states + sums)

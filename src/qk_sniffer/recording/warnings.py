@@ -33,8 +33,8 @@ def forewarnings(
             f"{n_positions:,} positions that the model's config covers, the longest has "
             f"{int(lengths.max()):,} tokens; set max_length to {n_positions}, or {_STRETCH}"
         )
-    if selection.needs_lists and listed is None:
-        # They come with the batches of a loader of someone's own.
+    if not selection.keeps_rows or (selection.needs_lists and listed is None):
+        # None are wanted, or they come with the batches of a loader of someone's own.
         return
     # More than half of the texts keep no more; a longer text keeps what its beginning keeps.
     rows = float(np.sort(selection.expected_rows(lengths, listed))[lengths.numel() // 2])

@@ -153,6 +153,8 @@ def _sampler_config(
     name = sampler or ("all" if listed is None else "positions")
     if name == "positions" and listed is None:
         raise UserError("positions: list those that the sampler positions keeps of each text")
+    if name == "none":
+        raise UserError("sampler: none keeps no rows, and nothing would be captured; choose another")
     return as_arguments(lambda: SamplerConfig(name, base_rate, seed, keep_first, listed, shared))
 
 

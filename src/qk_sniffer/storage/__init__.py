@@ -8,7 +8,12 @@ from qk_sniffer.storage.card import (
     shown_names,
     write_card,
 )
-from qk_sniffer.storage.card_configs import Place, configs_of, load_argument
+from qk_sniffer.storage.card_configs import (
+    Place,
+    configs_of,
+    first_directory,
+    load_argument,
+)
 from qk_sniffer.storage.card_parts import compose_card, own_part, read_card
 from qk_sniffer.storage.checked import manifest_fault, publication_fault
 from qk_sniffer.storage.data_root import (
@@ -51,6 +56,7 @@ from qk_sniffer.storage.finished import stored_example_ids
 from qk_sniffer.storage.journal import ALIGNMENT as JOURNAL_ALIGNMENT
 from qk_sniffer.storage.journal import Example, JournalWriter
 from qk_sniffer.storage.manifest import (
+    captured_names,
     count_rows,
     describe_beyond,
     describe_moments,
@@ -83,6 +89,7 @@ from qk_sniffer.storage.schema import (
     has_softmax,
     head_name,
     head_schema,
+    keeps_rows,
     moment_schema,
     parse_head_name,
 )
@@ -126,6 +133,7 @@ __all__ = [
     "Place",
     "StoredRows",
     "as_moments",
+    "captured_names",
     "check_space",
     "checksum",
     "clear_data_root",
@@ -150,6 +158,7 @@ __all__ = [
     "fault_of_values",
     "file_progress",
     "finalize",
+    "first_directory",
     "has_softmax",
     "head_files",
     "head_files_bytes",
@@ -159,6 +168,7 @@ __all__ = [
     "is_not_finite",
     "joined_checksum",
     "journal_bytes",
+    "keeps_rows",
     "load_argument",
     "manifest_fault",
     "merge_pulled",

@@ -12,6 +12,7 @@ from qk_sniffer.kinds import KINDS, LOCAL_POSITIONS, Kind, kinds_of
 from qk_sniffer.storage.card_configs import (
     Place,
     configs_of,
+    first_directory,
     has_config_of_each_head,
     layer_config,
     load_argument,
@@ -19,13 +20,14 @@ from qk_sniffer.storage.card_configs import (
 from qk_sniffer.storage.card_moments import moments_section
 from qk_sniffer.storage.card_parts import compose_card, read_card
 from qk_sniffer.storage.files import write_text
-from qk_sniffer.storage.manifest import count_rows, describe_beyond
+from qk_sniffer.storage.manifest import captured_names, count_rows, describe_beyond
 from qk_sniffer.storage.reports import report_files
 from qk_sniffer.storage.schema import (
     CARD_FILE,
     EXAMPLES_DIRECTORY,
     REPORT_DIRECTORY,
     has_softmax,
+    keeps_rows,
 )
 
 _SIZES = ("n<1K", *(f"{i}<n<{j}" for i, j in itertools.pairwise(
@@ -146,7 +148,7 @@ def describe_run(manifest: Mapping[str, Any]) -> str:
 - text: {_name(data.get("path"))}{some}, {manifest["examples"]["rows"]:,} examples
 - tokens: {_limit(data.get("tokenizer", {}).get("max_length"))} of each text{beyond}{_continued(model)}
 - positions: {kept}, buckets from {capture["min_bucket_size"]:,}
-- {len(manifest["heads"]):,} heads, {count_rows(manifest):,} rows{non_finite}"""
+- {len(captured_names(manifest)):,} heads, {count_rows(manifest):,} rows{non_finite}"""
 
 
 def _continued(model: Mapping[str, Any]) -> str:
@@ -182,6 +184,8 @@ def _kept(sampler: Mapping[str, Any]) -> str:
     """Which positions were kept."""
     if sampler["type"] == "all":
         return "every position"
+    if sampler["type"] == "none":
+        return "no rows are kept of any, for moments alone"
     kept = f"sampler `{sampler['type']}`"
     if sampler["type"] != "positions":
         kept += f", base rate {sampler['base_rate']}, seed {sampler['seed']}"
@@ -241,15 +245,22 @@ def _body(manifest: Mapping[str, Any], place: Place | None, pictures: str) -> st
     partial = "" if manifest["complete"] else "The run was interrupted: this is part of its texts.\n\n"
     kinds = kinds_of(manifest["settings"]["capture"])
     named = _listed(f"{KINDS[kind].name} (`{kind}`)" for kind in kinds)
-    numbering = _about_numbers(kinds)
-    first_head = next(iter(manifest["heads"]))
+    title = f"{'' if keeps_rows(manifest) else 'moments of '}{describe_kinds(manifest)}".capitalize()
+    vectors = f"{'' if keeps_rows(manifest) else 'moments of the '}{named} vectors".capitalize()
     here = 'load_dataset("PATH_OR_REPO", {}, split="train")'
-    arguments = [load_argument(manifest, name) for name in (first_head, EXAMPLES_DIRECTORY)]
-    lines = [place.load_line(i) if place else here.format(i) for i in arguments]
+    shown = {"head" if keeps_rows(manifest) else "moments": first_directory(manifest)}
+    arguments = {
+        name: load_argument(manifest, directory)
+        for name, directory in (shown | {"examples": EXAMPLES_DIRECTORY}).items()
+    }
+    lines = [
+        f"{name} = {place.load_line(argument) if place else here.format(argument)}"
+        for name, argument in arguments.items()
+    ]
     return f"""\
-# {describe_kinds(manifest).capitalize()} of {name}
+# {title} of {name}
 
-{named.capitalize()} vectors of the attention heads of `{name}` while it read texts of `{text}`.
+{vectors} of the attention heads of `{name}` while it read texts of `{text}`.
 
 {partial}{describe_run(manifest)}
 
@@ -258,17 +269,27 @@ def _body(manifest: Mapping[str, Any], place: Place | None, pictures: str) -> st
 ```python
 from datasets import load_dataset
 
-head = {lines[0]}
-examples = {lines[1]}
+{chr(10).join(lines)}
 ```
 {_about_configs(manifest)}
-`l00h05q` is query head 5 of layer 0, `l00h01k` its key head 1; with grouped-query attention key heads
-are counted by themselves.{numbering} `examples` maps `example_id` to the ids of the dataset.
+{_about_names(manifest, kinds)}`examples` maps `example_id` to the ids of the dataset.
 
 ## What was captured
 
 {_captured(manifest)}
-{pictures}
+{pictures}{_about_files(manifest)}
+## Licence
+
+The vectors are made of the model's numbers and the dataset's text: the terms of both apply. The
+`license` above is for whoever publishes them to set.
+"""
+
+
+def _about_files(manifest: Mapping[str, Any]) -> str:
+    """What the files of heads and of moments hold."""
+    if not keeps_rows(manifest):
+        return f"\n{moments_section(manifest)}".removesuffix("\n")
+    return f"""
 ## Columns
 
 {_columns(manifest)}
@@ -278,11 +299,6 @@ Rows are sorted by `example_id` and `position`. `manifest.json` has settings, ve
 {moments_section(manifest)}## Rows
 
 {_bucket_table(manifest["buckets"])}
-
-## Licence
-
-The vectors are made of the model's numbers and the dataset's text: the terms of both apply. The
-`license` above is for whoever publishes them to set.
 """
 
 
@@ -307,6 +323,17 @@ after another in the order of their numbers; each has the same number of rows.
 """
 
 
+def _about_names(manifest: Mapping[str, Any], kinds: Collection[Kind]) -> str:
+    """How heads are numbered, in names where these have files."""
+    if not keeps_rows(manifest):
+        return (
+            f"With grouped-query attention key heads are counted by themselves.{_about_numbers(kinds)} "
+        )
+    return f"""\
+`l00h05q` is query head 5 of layer 0, `l00h01k` its key head 1; with grouped-query attention key heads
+are counted by themselves.{_about_numbers(kinds)} """
+
+
 def _about_numbers(kinds: Collection[Kind]) -> str:
     """How the heads of values and outputs are numbered, where there are some."""
     numbered = {"v": "Values (`v`) are numbered as keys", "o": "outputs (`o`) as queries"}
@@ -327,7 +354,7 @@ def _columns(manifest: Mapping[str, Any]) -> str:
 
 def _captured(manifest: Mapping[str, Any]) -> str:
     capture = manifest["settings"]["capture"]
-    heads, kinds = manifest["heads"], kinds_of(capture)
+    heads, kinds = captured_names(manifest), kinds_of(capture)
     counts = {kind: sum(name.endswith(kind) for name in heads) for kind in kinds}
     counted = _listed(f"{count:,} {KINDS[kind].name} heads" for kind, count in counts.items())
     layers = {int(name[1:].partition("h")[0]) for name in heads}

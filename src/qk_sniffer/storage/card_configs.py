@@ -45,6 +45,12 @@ def load_argument(manifest: Mapping[str, Any], name: str) -> str:
     return f'data_files="{name}/*.parquet"'
 
 
+def first_directory(manifest: Mapping[str, Any]) -> str:
+    """What a line that loads something shows: the first head, or moments where none has files."""
+    first: str = [*manifest["heads"], *_moments(manifest), EXAMPLES_DIRECTORY][0]
+    return first
+
+
 def configs_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The configs of a data root's card."""
     examples = {EXAMPLES_DIRECTORY: [EXAMPLES_DIRECTORY]}

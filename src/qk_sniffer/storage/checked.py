@@ -27,6 +27,7 @@ from qk_sniffer.storage.schema import (
     HEAD_DIRECTORY,
     MOMENT_TEXTS,
     SCHEMA_VERSION,
+    keeps_rows,
     parse_head_name,
     temporary_name,
 )
@@ -144,6 +145,14 @@ _RUN: dict[str, Any] = {
     "layers": _array(_LAYER, 1),
     "notes": _array(_TEXT),
 }
+_STREAM = _object(
+    {
+        "layer_idx": _LAYER_IDX,
+        "kind": {"enum": list(PARTS)},
+        "heads": _array(_integer(0, _MOST_HEADS), 1),
+        "head_dim": _integer(1, _LONGEST_VECTOR),
+    }
+)
 _MANIFEST = _object(
     {
         "schema_version": _integer(1),
@@ -157,12 +166,12 @@ _MANIFEST = _object(
         },
         "heads": {
             "type": "object",
-            "minProperties": 1,
             "propertyNames": {"pattern": rf"^(?:{HEAD_DIRECTORY.pattern})\Z"},
             "additionalProperties": _HEAD,
         },
     },
     {
+        "streams": _array(_STREAM, 1),
         "beyond_positions": _object(
             {"positions": _integer(1), "texts": _integer(1), "longest": _integer(1)}
         ),
@@ -175,14 +184,6 @@ _MANIFEST = _object(
             {"rows": _integer(1), "texts": _integer(1), "layers": _array(_LAYER_IDX, 1)}
         ),
     },
-)
-_STREAM = _object(
-    {
-        "layer_idx": _LAYER_IDX,
-        "kind": {"enum": list(PARTS)},
-        "heads": _array(_integer(0, _MOST_HEADS), 1),
-        "head_dim": _integer(1, _LONGEST_VECTOR),
-    }
 )
 _HEADER = _object({**_RUN, "streams": _array(_STREAM, 1)}, {"n_positions": _or_null(_integer(1))})
 _PUBLICATION = _object(
@@ -282,9 +283,12 @@ def _fault_of_layers(layers: list[dict[str, Any]]) -> str | None:
 
 
 def _fault_of_heads(manifest: dict[str, Any]) -> str | None:
-    """Whether every head is one of a layer."""
-    if fault := _fault_of_layers(manifest["layers"]):
+    """Whether every head is one of a layer, with files or, where the sampler is none, in streams."""
+    if fault := _fault_of_streams(manifest):
         return fault
+    has_rows = keeps_rows(manifest)
+    if (bool(manifest["heads"]), "streams" in manifest) != (has_rows, not has_rows):
+        return "heads: there must be some, or streams in their place where the sampler is none"
     layers = {layer["layer_idx"]: layer for layer in manifest["layers"]}
     for name in manifest["heads"]:
         parsed = parse_head_name(name)
@@ -297,12 +301,12 @@ def _fault_of_heads(manifest: dict[str, Any]) -> str | None:
 
 
 def _fault_of_streams(header: dict[str, Any]) -> str | None:
-    """Whether the heads of a journal are heads of its layers."""
+    """Whether the heads of a journal, or of a manifest that has them, are heads of its layers."""
     if fault := _fault_of_layers(header["layers"]):
         return fault
     layers = {layer["layer_idx"]: layer for layer in header["layers"]}
     seen: set[tuple[int, str]] = set()
-    for stream in header["streams"]:
+    for stream in header.get("streams", ()):
         key = (stream["layer_idx"], stream["kind"])
         layer = layers.get(key[0])
         heads = stream["heads"]

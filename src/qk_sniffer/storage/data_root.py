@@ -321,24 +321,29 @@ def discard_pulled(data_root: Path) -> None:
     _remove(data_root / PULLED_DIRECTORY)
 
 
-def check_space(data_root: Path, journal: int, files: int) -> None:
+def check_space(data_root: Path, journal: int, files: int, moments: int = 0) -> None:
     """See that the disk has room for a run.
 
     Args:
         data_root: On the disk in question.
         journal: Bytes that the journal will take.
         files: Bytes of the Parquet files, which are made of it before it goes.
+        moments: Bytes of both that are moments.
 
     Raises:
         UserError: It has not.
     """
     free = shutil.disk_usage(data_root).free
     if free < journal + files:
+        of_moments = (
+            f"; {moments / 1e9:.1f} GB of it are moments, which take less of fewer heads and without "
+            "sniffer.moments.by_bucket"
+        )
         raise UserError(
             f"{_FIELD}: {data_root} has {free / 1e9:.1f} GB free, and the run needs about "
             f"{(journal + files) / 1e9:.1f} GB, {journal / 1e9:.1f} for the journal and "
             f"{files / 1e9:.1f} for the Parquet files; make room, name another disk, or lower "
-            "data.max_samples or sniffer.capture.sampler.base_rate"
+            f"data.max_samples or sniffer.capture.sampler.base_rate{of_moments if moments else ''}"
         )
 
 

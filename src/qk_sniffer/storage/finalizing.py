@@ -47,6 +47,7 @@ from qk_sniffer.storage.manifest import (
     count_beyond,
     header_of,
     read_manifest,
+    stream_names,
     write_manifest,
 )
 from qk_sniffer.storage.non_finite import NonFinite, non_finite_field
@@ -61,7 +62,7 @@ from qk_sniffer.storage.schema import (
     MANIFEST_FILE,
     PULLED_DIRECTORY,
     examples_schema,
-    head_name,
+    keeps_rows,
 )
 
 _MOST_THREADS = 16
@@ -276,11 +277,11 @@ def _groups(data_root: Path, journal: JournalReader, earlier: Sequence[FinishedR
     """The heads of every layer and kind, some at a time."""
     groups = []
     for number, stream in enumerate(journal.header["streams"]):
-        if stream["kind"] not in KINDS:
+        if not _has_files(journal.header, stream):
             continue
         files = [
             HeadFiles(data_root / name, head, _earlier_files(name, earlier))
-            for head, name in enumerate(_head_names(stream))
+            for head, name in enumerate(stream_names(stream))
         ]
         groups += [
             (number, files[first : first + _HEADS_AT_ONCE])
@@ -289,8 +290,9 @@ def _groups(data_root: Path, journal: JournalReader, earlier: Sequence[FinishedR
     return groups
 
 
-def _head_names(stream: Mapping[str, Any]) -> list[str]:
-    return [head_name(stream["layer_idx"], head, stream["kind"]) for head in stream["heads"]]
+def _has_files(header: Mapping[str, Any], stream: Mapping[str, Any]) -> bool:
+    """Whether the heads of a stream have files of their own."""
+    return keeps_rows(header) and stream["kind"] in KINDS
 
 
 def _earlier_files(name: str, earlier: Sequence[FinishedRun]) -> tuple[EarlierFiles, ...]:
@@ -354,8 +356,8 @@ def _end(
     """Write what describes the files, and put the journal away."""
     facts = write_table(data_root / EXAMPLES_DIRECTORY / DATA_FILE, examples)
     found = {name: facts for heads, _ in shares for name, facts in heads.items()}
-    streams = [stream for stream in journal.header["streams"] if stream["kind"] in KINDS]
-    ordered = {name: found[name] for stream in streams for name in _head_names(stream)}
+    streams = [s for s in journal.header["streams"] if _has_files(journal.header, s)]
+    ordered = {name: found[name] for stream in streams for name in stream_names(stream)}
     complete = journal.log.finalizing is True
     buckets = _rows_by_bucket(data_root, streams, ordered)
     manifest = build_manifest(
@@ -388,7 +390,7 @@ def _rows_by_bucket(
 
     def count(stream: Mapping[str, Any]) -> Counter[int]:
         counts: Counter[int] = Counter()
-        name = _head_names(stream)[0]
+        name = stream_names(stream)[0]
         for path in head_files(name, heads[name]):
             with pq.ParquetFile(data_root / path) as file:
                 for number in range(file.num_row_groups):

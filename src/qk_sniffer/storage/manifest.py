@@ -20,6 +20,8 @@ from qk_sniffer.storage.schema import (
     MOMENT_TEXTS,
     SCHEMA_VERSION,
     has_softmax,
+    head_name,
+    keeps_rows,
     parse_head_name,
 )
 
@@ -38,7 +40,8 @@ def build_manifest(
     """The manifest of a data root.
 
     Args:
-        header: The journal's header: fingerprint, versions, settings, layers and notes.
+        header: The journal's header: fingerprint, versions, settings, layers and notes, and streams,
+            which are kept where no names of heads tell them.
         examples: Rows, bytes and checksum of the examples table.
         heads: The same of each head's file, by its name.
         buckets: Rows of all heads in each bucket.
@@ -54,6 +57,7 @@ def build_manifest(
         "examples": examples,
         "buckets": {str(bucket): rows for bucket, rows in buckets.items()},
         "heads": heads,
+        **({} if keeps_rows(header) else {"streams": header["streams"]}),
     }
 
 
@@ -95,6 +99,17 @@ def count_rows(manifest: Mapping[str, Any]) -> int:
     return sum(head["rows"] for head in manifest["heads"].values())
 
 
+def captured_names(manifest: Mapping[str, Any]) -> list[str]:
+    """The names of all captured heads, also of those that have moments and no files."""
+    streams = manifest.get("streams", ())
+    return [*manifest["heads"], *(name for stream in streams for name in stream_names(stream))]
+
+
+def stream_names(stream: Mapping[str, Any]) -> list[str]:
+    """The names of the heads of a stream."""
+    return [head_name(stream["layer_idx"], head, stream["kind"]) for head in stream["heads"]]
+
+
 def header_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The header of a journal whose rows go into the files of a manifest."""
     layers = {layer["layer_idx"]: layer for layer in manifest["layers"]}
@@ -108,7 +123,7 @@ def header_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
             new = _stream(layers[layer_idx], part)
             streams.setdefault((layer_idx, part), new)["heads"].append(head)
     return {name: manifest[name] for name in _OF_THE_HEADER} | {
-        "streams": list(streams.values()),
+        "streams": manifest.get("streams") or list(streams.values()),
         "n_positions": manifest.get("beyond_positions", {}).get("positions"),
     }
 

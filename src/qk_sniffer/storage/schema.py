@@ -109,6 +109,11 @@ def has_softmax(manifest: Mapping[str, Any]) -> bool:
     return bool(manifest["settings"]["capture"].get("capture_softmax"))
 
 
+def keeps_rows(manifest: Mapping[str, Any]) -> bool:
+    """Whether a run has files of heads, and not moments alone; a header says so too."""
+    return bool(manifest["settings"]["capture"]["sampler"]["type"] != "none")
+
+
 def head_schema(width: int, *, softmax: bool = False) -> pa.Schema:
     """Columns of a head's Parquet file.
 

@@ -8,18 +8,25 @@ from tqdm.auto import tqdm
 
 from qk_sniffer.storage import (
     Place,
+    captured_names,
     count_rows,
     describe_beyond,
     describe_moments,
     describe_non_finite,
+    first_directory,
+    keeps_rows,
     load_argument,
 )
 
 
 def nothing_kept(manifest: dict[str, Any]) -> str:
-    """What to do about a run without rows."""
+    """What to do about a run without rows; empty where it has some, or was to have none."""
+    if count_rows(manifest) > 0:
+        return ""
     if manifest["examples"]["rows"] == 0:
         return "no rows were kept, since no text was read to its end; run the same command again"
+    if not keeps_rows(manifest):
+        return ""
     return (
         "no rows were kept; set sniffer.capture.sampler.type: all for short texts, or raise "
         "sniffer.capture.sampler.base_rate or lower sniffer.capture.min_bucket_size"
@@ -41,14 +48,12 @@ def summary_table(data_root: Path, manifest: dict[str, Any], *, seconds: float) 
         manifest: Its manifest.
         seconds: Wall time from the first batch to the last file.
     """
-    heads = manifest["heads"]
-    rows = count_rows(manifest)
-    size = sum(head["bytes"] for head in heads.values())
-    first = load_argument(manifest, next(iter(heads)))
+    files = (*manifest["heads"].values(), *manifest.get("moments", {}).values())
+    first = load_argument(manifest, first_directory(manifest))
     lines = {
-        "heads": f"{len(heads):,}",
-        "rows": f"{rows:,}",
-        "bytes": f"{size:,}",
+        "heads": f"{len(captured_names(manifest)):,}",
+        "rows": f"{count_rows(manifest):,}",
+        "bytes": f"{sum(file['bytes'] for file in files):,}",
         "seconds": f"{seconds:.1f}",
         "where": str(data_root),
         "load": f'datasets.load_dataset("{data_root}", {first}, split="train")',
@@ -56,8 +61,8 @@ def summary_table(data_root: Path, manifest: dict[str, Any], *, seconds: float) 
     if (moments := describe_moments(manifest)) is not None:
         lines["moments"] = moments
     table = "\n".join(f"{name:<8} {value}" for name, value in lines.items())
-    if rows == 0:
-        table += f"\n{nothing_kept(manifest)}"
+    if nothing := nothing_kept(manifest):
+        table += f"\n{nothing}"
     if (beyond := describe_beyond(manifest)) is not None:
         table += f"\n{beyond}"
     if non_finite := warn_of_non_finite(manifest):
@@ -79,5 +84,5 @@ def warn_of_non_finite(manifest: dict[str, Any]) -> str:
 
 def published_table(place: Place, manifest: dict[str, Any]) -> str:
     """Place and load line of a data root on the Hub."""
-    first = load_argument(manifest, next(iter(manifest["heads"])))
+    first = load_argument(manifest, first_directory(manifest))
     return f"on the Hub  {place.repo_id}, branch {place.branch}\nload        {place.load_line(first)}"

@@ -46,6 +46,7 @@ from qk_sniffer.storage import (
     head_name,
     head_schema,
     joined_checksum,
+    keeps_rows,
     owner_of,
     parse_head_name,
     require_manifest,
@@ -85,7 +86,8 @@ def verify(data_root: Path, *, trust_code: bool = False) -> list[str]:
     except UserError as error:
         fault = f"its settings and its layers don't agree ({error})"
         raise damaged(data_root / MANIFEST_FILE, fault) from error
-    faults += _check_names(data_root, manifest, [name for stream in streams for name in _names(stream)])
+    names = [name for stream in streams for name in _names(stream)] if keeps_rows(manifest) else []
+    faults += _check_names(data_root, manifest, names)
     faults += _check_card(data_root, manifest)
     examples, found = _check_examples(data_root, manifest)
     faults += found
