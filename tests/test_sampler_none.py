@@ -184,6 +184,27 @@ def test_a_branch_is_published_pulled_and_added_to(
     assert read_manifest(second)["streams"] == read_manifest(first)["streams"]
     assert Captures(REPO, "tiny-llama").examples.num_rows == 7
     assert main(["verify", str(second)]) == 0
+    # What the branch has more is merged into what has no journal.
+    assert main(["push", str(first)]) == 0
+    assert n_texts(first) == 7 and heads_of(first) == []
+    assert read_manifest(first)["streams"] == read_manifest(second)["streams"]
+    assert main(["verify", str(first)]) == 0
+
+
+def test_texts_of_two_runs_are_joined(
+    hub: LoopbackHub, predict: Predict, texts: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    file = tmp_path / "some.jsonl"
+    for name, some in ("first", texts[:4]), ("second", texts[4:]):
+        write_jsonl(file, some)
+        assert predict(name, data={"path": str(file)}, sniffer=NONE) == 0
+    for name in ("first", "second"):
+        command = ["push", str(tmp_path / name), "--hf_repo_id", REPO, "--hf_branch", "joined"]
+        assert main(command) == 0
+    second = tmp_path / "second"
+    assert n_texts(second) == 7 and len(read_manifest(second)["streams"]) == 8
+    assert Captures(REPO, "joined").examples.num_rows == 7
+    assert main(["verify", str(second)]) == 0
 
 
 def test_a_report_needs_rows(

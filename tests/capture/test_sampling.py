@@ -64,6 +64,16 @@ def test_log_uniform_buckets_are_exact_at_every_power_of_two(min_bucket_size: in
     assert sampler.buckets(torch.tensor(positions)).tolist() == expected
 
 
+@pytest.mark.parametrize("min_bucket_size", [1, 3, 128, 8192])
+def test_none_keeps_nothing_and_has_the_buckets_of_log_uniform(min_bucket_size: int) -> None:
+    sampler = build_sampler("none", 1e30, min_bucket_size)
+    _, positions = draw_positions(sampler, 0, *(torch.tensor([number]) for number in (0, 7, 100_000)))
+    assert positions.numel() == 0
+    every = torch.arange(100_000)
+    expected = build_sampler("log_uniform", 1.0, min_bucket_size).buckets(every)
+    assert sampler.buckets(every).equal(expected)
+
+
 @pytest.mark.parametrize("sampler_type", ["uniform", "all"])
 @pytest.mark.parametrize("min_bucket_size", [1, 3, 128, 8192])
 def test_uniform_buckets_are_chunks(sampler_type: str, min_bucket_size: int) -> None:

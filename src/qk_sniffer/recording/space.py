@@ -9,8 +9,15 @@ from torch import Tensor
 
 from qk_sniffer.capture import Listed, Selection
 from qk_sniffer.config import MomentsConfig
+from qk_sniffer.errors import UserError
 from qk_sniffer.recording.provenance import stream_keys
-from qk_sniffer.storage import check_space, head_files_bytes, journal_bytes, moments_bytes
+from qk_sniffer.storage import (
+    STORED_DTYPES,
+    check_space,
+    head_files_bytes,
+    journal_bytes,
+    moments_bytes,
+)
 
 
 def require_space(
@@ -37,15 +44,21 @@ def require_space(
         n_processes: Processes of the run, each with moments of its own.
 
     Raises:
-        UserError: They won't fit.
+        UserError: They won't fit, or rows of this number format are not stored.
     """
     name = str(dtype).removeprefix("torch.")
+    if selection.keeps_rows and name not in STORED_DTYPES:
+        raise UserError(
+            f"model.dtype: rows of {name} are not stored; load the model in "
+            f"{', '.join(STORED_DTYPES)}, or sum moments alone with sniffer.capture.sampler.type: none"
+        )
     journal, files, n_buckets = 0, 0, 1
     if lengths is not None:
         rows = float(selection.expected_rows(lengths, listed).sum())
         n_draws = selection.count_draws(stream_keys(streams), lengths)
-        journal = journal_bytes(streams, name, rows, n_draws=n_draws)
-        files = head_files_bytes(streams, name, rows) if selection.keeps_rows else 0
+        if selection.keeps_rows:
+            journal = journal_bytes(streams, name, rows, n_draws=n_draws)
+            files = head_files_bytes(streams, name, rows)
         n_buckets = selection.count_buckets(int(lengths.max())) if lengths.numel() else 1
     sums = moments_bytes(streams, {"moments": moments.as_settings()}, n_buckets)
     # Those of a process are there twice while newer ones replace them.

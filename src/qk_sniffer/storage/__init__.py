@@ -54,6 +54,7 @@ from qk_sniffer.storage.files import (
 from qk_sniffer.storage.finalizing import finalize, merge_pulled, n_threads
 from qk_sniffer.storage.finished import stored_example_ids
 from qk_sniffer.storage.journal import ALIGNMENT as JOURNAL_ALIGNMENT
+from qk_sniffer.storage.journal import DTYPES as STORED_DTYPES
 from qk_sniffer.storage.journal import Example, JournalWriter
 from qk_sniffer.storage.manifest import (
     captured_names,
@@ -124,6 +125,7 @@ __all__ = [
     "REPORT_DIRECTORY",
     "REPORT_FILE",
     "SCHEMA_VERSION",
+    "STORED_DTYPES",
     "EarlierRun",
     "Example",
     "FileFacts",
