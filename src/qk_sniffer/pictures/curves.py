@@ -79,7 +79,8 @@ def draw_spectra(
         axes.plot(_from_one(shares), shares.cumsum(), color="0.55", linewidth=0.6, alpha=0.5)
     for label, shares in named.items():
         axes.plot(_from_one(shares), shares.cumsum(), linewidth=1.8, label=label)
-    axes.set(xlabel="principal components", ylabel="share of the variance", xscale="log")
+    axes.set(xlabel="principal components", ylabel="share of the variance")
+    axes.set_xscale("log", base=2)
     axes.set_ylim(0, 1.02)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.legend(loc="lower right", frameon=False)
