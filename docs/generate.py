@@ -37,7 +37,7 @@ TITLES = {
     "sniffer.capture": "What is captured",
     "sniffer.capture.sampler": "Which positions are kept",
     "sniffer.capture.head_sampling": "A random draw of heads",
-    "sniffer.moments": "Moments of every token, beside the rows",
+    "sniffer.moments": "Moments of every token",
     "trainer": "The devices, and how Lightning runs the model",
 }
 TRAINER = {
@@ -217,8 +217,7 @@ def _config_page() -> str:
         adapter_revision="",
         merge_adapter=True,
     )
-    moments = MomentsConfig(enabled=True, by_bucket=True, pre_rope=True, cross=True)
-    fixed = set(fingerprint(settings(module, data, capture, moments)))
+    fixed = set(fingerprint(settings(module, data, capture, MomentsConfig(enabled=True))))
     lines = [CONFIG_TOP]
     for section, members in all_fields().items():
         lines += [f"## {section}", "", *_table(members, fixed), ""]
