@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from conftest import Run, byte_tokenizer, write_jsonl
+from conftest import LENGTHS, Run, byte_tokenizer, write_jsonl
 from moments_of_rows import expected, part
 from qk_sniffer import Captures
 from qk_sniffer.cli import main
@@ -101,6 +101,16 @@ def test_what_can_not_be_exported(
     assert "don't tell the first 5 positions of a text" in refused(root, "--n_sink", "5")
     assert "don't tell the first 64 positions of a text" in refused(root, "--n_sink", "64")
     assert "invalid int value" in refused(root, "--n_sink", "few")
+
+
+def test_moments_alone_leave_out_what_a_bucket_holds(
+    predict: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    none = {"sampler": {"type": "none"}}
+    root, out = with_moments(predict, tmp_path, by_bucket=True, capture=none), tmp_path / "statistics"
+    n_tokens = sum(max(0, length - 7) for length in LENGTHS)
+    assert main(["export-kvpress", str(root), str(out), "--n_sink", "7"]) == 0
+    assert capsys.readouterr().out.endswith(f"kvpress  {out}, of {n_tokens:,} tokens\n")
 
 
 @pytest.mark.parametrize(

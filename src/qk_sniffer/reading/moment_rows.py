@@ -48,12 +48,9 @@ def read_moments(
             file = place.table(path, facts[kind]["bytes"])
             _require_columns(file.schema, kind, cross=place.manifest["settings"]["moments"]["cross"])
             table, found = _sum(file, _condition(chosen, pre_rope))
-            try:
-                _require(kind, chosen, pre_rope, found)
-            except UserError:
+            if not _is_all_there(kind, chosen, pre_rope, found):
                 # All that is there is read for the message alone: on the Hub it is in many places.
                 _require(kind, chosen, pre_rope, file.to_table(columns=_NUMBERS))
-                raise
         except (pa.ArrowException, KeyError, ValueError) as error:
             raise UserError(
                 f"{place}: {path} can't be read ({first_line(error)}); `qk-sniffer verify` tells which "
@@ -79,6 +76,14 @@ def _integers(column: str, numbers: Any) -> list[int]:
     if not found:
         raise UserError(f"{column}: expected integers, got {numbers!r}")
     return sorted(set(found))
+
+
+def _is_all_there(kind: Kind, chosen: dict[str, list[int]], pre_rope: bool, rows: pa.Table) -> bool:
+    try:
+        _require(kind, chosen, pre_rope, rows)
+    except UserError:
+        return False
+    return True
 
 
 def _require(kind: Kind, chosen: dict[str, list[int]], pre_rope: bool, rows: pa.Table) -> None:
