@@ -389,6 +389,16 @@ def test_an_overlay_may_capture_itself(
         assert own.drop_columns("sliding_window").equals(plain.drop_columns("sliding_window"))
 
 
+def test_an_overlay_that_captures_itself_tells_one_stage(
+    predict: Predict, overlay: Callable[[str], dict[str, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = overlay(SELF_CAPTURE.format(query="query_states", window=77))
+    moments = {"enabled": True, "pre_rope": True}
+    assert predict(model=model, sniffer={"moments": moments}) == 2
+    message = "sniffer.moments.pre_rope: this architecture reports its vectors itself"
+    assert message in error_line(capsys)
+
+
 def test_the_check_stops_a_run_whose_vectors_are_not_those_of_the_attention(
     predict: Predict,
     overlay: Callable[[str], dict[str, str]],

@@ -8,7 +8,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,14 +20,14 @@ from qk_sniffer.cli import main
 from qk_sniffer.config import CaptureConfig, MomentsConfig, OutputConfig, SamplerConfig
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.module import SnifferModule
-from readers import assert_same_rows, error_line, files_of
+from readers import assert_same_moments, assert_same_rows, error_line
 from tiny import tiny_causal_lm
 
 Floats = npt.NDArray[np.float64]
 Rows = dict[tuple[int, int, bool, int | None], dict[str, Any]]
 
 ALL_KINDS = {"capture_values": True, "capture_outputs": True}
-WITH_OTHERS = ("bloom", "gpt_oss", "gemma2", "deepseek_v3", "llama4", "mpt")
+WITH_OTHERS = ("bloom", "gpt_oss", "gemma2", "deepseek_v3", "llama4", "mpt", "gemma4_text")
 
 
 def moments_of(root: Path, kind: str) -> Rows:
@@ -155,10 +154,7 @@ def test_moments_change_no_row_and_rows_no_moment(predict: Run, tmp_path: Path) 
     assert not (tmp_path / "rows" / "moments").exists()
     assert "oment" not in (tmp_path / "rows" / "README.md").read_text()
     assert "moments" not in json.loads((tmp_path / "rows" / "manifest.json").read_text())
-    alone_files, both = files_of(tmp_path / "moments"), files_of(tmp_path / "both")
-    for kind in "qk":
-        name = f"moments/{kind}.parquet"
-        assert alone_files[name] == both[name]
+    assert_same_moments(tmp_path / "both", tmp_path / "moments", rtol=0)
 
 
 def test_datasets_reads_them(predict: Run, tmp_path: Path) -> None:
@@ -192,22 +188,6 @@ def run_in_float64(tmp_path: Path, text_file: Path) -> Iterator[Callable[..., Pa
         return root
 
     yield run
-
-
-def assert_same_moments(root: Path, other: Path, rtol: float = 1e-10) -> None:
-    """Two runs have the same moments, but for the order in which they were summed."""
-    for path in sorted((root / "moments").glob("*.parquet")):
-        table, same = (pq.read_table(run / "moments" / path.name) for run in (root, other))
-        assert table.schema == same.schema
-        for name in table.column_names:
-            values = table[name].combine_chunks()
-            if not pa.types.is_fixed_size_list(values.type):
-                assert values.equals(same[name].combine_chunks()), (path.name, name)
-                continue
-            numbers = values.values.to_numpy().reshape(len(table), -1)
-            found = same[name].combine_chunks().values.to_numpy().reshape(len(table), -1)
-            sizes = np.linalg.norm(numbers, axis=1)
-            assert np.all(np.linalg.norm(numbers - found, axis=1) <= rtol * sizes + 1e-15), name
 
 
 def test_batches_and_passages_do_not_matter(run_in_float64: Callable[..., Path]) -> None:
@@ -252,15 +232,6 @@ def test_mistakes_are_one_line(mistake: str, predict: Run, capsys: pytest.Captur
     sniffer, words = MISTAKES[mistake]
     assert predict(sniffer=sniffer) == 2
     assert words in error_line(capsys)
-
-
-def test_vectors_before_rope_that_cannot_be_told(
-    predict: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    directory = directory_of("gpt_oss", lambda _: tmp_path, tmp_path)
-    sniffer = {"moments": {"enabled": True, "pre_rope": True}}
-    assert predict(model={"name": str(directory)}, sniffer=sniffer) == 2
-    assert "sniffer.moments.pre_rope: this architecture" in error_line(capsys)
 
 
 def test_other_moments_are_another_run(predict: Run, capsys: pytest.CaptureFixture[str]) -> None:
