@@ -19,7 +19,7 @@ import yaml
 import generate
 from qk_sniffer.cli import main
 from qk_sniffer.ids import example_id
-from qk_sniffer.storage.schema import examples_schema, head_schema
+from qk_sniffer.storage.schema import examples_schema, head_schema, moment_schema
 
 REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
@@ -155,16 +155,24 @@ def test_commands_that_the_pages_name_exist() -> None:
 
 
 def test_the_columns_are_those_of_the_files() -> None:
-    types = "int32|float32|string|bool|fixed_size_list.*?|list.*?"
+    types = "int32|int64|float32|float64|string|bool|fixed_size_list.*?|list.*?"
     rows = re.findall(rf"^\| `(\w+)` \| ({types}) \|", html.unescape(PAGES["docs/files.md"]), re.M)
     settings = {"data": {"messages_column": "chat"}, "model": {"generate": {}}}
-    fields = [*head_schema(7, softmax=True), *examples_schema(settings)]
+    moments = [*moment_schema("q", [3], cross=True)]
+    fields = [*head_schema(7, softmax=True), *moments, *examples_schema(settings)]
     named = {
         "vector": "fixed_size_list<float32>[head_dim]",
         "messages": "list<struct<role, start, stop>>",
         "generated_ids": "list<int32>",
     }
-    named |= {f.name: "float32" for f in fields if f.type == pa.float32()}
+    short = {pa.float32(): "float32", pa.float64(): "float64"}
+    named |= {f.name: short[f.type] for f in fields if f.type in short}
+    sizes = {3: "D", 9: "D²"}
+    named |= {
+        f.name: f"fixed_size_list<float64>[{sizes[f.type.list_size]}]"
+        for f in moments
+        if pa.types.is_fixed_size_list(f.type)
+    }
     assert rows == [(f.name, named.get(f.name, str(f.type))) for f in fields]
 
 
