@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from conftest import REPO, Run, byte_tokenizer
 from loopback import Fault, LoopbackHub
 from moments_of_rows import expected, part
-from qk_sniffer import Captures
+from qk_sniffer import Captures, sniff
 from qk_sniffer.errors import UserError
 from qk_sniffer.geometry import positional_r2, predicted_positions, principal_components
 from qk_sniffer.reading import Moments
@@ -220,9 +222,30 @@ def test_runs_that_have_fewer(predict: Run, tmp_path: Path) -> None:
     (root / "moments" / "q.parquet").unlink()
     with pytest.raises(UserError, match=r"moments/q.parquet: missing, though the manifest has it"):
         captures.moments(1, 0)
-    (root / "moments" / "k.parquet").write_bytes(b"PAR1 no more")
+    path = root / "moments" / "k.parquet"
+    rows = pq.read_table(path)
+    gaps = pa.array([None] * rows.num_rows, rows.schema.field("mean").type)
+    column = rows.schema.get_field_index("mean")
+    for damage, fault in (
+        (rows.drop_columns("count"), "it has other columns than moments"),
+        (rows.set_column(column, rows.schema.field("mean"), gaps), "mean has no value in some rows"),
+    ):
+        pq.write_table(damage, path)
+        with pytest.raises(UserError, match=rf"moments/k.parquet can't be read \({fault}\)"):
+            captures.moments(1, 0, "k")
+    path.write_bytes(b"PAR1 no more")
     with pytest.raises(UserError, match=r"moments/k.parquet can't be read"):
         captures.moments(1, 0, "k")
+
+
+def test_sniff_sums_no_moments(tmp_path: Path) -> None:
+    model = tiny_causal_lm("llama")
+    with torch.no_grad(), sniff(model) as captured:
+        model(input_ids=torch.arange(2, 40)[None])
+    captured.save(tmp_path / "saved")
+    for place, one in (("memory", captured), ("saved", Captures(tmp_path / "saved"))):
+        with pytest.raises(UserError, match=f"{place}: no moments were summed"):
+            one.moments(0, 0)
 
 
 def test_layers_that_differ_in_width(predict: Run, tmp_path: Path) -> None:

@@ -100,7 +100,11 @@ class Moments:
         return self.covariance.diagonal().copy()
 
     def components(self) -> Components:
-        """The principal components of the vectors."""
+        """The principal components of the vectors.
+
+        Raises:
+            numpy.linalg.LinAlgError: The moments are not finite.
+        """
         return Components(*principal_axes(self.covariance, self.width))
 
     @property
