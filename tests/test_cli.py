@@ -449,7 +449,7 @@ def test_help_describes_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         "--model.config_overrides": "Values set on the model's config before it is built",
         "--data.text_column": "Column with the texts",
         "--data.tokenizer.max_length": "Tokens kept from the start of each text",
-        "--sniffer.capture.sampler.type": "log_uniform, uniform, all, positions, or the class path",
+        "--sniffer.capture.sampler.type": "log_uniform, uniform, all, positions, none, or the class path",
         "--sniffer.capture.full_attention_only": "Leave out layers with a sliding window.",
         "--sniffer.output.data_root": "Directory of the per-head Parquet files",
     }.items():

@@ -21,7 +21,10 @@ RUNS = sorted({*CONFIGS.rglob("*.yaml")} - {*BASES, CONFIGS / "demo.yaml"})
 ANSWERS = CONFIGS / "qwen3-8b-answers.yaml"
 """The only one that reads conversations, of a model that another config names too."""
 
-DOCUMENTS = [file for file in RUNS if file != ANSWERS]
+MOMENTS = CONFIGS / "qwen3-8b-moments.yaml"
+"""The only one that keeps no rows, of that model again."""
+
+DOCUMENTS = [file for file in RUNS if file not in (ANSWERS, MOMENTS)]
 
 # One config of each kind of model, the only ones that run here, with the architecture that it names.
 KINDS = {
