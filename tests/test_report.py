@@ -780,3 +780,12 @@ def test_a_report_of_moments_alone(predict: Run, tmp_path: Path) -> None:
     page = Page(root / "report" / "index.html")
     assert f'moments = Captures("{root.name}").moments(0, 0, "q")' in page.text.replace("&quot;", '"')
     assert main(["verify", str(root)]) == 0
+
+
+def test_neither_rows_nor_moments(
+    predict: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere = {"sampler": {"type": "positions", "positions": [9_999]}}
+    assert predict(sniffer={"capture": nowhere}) == 0
+    assert main(["report", str(tmp_path / "root")]) == 2
+    assert "no row was kept, so there is nothing to show" in error_line(capsys)

