@@ -4,7 +4,9 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from killing import AFTER, BEFORE, HALFWAY, Death, Processes
@@ -162,6 +164,42 @@ def test_damaged_states_are_counted_anew(
         RUN.journal(tmp_path, [], [-7, 12])
     finish(tmp_path, complete=True)
     RUN.assert_counted(tmp_path, 3, -7, 12)
+
+
+def rewritten(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda arrays: arrays | changes
+
+
+HOSTILE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "objects": rewritten(example_ids=np.array([{}])),
+    "texts of other numbers": rewritten(example_ids=np.array([1.5])),
+    "texts in a table": rewritten(example_ids=np.zeros((2, 2), np.int32)),
+    "texts twice": rewritten(example_ids=np.zeros(2, np.int32)),
+    "no texts": lambda arrays: {name: a for name, a in arrays.items() if name != "example_ids"},
+    "a name": rewritten(q=np.zeros(2)),
+    "a column": rewritten(**{"q.0.more": np.zeros(2)}),
+    "a shape": rewritten(**{"q.0.head": np.zeros(2, np.int32)}),
+}
+
+
+@pytest.mark.parametrize("case", [*HOSTILE, "compressed", "a text"])
+def test_hostile_states_are_dropped(
+    tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    RUN.journal(tmp_path, [3], [3])
+    path = tmp_path / ".journal" / "rank-00000" / "moments-00000.npz"
+    arrays = dict(np.load(path))
+    if case == "a text":
+        path.write_text("moments")
+    elif case == "compressed":
+        np.savez_compressed(path, **arrays)
+    else:
+        np.savez(path, **HOSTILE[case](arrays))
+    prepare_data_root(tmp_path, overwrite=False)
+    assert [record.message for record in caplog.records] == [
+        f"{path}: damaged, it holds no moments; its texts are counted anew"
+    ]
+    assert not path.exists()
 
 
 def test_damage_that_finalizing_finds_is_named(tmp_path: Path) -> None:
