@@ -4,7 +4,7 @@ INSTALLED := .venv/.installed
 QUICK := tests/capture tests/test_batches.py tests/test_data.py tests/test_direct.py tests/test_exactness.py \
 	tests/test_reading.py tests/test_rooms.py tests/test_sampling_runs.py tests/test_storage.py
 
-.PHONY: help install demo pictures test check test-architectures test-transformers weights architectures docs lint format bench bench-gpu peers clean
+.PHONY: help install demo pictures test check test-architectures test-transformers weights architectures docs lint format bench bench-gpu peers kvpress clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-19s %s\n", $$1, $$2}'
@@ -74,6 +74,14 @@ peers: $(INSTALLED) ## Compare sniff with nnsight and TransformerLens; writes do
 	.cache/peers/bin/pip install --quiet --disable-pip-version-check \
 		-c .cache/constraints-peers.txt nnsight transformer_lens
 	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -m peers .cache/peers/bin/python
+
+kvpress: $(INSTALLED) ## Compress with kvpress by our statistics and by its own
+	mkdir -p .cache
+	grep -E '^(torch|numpy)==' constraints.txt > .cache/constraints-kvpress.txt
+	$(PYTHON) -m venv .cache/kvpress
+	.cache/kvpress/bin/pip install --quiet --disable-pip-version-check \
+		-c .cache/constraints-kvpress.txt kvpress==0.5.5
+	$(BIN)/pytest tests/test_export_kvpress.py
 
 clean: ## Remove what the other targets made
 	rm -rf .venv .cache data build dist site .pytest_cache .mypy_cache .ruff_cache

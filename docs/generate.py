@@ -20,7 +20,7 @@ import lightning.pytorch as pl
 
 from qk_sniffer.callback import SnifferCallback
 from qk_sniffer.cli import main as command
-from qk_sniffer.config import CaptureConfig, SamplerConfig, TokenizerConfig
+from qk_sniffer.config import CaptureConfig, MomentsConfig, SamplerConfig, TokenizerConfig
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.module import SnifferModule
 from qk_sniffer.recording import fingerprint, settings
@@ -37,6 +37,7 @@ TITLES = {
     "sniffer.capture": "What is captured",
     "sniffer.capture.sampler": "Which positions are kept",
     "sniffer.capture.head_sampling": "A random draw of heads",
+    "sniffer.moments": "Moments of every token, beside the rows",
     "trainer": "The devices, and how Lightning runs the model",
 }
 TRAINER = {
@@ -216,7 +217,8 @@ def _config_page() -> str:
         adapter_revision="",
         merge_adapter=True,
     )
-    fixed = set(fingerprint(settings(module, data, capture)))
+    moments = MomentsConfig(enabled=True, by_bucket=True, pre_rope=True, cross=True)
+    fixed = set(fingerprint(settings(module, data, capture, moments)))
     lines = [CONFIG_TOP]
     for section, members in all_fields().items():
         lines += [f"## {section}", "", *_table(members, fixed), ""]

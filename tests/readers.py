@@ -98,6 +98,24 @@ def assert_same_rows(root: Path, other: Path) -> None:
         assert mine.equals(theirs), name
 
 
+def assert_same_moments(root: Path, other: Path, rtol: float = 1e-10) -> None:
+    """Two runs have the same moments, but for the order in which they were summed."""
+    for path in sorted((root / "moments").glob("*.parquet")):
+        table, same = (pq.read_table(run / "moments" / path.name) for run in (root, other))
+        assert table.schema == same.schema
+        for name in table.column_names:
+            values = table[name].combine_chunks()
+            if not pa.types.is_fixed_size_list(values.type):
+                assert values.equals(same[name].combine_chunks()), (path.name, name)
+                continue
+            numbers = values.values.to_numpy().reshape(len(table), -1)
+            found = same[name].combine_chunks().values.to_numpy().reshape(len(table), -1)
+            sizes = np.linalg.norm(numbers, axis=1)
+            assert np.all(
+                np.linalg.norm(numbers - found, axis=1) <= (rtol * sizes + 1e-15 * (rtol > 0))
+            ), name
+
+
 def eager_attention(model_dir: Path, texts: list[dict[str, Any]]) -> dict[str, list[torch.Tensor]]:
     """The model's own probabilities in each text, by its id: (heads, N, N) for each layer."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager")

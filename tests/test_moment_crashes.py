@@ -9,13 +9,13 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from conftest import write_jsonl
 from killing import AFTER, BEFORE, POINTS, Death, Processes
 from qk_sniffer.cli import main
+from readers import assert_same_moments
 from test_ranks import Run
 
 N_TEXTS = 24
@@ -33,7 +33,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batches of 4": {"data": {"batch_size": 4}},
     "passages": {"data": {"batch_size": 4}, "model": {"prefill_chunk_size": 8}},
 }
-KINDS = "qkvo"
 NewRun = Callable[[str], Run]
 
 
@@ -81,24 +80,6 @@ def undisturbed(new_run: NewRun) -> Undisturbed:
         return made[variant, size]
 
     return of
-
-
-def assert_same_moments(root: Path, other: Path) -> None:
-    """Both data roots count the same texts, and their moments are the same to 1e-10."""
-    for name in (*KINDS, "texts"):
-        stored, expected = (
-            pq.read_table(place / "moments" / f"{name}.parquet") for place in (root, other)
-        )
-        assert stored.schema == expected.schema
-        for column in stored.schema.names:
-            values, wanted = (table[column].to_pylist() for table in (stored, expected))
-            if column not in ("mean", "key_mean") and "covariance" not in column:
-                assert values == wanted, (name, column)
-                continue
-            # Against the largest of each row: numbers near 0 are differences of large ones.
-            values, wanted = (np.array(numbers) for numbers in (values, wanted))
-            scale = np.abs(wanted).max(axis=1, keepdims=True)
-            assert (np.abs(values - wanted) <= 1e-10 * scale).all(), (name, column)
 
 
 def assert_goes_on(run: Run, expected: Path, size: int) -> None:

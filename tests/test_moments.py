@@ -8,7 +8,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,7 +20,7 @@ from qk_sniffer.cli import main
 from qk_sniffer.config import CaptureConfig, MomentsConfig, OutputConfig, SamplerConfig
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.module import SnifferModule
-from readers import assert_same_rows, error_line
+from readers import assert_same_moments, assert_same_rows, error_line
 from tiny import tiny_causal_lm
 
 Floats = npt.NDArray[np.float64]
@@ -189,24 +188,6 @@ def run_in_float64(tmp_path: Path, text_file: Path) -> Iterator[Callable[..., Pa
         return root
 
     yield run
-
-
-def assert_same_moments(root: Path, other: Path, rtol: float = 1e-10) -> None:
-    """Two runs have the same moments, but for the order in which they were summed."""
-    for path in sorted((root / "moments").glob("*.parquet")):
-        table, same = (pq.read_table(run / "moments" / path.name) for run in (root, other))
-        assert table.schema == same.schema
-        for name in table.column_names:
-            values = table[name].combine_chunks()
-            if not pa.types.is_fixed_size_list(values.type):
-                assert values.equals(same[name].combine_chunks()), (path.name, name)
-                continue
-            numbers = values.values.to_numpy().reshape(len(table), -1)
-            found = same[name].combine_chunks().values.to_numpy().reshape(len(table), -1)
-            sizes = np.linalg.norm(numbers, axis=1)
-            assert np.all(
-                np.linalg.norm(numbers - found, axis=1) <= (rtol * sizes + 1e-15 * (rtol > 0))
-            ), name
 
 
 def test_batches_and_passages_do_not_matter(run_in_float64: Callable[..., Path]) -> None:

@@ -45,8 +45,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
         return dict(zip(NOTEBOOKS, asyncio.run(execute_all()), strict=True))
 
 
-def test_there_are_five() -> None:
-    assert len(NOTEBOOKS) == 5
+def test_there_are_six() -> None:
+    assert len(NOTEBOOKS) == 6
 
 
 @EACH

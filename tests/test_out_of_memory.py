@@ -11,7 +11,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qk_sniffer.cli import main
-from readers import assert_same_rows, error_line
+from readers import assert_same_moments, assert_same_rows, error_line
 
 Predict = Callable[..., int]
 
@@ -52,12 +52,14 @@ def test_a_batch_that_does_not_fit_is_read_in_halves(
 ) -> None:
     sections = {"model": {"prefill_chunk_size": passages}}
     everything = {f"capture_{name}": True for name in ("values", "outputs", "softmax")}
-    sections["sniffer"] = {"check": False, "capture": everything}
+    moments = {"enabled": True, "by_bucket": True, "pre_rope": True, "cross": True}
+    sections["sniffer"] = {"check": False, "capture": everything, "moments": moments}
     assert predict("whole", data=data, **sections) == 0
     tried = device_of(70 if passages is None else 40)
     assert predict("halves", data=data, **sections) == 0
     assert len(tried) >= 2
     assert_same_rows(tmp_path / "halves", tmp_path / "whole")
+    assert_same_moments(tmp_path / "halves", tmp_path / "whole", rtol=1e-5)
     assert main(["verify", str(tmp_path / "halves")]) == 0
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     size, width = 6 if "max_tokens_per_batch" in data else 7, 61

@@ -118,6 +118,22 @@ def test_the_page_on_reading_captures_runs_from_top_to_bottom(demo: Path) -> Non
         assert main(line.split()[1:]) == 0
 
 
+def test_the_page_on_moments_runs_from_top_to_bottom(demo: Path) -> None:
+    page = (REPOSITORY / "docs" / "moments.md").read_text()
+    moments = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+    moments["sniffer"]["moments"]["pre_rope"] = True
+    moments["sniffer"]["output"] = {"data_root": "data/moments", "overwrite": False}
+    moments["sniffer"]["capture"]["capture_token_strings"] = False
+    Path("moments.yaml").write_text(yaml.safe_dump({"config": "configs/demo.yaml"} | moments))
+    for line in page.split("```sh\n")[1].split("```")[0].splitlines():
+        assert main(line.partition("#")[0].split()[1:]) == 0
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    assert (Path("statistics") / "model.safetensors").exists()
+    assert main(["report", "data/moments"]) == 0
+
+
 def test_the_page_on_sniff_runs_from_top_to_bottom(demo: Path) -> None:
     page = (REPOSITORY / "docs" / "sniffing.md").read_text()
     names: dict[str, object] = {}

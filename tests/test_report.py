@@ -27,8 +27,9 @@ from loopback import LoopbackHub
 from qk_sniffer import Captures, sniff
 from qk_sniffer.cli import main
 from qk_sniffer.geometry import positional_r2, principal_components
-from qk_sniffer.pictures import AttentionMap, draw_attention
+from qk_sniffer.pictures import AttentionMap, draw_attention, new_axes
 from qk_sniffer.report.measures import measure, measured_texts
+from qk_sniffer.report.moments import measure_moments
 from qk_sniffer.report.themes import picture
 from qk_sniffer.storage import remove_report
 from readers import eager_attention, error_line, softmax_means_of
@@ -720,3 +721,62 @@ def test_in_a_browser(predict: Run, tmp_path: Path) -> None:
     frame = f'<iframe width="360" style="border: 0" onload="{measure}" srcdoc="{framed}"></iframe>'
     (tmp_path / "frame.html").write_text(f"<!doctype html><title></title>{frame}")
     assert "<title>360</title>" in browse("--dump-dom", str(tmp_path / "frame.html"))
+
+
+MOMENTS = {"moments": {"enabled": True}}
+FROM_MOMENTS = {f"moments-{what}-{kind}" for what in ("r2", "spectra") for kind in ("queries", "keys")}
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[np.ndarray]]:
+    """The curves of each picture of spectra, by its name."""
+    found: dict[str, list[np.ndarray]] = {}
+
+    def watched(name: str, caption: str, draw: Any, **options: Any) -> Any:
+        drawn = picture(name, caption, draw, **options)
+        axes = new_axes()
+        draw(axes)
+        found[name] = [line.get_ydata() for line in axes.lines]
+        found[f"{name} label"] = (
+            [text.get_text() for text in axes.get_legend().texts] if axes.lines else []
+        )
+        return drawn
+
+    monkeypatch.setattr("qk_sniffer.report.moments.picture", watched)
+    return found
+
+
+def test_pictures_from_moments(predict: Run, tmp_path: Path, lines: dict[str, list[Any]]) -> None:
+    root = tmp_path / "root"
+    assert predict(sniffer={"capture": {"heads": [0, 2]}} | MOMENTS) == 0
+    assert main(["report", str(root), "--heads", "l00h00q"]) == 0
+    names = {path.stem for path in (root / "report").glob("*.png")}
+    assert names >= FROM_MOMENTS and "positional-r2-queries" in names
+    captures = Captures(root)
+    heads = [head for head in captures.heads if head.kind == "q"]
+    drawn = lines["moments-spectra-queries"]
+    for head, line in zip(heads, drawn, strict=False):
+        _, shares = principal_components(head.numpy()["vector"], 16)
+        np.testing.assert_allclose(line, shares.cumsum(), atol=1e-5)
+    sizes = {head.name: int((line < 0.9).sum()) + 1 for head, line in zip(heads, drawn, strict=False)}
+    named = [label.partition(": ") for label in lines["moments-spectra-queries label"]]
+    assert [label[2] for label in named] == [
+        f"{extreme(sizes.values())} of 16" for extreme in (min, max)
+    ]
+    assert all(int(size.split()[0]) == sizes[name] for name, _, size in named)
+    found = measure_moments(captures, lambda heads, total: heads)
+    assert found["k"].n_tokens == sum(captures.examples["n_tokens"].to_pylist())
+    assert found["q"].r2.values[2, 2] == captures.moments(2, 2).positional_r2()
+    assert np.isnan(found["q"].r2.values[:, 1]).all()
+    assert main(["verify", str(root)]) == 0
+    assert "](report/moments-spectra-queries.png)" in (root / "README.md").read_text()
+
+
+def test_a_report_of_moments_alone(predict: Run, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    assert predict(sniffer={"capture": {"sampler": {"type": "none"}}} | MOMENTS) == 0
+    assert main(["report", str(root)]) == 0
+    assert {path.stem for path in (root / "report").glob("*.png")} == FROM_MOMENTS
+    page = Page(root / "report" / "index.html")
+    assert f'moments = Captures("{root.name}").moments(0, 0, "q")' in page.text.replace("&quot;", '"')
+    assert main(["verify", str(root)]) == 0

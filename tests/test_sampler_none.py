@@ -207,14 +207,6 @@ def test_texts_of_two_runs_are_joined(
     assert main(["verify", str(second)]) == 0
 
 
-def test_a_report_needs_rows(
-    predict: Predict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert predict(sniffer=NONE) == 0
-    assert main(["report", str(tmp_path / "root")]) == 2
-    assert "no row was kept, so there is nothing to show" in error_line(capsys)
-
-
 @pytest.mark.parametrize("damage", ["no streams", "other streams", "a head"])
 def test_a_manifest_without_its_streams_is_damaged(
     predict: Predict, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]

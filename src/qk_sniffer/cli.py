@@ -22,13 +22,14 @@ usage: qk-sniffer COMMAND ...
 Capture the query and key vectors of every attention head of a causal language model.
 
 commands:
-  predict --config FILE   run a model over texts and write one Parquet file per head
-  estimate --config FILE  tell rows, bytes and memory of a run beforehand; --time its time too
-  finalize DATA_ROOT      write Parquet files from what an interrupted run captured
-  verify DATA_ROOT        check the files of a finished run; --against-model reads texts again
-  report DATA_ROOT        draw a finished run: a page and pictures, which its card shows
-  push DATA_ROOT          publish a finished run on the Hub, or go on with a push that failed
-  convert-config FILE     print a config of the original scripts as one for predict
+  predict --config FILE     run a model over texts and write one Parquet file per head
+  estimate --config FILE    tell rows, bytes and memory of a run beforehand; --time its time too
+  finalize DATA_ROOT        write Parquet files from what an interrupted run captured
+  verify DATA_ROOT          check the files of a finished run; --against-model reads texts again
+  report DATA_ROOT          draw a finished run: a page and pictures, which its card shows
+  export-kvpress DATA_ROOT  write moments of queries as the statistics that kvpress loads
+  push DATA_ROOT            publish a finished run on the Hub, or go on with a push that failed
+  convert-config FILE       print a config of the original scripts as one for predict
 
 `qk-sniffer predict --help` explains every field; `--print_config` prints a commented config.
 `qk-sniffer --version` prints the version; `python -m qk_sniffer` is the same command.
@@ -174,6 +175,30 @@ def _report(args: list[str]) -> int:
     return 0
 
 
+def _export_kvpress(args: list[str]) -> int:
+    parser = _Parser(
+        "qk-sniffer export-kvpress",
+        description="Write moments of queries before RoPE as the statistics that kvpress's "
+        "ExpectedAttentionStatsPress loads from its stats_folder.",
+    )
+    parser.add_argument("data_root", type=_data_root, help="directory of the run")
+    parser.add_argument("directory", type=Path, help="a new directory for the statistics")
+    parser.add_argument(
+        "--n_sink",
+        type=int,
+        default=0,
+        help="first positions of each text that are left out, of which kvpress takes 4; default: 0",
+    )
+    options = parser.parse_args(args)
+
+    from qk_sniffer.export_kvpress import export_kvpress
+    from qk_sniffer.reading import Captures
+
+    n_tokens = export_kvpress(Captures(options.data_root), options.directory, options.n_sink)
+    sys.stdout.write(f"kvpress  {options.directory}, of {n_tokens:,} tokens\n")
+    return 0
+
+
 def _push(args: list[str]) -> int:
     parser = _Parser("qk-sniffer push", description="Publish a finished run on the Hub.")
     parser.add_argument("data_root", type=_data_root, help="directory of the run")
@@ -244,6 +269,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "finalize": _finalize,
     "verify": _verify,
     "report": _report,
+    "export-kvpress": _export_kvpress,
     "push": _push,
     "convert-config": _convert_config,
 }

@@ -35,10 +35,24 @@ def principal_components(vectors: npt.ArrayLike, count: int = 2) -> tuple[Array,
     """
     centred = np.asarray(vectors, np.float64)
     centred = centred - centred.mean(axis=0)
-    values, axes = np.linalg.eigh(centred.T @ centred)
-    values, axes = values[::-1].clip(min=0), axes[:, ::-1][:, :count]
-    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
+    values, axes = principal_axes(centred.T @ centred, count)
     return centred @ axes, values[:count] / max(values.sum(), np.finfo(np.float64).tiny)
+
+
+def principal_axes(covariance: Array, count: int) -> tuple[Array, Array]:
+    """The directions in which vectors vary most.
+
+    Args:
+        covariance: (D, D) of the vectors, or a multiple of it.
+        count: Number of directions, C, at most D.
+
+    Returns:
+        (D,) variances, descending, in the units of ``covariance``, and (D, C) directions, a column for
+        each. The sign of a direction is such that its largest loading is positive.
+    """
+    values, axes = np.linalg.eigh(covariance)
+    values, axes = values[::-1].clip(min=0), axes[:, ::-1][:, :count]
+    return values, axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
 
 
 @dataclass(frozen=True)
@@ -234,7 +248,22 @@ def _ridge(x: Array, y: Array, new: Array) -> tuple[Array, float]:
     """Predictions for ``new``, and the mean of ``y``."""
     centre, mean = x.mean(axis=0), float(y.mean())
     centred = x - centre
-    covariance = centred.T @ centred
-    penalty = _RIDGE * np.trace(covariance) / len(covariance) + np.finfo(np.float64).tiny
-    weights = np.linalg.solve(covariance + penalty * np.eye(len(covariance)), centred.T @ (y - mean))
+    weights = ridge_weights(centred.T @ centred, centred.T @ (y - mean))
     return (new - centre) @ weights + mean, mean
+
+
+def ridge_weights(covariance: Array, position_covariance: Array) -> Array:
+    """The linear map that ``positional_r2`` fits.
+
+    Args:
+        covariance: (D, D) of the vectors, or a multiple of it.
+        position_covariance: (D,) of vectors and position, in the same multiple.
+
+    Returns:
+        (D,) weights of the centred coordinates.
+    """
+    penalty = _RIDGE * np.trace(covariance) / len(covariance) + np.finfo(np.float64).tiny
+    weights: Array = np.linalg.solve(
+        covariance + penalty * np.eye(len(covariance)), position_covariance
+    )
+    return weights

@@ -189,13 +189,14 @@ class MomentSums:
 
     def tables(self) -> dict[Kind, list[MomentTable]]:
         """The moments of all batches that have ended, by kind; one table for each width."""
-        pieces: dict[tuple[Kind, int], list[MomentTable]] = {}
+        places: dict[tuple[Kind, int], list[_Place]] = {}
         for place, sums in self._total.items():
             for kind in place.heads.numbers:
-                table = _table(place, kind, sums)
-                pieces.setdefault((kind, table.width), []).append(table)
+                places.setdefault((kind, sums.mean.shape[1]), []).append(place)
         tables: dict[Kind, list[MomentTable]] = {}
-        for (kind, _), parts in pieces.items():
+        # Kind by kind, since what comes from a device is there twice until its table is made.
+        for (kind, _), own in places.items():
+            parts = [_table(place, kind, self._total[place]) for place in own]
             tables.setdefault(kind, []).append(MomentTable.concatenated(parts))
         return tables
 

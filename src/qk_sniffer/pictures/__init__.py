@@ -18,6 +18,7 @@ from qk_sniffer.pictures.curves import (
     draw_attention_to_first,
     draw_norms_by_pair,
     draw_norms_by_position,
+    draw_spectra,
 )
 from qk_sniffer.pictures.maps import draw_head_map, draw_rows
 from qk_sniffer.pictures.predictions import draw_predictions
@@ -37,6 +38,7 @@ __all__ = [
     "draw_norms_by_position",
     "draw_predictions",
     "draw_rows",
+    "draw_spectra",
     "new_axes",
     "spread_evenly",
 ]

@@ -1,8 +1,9 @@
 """Curves over position, distance and pairs of coordinates."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
@@ -62,6 +63,31 @@ def draw_attention_to_first(axes: Axes, curves: Curves) -> None:
     _draw_means(axes, curves)
     axes.set(xlabel="position of the query", ylabel="probability of the first token")
     axes.set_ylim(-0.02, 1.02)
+
+
+def draw_spectra(
+    axes: Axes, spectra: Sequence[npt.NDArray[Any]], named: Mapping[str, npt.NDArray[Any]]
+) -> None:
+    """The share of the variance that the first principal components hold, by how many they are.
+
+    Args:
+        axes: Where it is drawn.
+        spectra: (D,) shares of the variance along each component, descending, of each head.
+        named: Some of them, which stand out, by label.
+    """
+    for shares in spectra:
+        axes.plot(_from_one(shares), shares.cumsum(), color="0.55", linewidth=0.6, alpha=0.5)
+    for label, shares in named.items():
+        axes.plot(_from_one(shares), shares.cumsum(), linewidth=1.8, label=label)
+    axes.set(xlabel="principal components", ylabel="share of the variance")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(0, 1.02)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.legend(loc="lower right", frameon=False)
+
+
+def _from_one(shares: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.arange(1, len(shares) + 1)
 
 
 def _draw_means(axes: Axes, curves: Curves) -> None:

@@ -18,6 +18,8 @@ from qk_sniffer.kinds import KINDS, SOFTMAX_COLUMNS, Kind
 from qk_sniffer.reading.attention import Attention, attention_of
 from qk_sniffer.reading.head import Head, Numbers
 from qk_sniffer.reading.maps import HeadMap, softmax_means
+from qk_sniffer.reading.moment_rows import read_moments
+from qk_sniffer.reading.moments import Moments
 from qk_sniffer.reading.places import place_of
 from qk_sniffer.storage import (
     captured_names,
@@ -194,6 +196,35 @@ class Captures:
         from qk_sniffer.reading.plots import plot_attention
 
         return plot_attention(self, layer, head, example, queries, axes)
+
+    def moments(
+        self,
+        layer: Numbers | None = None,
+        head: Numbers | None = None,
+        kind: Kind = "q",
+        *,
+        bucket: Numbers | None = None,
+        pre_rope: bool = False,
+    ) -> Moments:
+        """Moments of every token of the texts: mean, covariance, and their link to position.
+
+        Those of several heads, layers or buckets are the moments of all their vectors together. Of a
+        capture on the Hub, a large file is read in part.
+
+        Args:
+            layer: Number of the layer, or of several; None takes all.
+            head: Number of the head among those of its kind, or of several, which each of the named
+                layers must have; None takes all.
+            kind: q, k, v or o.
+            bucket: Bucket of the positions, or several, of a run with ``moments.by_bucket``; None takes
+                all positions.
+            pre_rope: Take the vectors before the rotary embedding, of a run with ``moments.pre_rope``.
+
+        Raises:
+            UserError: The run has no moments, or none of such heads, buckets or vectors; the vectors
+                of these layers differ in width; or the file is missing or damaged.
+        """
+        return read_moments(self._place, kind, layer, head, bucket, pre_rope)
 
     def softmax_map(
         self,

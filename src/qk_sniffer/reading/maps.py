@@ -28,7 +28,11 @@ class HeadMap:
     @classmethod
     def of_numbers(cls, numbers: Iterable[tuple[Head, float]]) -> "HeadMap":
         """The map of some heads, at least one, of one kind."""
-        found = {(head.layer.layer_idx, head.head): number for head, number in numbers}
+        return cls.of_places({(head.layer.layer_idx, head.head): number for head, number in numbers})
+
+    @classmethod
+    def of_places(cls, found: Mapping[tuple[int, int], float]) -> "HeadMap":
+        """The map of some heads, at least one, of one kind, by layer and head."""
         layers = sorted({layer for layer, _ in found})
         heads = list(range(1 + max(head for _, head in found)))
         values = [[found.get((layer, head), np.nan) for head in heads] for layer in layers]

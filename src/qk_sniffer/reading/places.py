@@ -2,12 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from huggingface_hub import hf_hub_download
+import pyarrow.dataset as ds
+from huggingface_hub import HfFileSystem, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 
 from qk_sniffer.errors import UserError
@@ -26,6 +28,11 @@ from qk_sniffer.storage import (
     read_manifest,
     require_manifest,
 )
+
+_READ_WHOLE = 32 * 2**20
+"""Bytes of a file that is downloaded as a whole, since its parts would take as many requests."""
+_READ_AHEAD = 2**20
+"""Bytes that come with each part of another one."""
 
 
 class CapturePlace(ABC):
@@ -47,6 +54,20 @@ class CapturePlace(ABC):
     def start_of(self, example_id: int) -> int:
         """The first position of a text that its tokens can attend to."""
         return 0
+
+    def table(self, path: str, n_bytes: int) -> ds.Dataset:
+        """A table in a file, of which parts are read.
+
+        Args:
+            path: The file.
+            n_bytes: Its size, as the manifest has it.
+        """
+        # A place without files has none in its manifest.
+        raise NotImplementedError
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Tell what the Hub's client raises while such a part is read."""
+        return nullcontext()
 
 
 class _Files(CapturePlace):
@@ -71,6 +92,10 @@ class _Files(CapturePlace):
 
     def _files_of(self, name: str) -> list[Path]:
         return [self.file(path) for path in head_files(name, self.manifest["heads"][name])]
+
+    def table(self, path: str, n_bytes: int) -> ds.Dataset:
+        """A table in a file on this machine."""
+        return ds.dataset(str(self.file(path)), format="parquet")
 
     @abstractmethod
     def file(self, path: str) -> Path:
@@ -147,6 +172,20 @@ class HubPlace(_Files):
                 "with `qk-sniffer push`"
             )
         return file
+
+    def table(self, path: str, n_bytes: int) -> ds.Dataset:
+        """A table in the cache; or where it is large, on the Hub, of which ranges come here."""
+        name = dict(repo_id=self._repo_id, repo_type="dataset", filename=path)
+        is_here = isinstance(try_to_load_from_cache(**name, revision=self._commit), str)
+        if is_here or n_bytes <= _READ_WHOLE:
+            return super().table(path, n_bytes)
+        place = f"datasets/{self._repo_id}@{self._commit}/{path}"
+        hub = HfFileSystem(block_size=_READ_AHEAD)
+        return retried(lambda: ds.dataset(place, filesystem=hub, format="parquet"))
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Tell what the Hub's client raises while a part of a table is read."""
+        return explained(self._name, "read it again")
 
     def _download(self, path: str, revision: str) -> Path | None:
         """A file of a revision; None where there is none."""

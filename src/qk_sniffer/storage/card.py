@@ -66,6 +66,8 @@ _PICTURES = {
     "softmax-previous": "How often it attends most to the token before",
     "components-1q": "Principal components of the queries of one head, by position",
     "components-1k": "Principal components of its keys, by position",
+    "moments-r2-queries": "How well the queries of each head tell position, of every token",
+    "moments-spectra-queries": "Variance in the first principal components of each head's queries",
 }
 """Files of a report that the card shows, and what is on them."""
 

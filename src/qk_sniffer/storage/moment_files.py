@@ -1,6 +1,6 @@
 """The Parquet files of moments: their rows from tables and back, some layers at a time.
 
-A row group holds a layer, so that one head is read without the others.
+A row group holds a few rows of a layer, so that one head is read without the others.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +22,9 @@ _NUMBERS = ("layer_idx", "head", "bucket", "pre_rope", "count", "position_sum", 
 """Columns with one number a row; the others have lists."""
 
 _SQUARES = ("covariance", "key_covariance")
+
+_ROWS_OF_GROUP = 16
+"""Some 2 MB where vectors have 128 coordinates; a layer of 32 heads with buckets has a hundred."""
 
 
 def moment_schemas(header: Mapping[str, Any]) -> dict[Kind, pa.Schema]:
@@ -60,7 +63,7 @@ def write_moments(path: Path, schema: pa.Schema, layers: Iterable[Sequence[Momen
     ):
         for tables in layers:
             for table in tables:
-                writer.write_table(_as_arrow(table, schema), row_group_size=len(table))
+                writer.write_table(_as_arrow(table, schema), row_group_size=_ROWS_OF_GROUP)
 
 
 def read_layer(path: Path, layer_idx: int) -> pa.Table:

@@ -48,7 +48,8 @@ FILES = {
 """What a data root holds beside the heads; files have ``temporary_name`` while they are written."""
 
 REPORT_FILE = re.compile(
-    rf"index\.html|((rows|positional-r2|norms)-({'|'.join(kind.plural for kind in KINDS.values())})|"
+    r"index\.html|((rows|positional-r2|norms|moments-r2|moments-spectra)-"
+    rf"({'|'.join(kind.plural for kind in KINDS.values())})|"
     rf"(components|predictions)-\d+[{''.join(KINDS)}]|norms-by-(position|pair)-\d+|norms-mixed-\d+|"
     r"softmax-(entropy|sink_prob|local_prob|previous)|"
     r"attention-(\d+|by-distance|to-first))\.png"

@@ -187,8 +187,6 @@ class _Comparison(pl.Callback):
     def on_predict_batch_end(self, *_: Any) -> None:
         """Compare the rows of the text."""
         self._sniffer.flush_batch()
-        if not self._selection.keeps_rows:
-            return
         for chunk in self._chunks:
             self._compare(chunk)
         self._chunks.clear()

@@ -1,0 +1,1 @@
+"""kvpress on statistics of queries: ours, and those that it collects itself."""
