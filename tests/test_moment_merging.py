@@ -20,6 +20,8 @@ from qk_sniffer.storage import (
     prepare_data_root,
     require_captured,
 )
+from readers import error_line
+from test_damage import small_disk  # noqa: F401
 
 RUN = MadeUp(kinds=("q", "k"))
 UNEQUAL = MadeUp(widths=(4, 6), kinds=("q", "v"), by_bucket=False)
@@ -120,18 +122,22 @@ def test_a_pulled_run_that_adds_moments_alone(tmp_path: Path) -> None:
     assert main(["verify", str(tmp_path)]) == 0
 
 
-def test_damaged_moments_of_a_finished_run_are_not_merged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("counted", [[12], []], ids=["adds moments", "adds rows alone"])
+def test_damaged_moments_of_a_finished_run_are_not_merged(tmp_path: Path, counted: list[int]) -> None:
     finished(tmp_path, 3)
     path = tmp_path / "moments" / "k.parquet"
     content = bytearray(path.read_bytes())
     content[50] ^= 1
     path.write_bytes(content)
-    RUN.journal(tmp_path, [12], [12])
+    RUN.journal(tmp_path, [12], counted)
     with pytest.raises(UserError, match=r"k\.parquet: damaged, it is not what the manifest describes"):
         finish(tmp_path)
     shutil.rmtree(tmp_path / "moments")
     finish(tmp_path)
-    RUN.assert_counted(tmp_path, 12)
+    RUN.journal(tmp_path, [], sorted({3, 12} - {*counted}))
+    finish(tmp_path, complete=True)
+    RUN.assert_counted(tmp_path, 3, 12)
+    assert main(["verify", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -225,6 +231,40 @@ def test_captured_texts_without_moments_make_empty_files(tmp_path: Path) -> None
     RUN.journal(tmp_path, [], [3])
     finish(tmp_path, complete=True)
     RUN.assert_counted(tmp_path, 3)
+
+
+LARGE = MadeUp(widths=(64, 64), kinds=("q", "k"))
+"""The state of a text of 30 tokens takes 5 MB."""
+
+
+def test_a_disk_that_is_full_of_what_is_counted(
+    small_disk: Callable[[str], Path],  # noqa: F811
+) -> None:
+    root = small_disk("3m") / "root"
+    with pytest.raises(UserError) as error:
+        LARGE.journal(root, [3], [3])
+    assert str(error.value) == (
+        f"{root}/.journal/rank-00000/moments-00000.npz: No space left on device; make room or mend the "
+        "disk, then run the same command again, which goes on after the last batch that was saved"
+    )
+    small_disk("64m")
+    LARGE.journal(root, [3], [3])
+    finish(root)
+    LARGE.assert_counted(root, 3)
+
+
+def test_a_disk_that_is_full_when_files_are_made(
+    small_disk: Callable[[str], Path],  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = small_disk("7m") / "root"
+    LARGE.journal(root, [3], [3])
+    assert main(["finalize", str(root)]) == 2
+    assert not list(root.rglob(".*.tmp"))
+    assert "No space left on device; make room or mend the disk" in error_line(capsys)
+    small_disk("64m")
+    assert main(["finalize", str(root)]) == 0
+    LARGE.assert_counted(root, 3)
 
 
 def test_overwriting_removes_moments(tmp_path: Path) -> None:
