@@ -14,6 +14,7 @@ import pytest
 from moment_runs import MadeUp, finish
 from qk_sniffer.cli import main
 from qk_sniffer.storage import JournalWriter, checksum, configs_of, earlier_run, summary_table
+from readers import error_line
 
 WHOLE = MadeUp()
 VARIANTS = {
@@ -201,6 +202,29 @@ def test_verify_names_moments_that_are_damaged_or_missing(
     printed = capsys.readouterr().out
     assert "moments/q.parquet: damaged, its checksum is not that of the manifest" in printed
     assert "moments/k.parquet: missing" in printed
+
+
+HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no moments": lambda manifest: manifest.pop("moments"),
+    "no settings": lambda manifest: manifest["settings"].pop("moments"),
+    "half the settings": lambda manifest: manifest["settings"]["moments"].pop("cross"),
+    "no texts": lambda manifest: manifest["moments"].pop("texts"),
+    "no tokens": lambda manifest: manifest["moments"]["texts"].pop("tokens"),
+    "a path": lambda manifest: manifest["moments"].update({"../q": manifest["moments"]["q"]}),
+    "no checksum": lambda manifest: manifest["moments"]["q"].pop("xxh3_128"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_manifests(tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    WHOLE.journal(tmp_path, [3], [3])
+    manifest = finish(tmp_path, complete=True)
+    HOSTILE[case](manifest)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["verify", str(tmp_path)]) == 2
+    error = error_line(capsys)
+    assert "manifest.json: damaged, it is no manifest of a run" in error
+    assert "moments" in error
 
 
 def test_moments_that_are_not_finite_are_told_and_no_fault(

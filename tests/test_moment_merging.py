@@ -4,7 +4,9 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from killing import AFTER, BEFORE, HALFWAY, Death, Processes
@@ -18,6 +20,8 @@ from qk_sniffer.storage import (
     prepare_data_root,
     require_captured,
 )
+from readers import error_line
+from test_damage import small_disk  # noqa: F401
 
 RUN = MadeUp(kinds=("q", "k"))
 UNEQUAL = MadeUp(widths=(4, 6), kinds=("q", "v"), by_bucket=False)
@@ -118,18 +122,22 @@ def test_a_pulled_run_that_adds_moments_alone(tmp_path: Path) -> None:
     assert main(["verify", str(tmp_path)]) == 0
 
 
-def test_damaged_moments_of_a_finished_run_are_not_merged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("counted", [[12], []], ids=["adds moments", "adds rows alone"])
+def test_damaged_moments_of_a_finished_run_are_not_merged(tmp_path: Path, counted: list[int]) -> None:
     finished(tmp_path, 3)
     path = tmp_path / "moments" / "k.parquet"
     content = bytearray(path.read_bytes())
     content[50] ^= 1
     path.write_bytes(content)
-    RUN.journal(tmp_path, [12], [12])
+    RUN.journal(tmp_path, [12], counted)
     with pytest.raises(UserError, match=r"k\.parquet: damaged, it is not what the manifest describes"):
         finish(tmp_path)
     shutil.rmtree(tmp_path / "moments")
     finish(tmp_path)
-    RUN.assert_counted(tmp_path, 12)
+    RUN.journal(tmp_path, [], sorted({3, 12} - {*counted}))
+    finish(tmp_path, complete=True)
+    RUN.assert_counted(tmp_path, 3, 12)
+    assert main(["verify", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -164,6 +172,42 @@ def test_damaged_states_are_counted_anew(
     RUN.assert_counted(tmp_path, 3, -7, 12)
 
 
+def rewritten(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda arrays: arrays | changes
+
+
+HOSTILE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "objects": rewritten(example_ids=np.array([{}])),
+    "texts of other numbers": rewritten(example_ids=np.array([1.5])),
+    "texts in a table": rewritten(example_ids=np.zeros((2, 2), np.int32)),
+    "texts twice": rewritten(example_ids=np.zeros(2, np.int32)),
+    "no texts": lambda arrays: {name: a for name, a in arrays.items() if name != "example_ids"},
+    "a name": rewritten(q=np.zeros(2)),
+    "a column": rewritten(**{"q.0.more": np.zeros(2)}),
+    "a shape": rewritten(**{"q.0.head": np.zeros(2, np.int32)}),
+}
+
+
+@pytest.mark.parametrize("case", [*HOSTILE, "compressed", "a text"])
+def test_hostile_states_are_dropped(
+    tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    RUN.journal(tmp_path, [3], [3])
+    path = tmp_path / ".journal" / "rank-00000" / "moments-00000.npz"
+    arrays = dict(np.load(path))
+    if case == "a text":
+        path.write_text("moments")
+    elif case == "compressed":
+        np.savez_compressed(path, **arrays)
+    else:
+        np.savez(path, **HOSTILE[case](arrays))
+    prepare_data_root(tmp_path, overwrite=False)
+    assert [record.message for record in caplog.records] == [
+        f"{path}: damaged, it holds no moments; its texts are counted anew"
+    ]
+    assert not path.exists()
+
+
 def test_damage_that_finalizing_finds_is_named(tmp_path: Path) -> None:
     RUN.journal(tmp_path, [3], [3])
     path = tmp_path / ".journal" / "rank-00000" / "moments-00000.npz"
@@ -187,6 +231,40 @@ def test_captured_texts_without_moments_make_empty_files(tmp_path: Path) -> None
     RUN.journal(tmp_path, [], [3])
     finish(tmp_path, complete=True)
     RUN.assert_counted(tmp_path, 3)
+
+
+LARGE = MadeUp(widths=(64, 64), kinds=("q", "k"))
+"""The state of a text of 30 tokens takes 5 MB."""
+
+
+def test_a_disk_that_is_full_of_what_is_counted(
+    small_disk: Callable[[str], Path],  # noqa: F811
+) -> None:
+    root = small_disk("3m") / "root"
+    with pytest.raises(UserError) as error:
+        LARGE.journal(root, [3], [3])
+    assert str(error.value) == (
+        f"{root}/.journal/rank-00000/moments-00000.npz: No space left on device; make room or mend the "
+        "disk, then run the same command again, which goes on after the last batch that was saved"
+    )
+    small_disk("64m")
+    LARGE.journal(root, [3], [3])
+    finish(root)
+    LARGE.assert_counted(root, 3)
+
+
+def test_a_disk_that_is_full_when_files_are_made(
+    small_disk: Callable[[str], Path],  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = small_disk("7m") / "root"
+    LARGE.journal(root, [3], [3])
+    assert main(["finalize", str(root)]) == 2
+    assert not list(root.rglob(".*.tmp"))
+    assert "No space left on device; make room or mend the disk" in error_line(capsys)
+    small_disk("64m")
+    assert main(["finalize", str(root)]) == 0
+    LARGE.assert_counted(root, 3)
 
 
 def test_overwriting_removes_moments(tmp_path: Path) -> None:

@@ -287,6 +287,8 @@ def _fault_of_heads(manifest: dict[str, Any]) -> str | None:
     if fault := _fault_of_streams(manifest):
         return fault
     has_rows = keeps_rows(manifest)
+    if ("moments" in manifest) != ("moments" in manifest["settings"]):
+        return "moments: they must be there where the settings have some, and only there"
     if (bool(manifest["heads"]), "streams" in manifest) != (has_rows, not has_rows):
         return "heads: there must be some, or streams in their place where the sampler is none"
     layers = {layer["layer_idx"]: layer for layer in manifest["layers"]}

@@ -54,29 +54,40 @@ def adds_moments(data_root: Path, header: Mapping[str, Any]) -> bool:
 def stage_moments(data_root: Path, header: Mapping[str, Any]) -> None:
     """Make the files of all moments in the journal, unless an attempt that was cut off has done so.
 
-    ``adds_moments`` has seen that they can be made.
-
     Args:
         data_root: Has a journal whose writers are closed.
         header: The journal's.
+
+    Raises:
+        UserError: As ``adds_moments``, which finds most of it before.
     """
     staged = _staged(data_root)
     if "moments" not in header["settings"] or staged.exists():
         return
-    moments = together(moments_there(data_root))
     making = staged.with_name(temporary_name(staged.name))
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir()
-    for kind, schema in moment_schemas(header).items():
-        path = making / Path(moment_file(kind)).name
+    try:
+        _make(making, together(moments_there(data_root)), header)
+    except BaseException:
+        shutil.rmtree(making)
+        raise
+    making.rename(staged)
+    sync_directory(staged.parent)
+
+
+def _make(directory: Path, moments: Sequence[Moments], header: Mapping[str, Any]) -> None:
+    """Write the files of some moments into a directory, and sync them."""
+    schemas = moment_schemas(header)
+    for some in moments:
+        some.require_intact(schemas)
+    for kind, schema in schemas.items():
+        path = directory / Path(moment_file(kind)).name
         write_moments(path, schema, _layers(moments, kind, header["streams"]))
         sync_file(path)
     ids = np.sort(np.concatenate([np.empty(0, np.int32), *(some.example_ids for some in moments)]))
-    write_table(
-        making / Path(moment_file(MOMENT_TEXTS)).name, pa.table([ids], schema=MOMENT_TEXTS_SCHEMA)
-    )
-    making.rename(staged)
-    sync_directory(staged.parent)
+    texts = pa.table([ids], schema=MOMENT_TEXTS_SCHEMA)
+    write_table(directory / Path(moment_file(MOMENT_TEXTS)).name, texts)
 
 
 def _layers(

@@ -84,8 +84,7 @@ def counted_ids(path: Path) -> npt.NDArray[np.int32]:
         UserError: They are damaged.
     """
     with _explained(path), np.load(path, allow_pickle=False) as archive:
-        ids: npt.NDArray[np.int32] = archive[_EXAMPLE_IDS]
-        return ids
+        return _as_texts(archive[_EXAMPLE_IDS])
 
 
 def repair_states(part: Path) -> None:
@@ -108,12 +107,23 @@ def _state(arrays: Mapping[str, npt.NDArray[Any]]) -> MomentState:
             columns.setdefault((kind, int(number)), {})[column] = arrays[name]
     tables: dict[str, list[MomentTable]] = {}
     for (kind, _), found in sorted(columns.items(), key=lambda item: item[0]):
-        tables.setdefault(kind, []).append(MomentTable(**found))
-    return MomentState(tables, arrays[_EXAMPLE_IDS])
+        table = MomentTable(**found)
+        if any(column.shape[:1] != table.count.shape for column in found.values()):
+            raise ValueError("its arrays don't agree")
+        tables.setdefault(kind, []).append(table)
+    return MomentState(tables, _as_texts(arrays[_EXAMPLE_IDS]))
+
+
+def _as_texts(ids: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+    if ids.ndim != 1 or ids.dtype != np.int32 or (np.diff(ids.astype(np.int64)) <= 0).any():
+        raise ValueError("its texts are no ascending ids")
+    return ids
 
 
 def _mapped(archive: zipfile.ZipFile, info: zipfile.ZipInfo, content: mmap.mmap) -> npt.NDArray[Any]:
     """An array where it lies in its file; it may begin at any byte."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{info.filename} is compressed")
     with archive.open(info) as member:
         version = np.lib.format.read_magic(member)
         read_header = {
