@@ -251,7 +251,7 @@ def _sums_of(tile: Tile, vectors: Sequence[Tensor], heads: _Heads, memory: Memor
     sums = product(augmented, centred)
     # What rounding has left of the sums about the mean.
     rest = sums[:, width]
-    products = torch.baddbmm(sums[:, :width], rest[:, :, None], rest[:, None], alpha=-1 / count)
+    products = sums[:, :width].baddbmm_(rest[:, :, None], rest[:, None], alpha=-1 / count)
     position_products = tile.with_positions(sums[:, width + 1 :])
     position_products.sub_(rest, alpha=tile.positions.mean)
     key_products = None
