@@ -75,7 +75,7 @@ class Memory:
             columns: (N, C).
 
         Returns:
-            (H, N, D + C), of the device and dtype of the columns; all layers of a forward have the same.
+            (H, N, D + C), of the device and dtype of the columns, which all layers of a forward share.
         """
         key, shape = (columns.device, columns.dtype), (n_heads, len(columns), width + columns.shape[1])
         flat, size = self._flat.get(key), math.prod(shape)
