@@ -297,3 +297,31 @@ def test_tables_stay_as_they_are() -> None:
     add(sums, batch(("q",), n_sequences=1))
     sums.end_batch()
     assert np.array_equal(table.products, before) and table.count.tolist() == [70] * 3
+
+
+def test_tiles_of_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where their products are had in float32; here float32 multiplies the same."""
+    laid: set[torch.dtype] = set()
+
+    def multiply(left: Tensor, right: Tensor) -> Tensor:
+        laid.add(right.dtype)
+        return torch.bmm(left.mT.float(), right.float())
+
+    monkeypatch.setattr(tiles, "working_dtype", lambda _, dtype: dtype)
+    monkeypatch.setattr(tiles, "_product", multiply)
+    torch.manual_seed(6)
+    sums = MomentSums(streams("q", "k"), cross=True)
+    batches = [batch(("q", "k"), dtype=torch.bfloat16, mean=20.0) for _ in range(3)]
+    # Positions of three digits.
+    first = 70_000
+    for states in batches:
+        sums.begin_batch([first + length for length in LENGTHS])
+        sums.add(0, states, range(5), range(first, first + 73))
+        sums.end_batch()
+    assert laid == {torch.bfloat16}
+    (table,) = sums.tables()["q"]
+    for row, head in enumerate(HEADS["q"]):
+        vectors = tokens_of(batches, "q", head, range(2**31))
+        keys = tokens_of(batches, "k", head // 2, range(2**31))
+        positions = [first + position for position in positions_of(batches, range(2**31))]
+        assert_moments(table, row, vectors, positions, keys, within=1e-3)

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from qk_sniffer.capture.heads import CapturedStream
 from qk_sniffer.capture.sampling import Sampler
-from qk_sniffer.capture.tiles import Memory, Positions, Tile, Tiles, in_float64, product
+from qk_sniffer.capture.tiles import (
+    Memory,
+    Positions,
+    Tile,
+    Tiles,
+    in_float64,
+    product,
+    product_with_itself,
+)
 from qk_sniffer.kinds import Kind
 from qk_sniffer.moments import MomentTable
 
@@ -247,8 +255,7 @@ def _sums_of(tile: Tile, vectors: Sequence[Tensor], heads: _Heads, memory: Memor
     """
     about, augmented = tile.about_their_means(vectors, memory)
     width, count = about.shape[1], tile.positions.count
-    centred = augmented[..., :width]
-    sums = product(augmented, centred)
+    sums = product_with_itself(augmented, width)
     # What rounding has left of the sums about the mean.
     rest = sums[:, width]
     products = sums[:, :width].baddbmm_(rest[:, :, None], rest[:, None], alpha=-1 / count)
@@ -256,7 +263,7 @@ def _sums_of(tile: Tile, vectors: Sequence[Tensor], heads: _Heads, memory: Memor
     position_products.sub_(rest, alpha=tile.positions.mean)
     key_products = None
     if heads.keys is not None:
-        keys = list(heads.keys)
+        keys, centred = list(heads.keys), augmented[..., :width]
         key_products = product(centred[: len(keys)], centred[keys])
         key_products.baddbmm_(rest[: len(keys), :, None], rest[keys, None], alpha=-1 / count)
     mean = in_float64(about) + rest / count

@@ -19,12 +19,12 @@ from qk_sniffer.moments import NO_BUCKET
 MOMENTS_BYTES = 64 * 2**20
 """The most that the vectors of a tile take of a device, about their mean."""
 
-_DIGIT_BITS, _N_DIGITS = 8, 3
-"""A position is written in digits that every number format has; models have positions below 2^24."""
-
 _MEAN_STEP = 8
 """Of many tokens every eighth is enough for the mean that all are put about: it lies within 2.7
 deviations of theirs, whatever they are, and what is left of it is taken off in float64."""
+
+_POSITION_BITS = 24
+"""No text has more tokens than these can count, which float32 has without rounding."""
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -116,18 +116,20 @@ class Tile:
             memory: Where they are laid down.
 
         Returns:
-            What they are about, (H, D), close to the mean, in float32 or float64; and (H, N, D + C), in
-            the dtype of the columns, until the next tile is laid down.
+            What they are about, (H, D), close to the mean; and (H, N, D + C), until the next tile is
+            laid down. Both have the dtype of the columns.
         """
         n_heads, width = sum(states.shape[1] for states in vectors), vectors[0].shape[3]
         room = memory.room(n_heads, width, self.columns)
+        exact = torch.float64 if self.columns.dtype == torch.float64 else torch.float32
         step = _MEAN_STEP if len(self.columns) >= _MEAN_STEP**3 else 1
         means, first = [], 0
         for states in vectors:
             own = self._own(states)
             out = room[first : first + len(own), :, :width].view(own.shape)
             some = own[..., ::step, :]
-            mean = some.mean(tuple(range(1, own.dim() - 1)), dtype=_exact(self.columns.dtype))
+            # Rounded as the vectors are, so that those near it are put about it without rounding.
+            mean = some.mean(tuple(range(1, own.dim() - 1)), dtype=exact).to(self.columns.dtype)
             torch.sub(own, mean.view(len(own), *(1,) * (own.dim() - 2), width), out=out)
             means.append(mean)
             first += len(own)
@@ -141,16 +143,10 @@ class Tile:
 
     def with_positions(self, digit_sums: Tensor) -> Tensor:
         """Sums with the positions, (H, D), from those with the digits, (H, C - 1, D), in float64."""
-        weights = [2.0 ** (_DIGIT_BITS * number) for number in range(_N_DIGITS)]
-        first, *others = digit_sums.unbind(1)[:_N_DIGITS]
-        sums = first.clone()
-        for digits, weight in zip(others, weights[1:], strict=True):
-            sums.add_(digits, alpha=weight)
+        sums = digit_sums[:, 0].clone()
+        for number, bits in enumerate(_digit_bits(self.columns.dtype)[1:], start=1):
+            sums.add_(digit_sums[:, number], alpha=2.0**bits)
         return sums
-
-
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _Span(NamedTuple):
@@ -273,14 +269,21 @@ def _columns(positions: npt.NDArray[np.int64], dtype: torch.dtype) -> npt.NDArra
     """What comes behind the vectors of some positions: (N, C)."""
     columns = np.zeros((len(positions), _n_columns(dtype)), np.int64)
     columns[:, 0] = 1
-    for number in range(_N_DIGITS):
-        columns[:, 1 + number] = positions >> _DIGIT_BITS * number & 2**_DIGIT_BITS - 1
+    digit_bits = _digit_bits(dtype)
+    base = 2 ** (_POSITION_BITS // len(digit_bits))
+    for number, bits in enumerate(digit_bits, start=1):
+        columns[:, number] = (positions >> bits) % base
     return columns
 
 
+def _digit_bits(dtype: torch.dtype) -> tuple[int, ...]:
+    """Where the digits of a position begin that a number format has without rounding."""
+    return (0, 8, 16) if dtype in _HALVES else (0,)
+
+
 def _n_columns(dtype: torch.dtype) -> int:
-    """C: as many as leave the rows of a matrix aligned, of half precision for tensor cores."""
-    return 8 if dtype in _HALVES else 4
+    """C: of half precision as many as leave the rows of a matrix aligned for tensor cores."""
+    return 8 if dtype in _HALVES else 2
 
 
 def _on(columns: npt.NDArray[np.int64], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -324,15 +327,47 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     Returns:
         (H, A, B) float64.
     """
+    return in_float64(_product(left, right))
+
+
+def product_with_itself(augmented: Tensor, width: int) -> Tensor:
+    """The same of vectors, with what comes behind them, and the vectors.
+
+    What stands above the diagonal also stands below it, and is not computed again.
+
+    Args:
+        augmented: (H, N, D + C).
+        width: D.
+
+    Returns:
+        (H, D + C, D) float64.
+    """
+    half = width // 2
+    first = _product(augmented, augmented[..., :half])
+    second = _product(augmented[..., half:], augmented[..., half:width])
+    shape = len(first), augmented.shape[2], width
+    sums = torch.empty(shape, dtype=torch.float64, device=_device_of_sums(first))
+    sums[..., :half] = first
+    sums[:, half:, half:] = second
+    sums[:, :half, half:] = first[:, half:width].mT
+    return sums
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """In float32, or float64."""
     if right.dtype in _HALVES:
-        return in_float64(torch.bmm(left.mT, right, out_dtype=torch.float32))
+        return torch.bmm(left.mT, right, out_dtype=torch.float32)
     with _full_precision():
-        return in_float64(torch.bmm(left.mT, right))
+        return torch.bmm(left.mT, right)
 
 
 def in_float64(tensor: Tensor) -> Tensor:
     """A tensor in float64, on the host where its device has no such numbers."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+    return tensor.to(_device_of_sums(tensor)).double()
+
+
+def _device_of_sums(tensor: Tensor) -> torch.device:
+    return torch.device("cpu") if tensor.device.type == "mps" else tensor.device
 
 
 @contextmanager
