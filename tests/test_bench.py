@@ -9,6 +9,7 @@ import torch
 
 from bench import gpu, stand_in
 from families import FAMILIES
+from qk_sniffer.config import MomentsConfig
 
 
 def test_every_kind_of_case_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,15 +18,16 @@ def test_every_kind_of_case_is_measured(capsys: pytest.CaptureFixture[str]) -> N
         name: (gpu.capture_config(name, 16, n_heads), goal)
         for name, n_heads, goal in (("uniform", 5, 1.1), ("all", None, gpu.WITH_DISK))
     }
-    case = gpu.Case("tiny", config, 5, 32, 2, captures, has_peer=True)
+    moments = {"moments": (MomentsConfig(enabled=True), 1.1)}
+    case = gpu.Case("tiny", config, 5, 32, 2, captures, has_peer=True, moments=moments)
     lines = gpu.time_cases([case], torch.device("cpu"), 1)
     assert capsys.readouterr().out.splitlines() == lines
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    assert [row[0].rpartition(", ")[2] for row in cells[:2]] == ["uniform", "all"]
-    assert "8 of them" in cells[2][0] and len(cells) == 3
+    assert [row[0].rpartition(", ")[2] for row in cells[:3]] == ["uniform", "all", "moments"]
+    assert "8 of them" in cells[3][0] and len(cells) == 4
     for row in cells:
         assert float(row[1]) > 0
-    for row in cells[:2]:
+    for row in cells[:3]:
         assert all(float(cell) > 0 for cell in row[3].split(","))
         assert all(float(cell) > 0 for cell in row[4:7])
 

@@ -213,8 +213,18 @@ def test_what_is_timed_writes_its_rows_as_it_goes(
 
     monkeypatch.setattr(journal, "SYNC_SECONDS", 0)
     monkeypatch.setattr(journal.JournalWriter, "commit", counting)
+    saved = []
+    save = journal.JournalWriter.save_moments
+
+    def saving(*args: Any) -> None:
+        saved.append(len(args))
+        save(*args)
+
+    monkeypatch.setattr(journal.JournalWriter, "save_moments", saving)
     say("estimate", *write_run()[1:], "--time")
-    assert len(commits) > 3
+    assert len(commits) > 3 and not saved
+    say("estimate", *write_run(sniffer={"moments": {"enabled": True}})[1:], "--time")
+    assert len(saved) > 3
 
 
 def test_seconds_of_another_length_follow_from_those_measured() -> None:

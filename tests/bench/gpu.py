@@ -13,9 +13,10 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -29,11 +30,17 @@ from bench.loops import quiet_trainer
 from families import LLAMA_1B, QWEN3_8B, SMOLLM2_135M
 from qk_sniffer.callback import SnifferCallback
 from qk_sniffer.capture import Sniffer
-from qk_sniffer.config import CaptureConfig, HeadSamplingConfig, OutputConfig, SamplerConfig
+from qk_sniffer.config import (
+    CaptureConfig,
+    HeadSamplingConfig,
+    MomentsConfig,
+    OutputConfig,
+    SamplerConfig,
+)
 from qk_sniffer.models import decoder_backbone
 from qk_sniffer.module import SnifferModule
 from qk_sniffer.recording import Recorder
-from qk_sniffer.storage.schema import DATA_FILE, JOURNAL_DIRECTORY
+from qk_sniffer.storage.schema import DATA_FILE, JOURNAL_DIRECTORY, MOMENTS_DIRECTORY
 
 
 def capture_config(
@@ -66,6 +73,15 @@ class Case(NamedTuple):
     captures: dict[str, tuple[CaptureConfig, float | None]]
     has_peer: bool = False
     """Whether a script of forward hooks is measured beside it."""
+    moments: Mapping[str, tuple[MomentsConfig, float]] = MappingProxyType({})
+    """Moments of every token that are summed instead of rows, with their goal."""
+
+    @property
+    def plans(self) -> dict[str, tuple[CaptureConfig, float | None, MomentsConfig]]:
+        """Everything that is measured."""
+        rows = {name: (*plan, MomentsConfig()) for name, plan in self.captures.items()}
+        alone = capture_config("none")
+        return rows | {name: (alone, goal, config) for name, (config, goal) in self.moments.items()}
 
 
 WITH_DISK = None
@@ -99,6 +115,10 @@ CASES = [
                 capture_config("uniform", softmax=True, results=True), 1.10
             ),
         },
+        moments={
+            "moments": (MomentsConfig(enabled=True), 1.01),
+            "moments, both stages": (MomentsConfig(enabled=True, pre_rope=True), 1.02),
+        },
     ),
     Case("Qwen3-8B", QWEN3_8B, 4, 2048, 1, {"all": (capture_config("all"), WITH_DISK)}),
     Case(
@@ -106,6 +126,9 @@ CASES = [
         {"uniform 8192, 300 heads": (capture_config("uniform", 8192, 300), 1.01)},
     ),
 ]  # fmt: skip
+
+
+_FILES = (f"l*/{DATA_FILE}", f"{MOMENTS_DIRECTORY}/*")
 
 
 def batches_of(case: Case) -> DataLoader[Any]:
@@ -230,7 +253,7 @@ def measure(
     module: SnifferModule, case: Case, name: str, device: torch.device, repetitions: int
 ) -> tuple[str, ...]:
     """One capture between bare loops: a line of the table."""
-    capture, goal = case.captures[name]
+    capture, goal, moments = case.plans[name]
     ratios: list[float] = []
     bares: list[float] = []
     closings: list[float] = []
@@ -239,10 +262,11 @@ def measure(
     n_batches = -(-case.n_texts // case.batch_size)
     for _ in range(repetitions):
         with tempfile.TemporaryDirectory() as root:
-            sniffer = Closing(OutputConfig(root), capture, check=False)
+            sniffer = Closing(OutputConfig(root), capture, check=False, moments=moments)
             with counted_syncs(device) as syncs:
                 loop = run_loop(module, case, device, sniffer)
-            n_bytes = sum(file.stat().st_size for file in Path(root).glob(f"l*/{DATA_FILE}"))
+            files = (file for pattern in _FILES for file in Path(root).glob(pattern))
+            n_bytes = sum(file.stat().st_size for file in files)
         after = run_loop(module, case, device).seconds
         bares.append((before + after) / 2)
         ratios.append(loop.seconds / bares[-1])
@@ -327,7 +351,7 @@ def time_cases(cases: list[Case], device: torch.device, repetitions: int) -> lis
         module = module_of(case, device)
         run_loop(module, case._replace(n_texts=min(case.n_texts, 2 * case.batch_size)), device)
         peak_of(device)
-        for name in case.captures:
+        for name in case.plans:
             table.tell(*measure(module, case, name, device, repetitions))
         if case.has_peer:
             table.tell(*hooks_script(module, case, device))

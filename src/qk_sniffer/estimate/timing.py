@@ -96,6 +96,7 @@ def read_samples(
             0,
             EVERY_EXAMPLE,
             tokenizer,
+            moments=capture.moments_config,
         )
 
         def read(length: int) -> float:
