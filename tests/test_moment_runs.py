@@ -1,6 +1,9 @@
 """Moments of whole runs, against float64 over the rows that the very run captured."""
 
+import itertools
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from datasets import load_dataset
 from conftest import Run, byte_tokenizer
 from families import FAMILIES, tiny_model
 from qk_sniffer.callback import SnifferCallback
+from qk_sniffer.capture import moments
 from qk_sniffer.cli import main
 from qk_sniffer.config import CaptureConfig, MomentsConfig, OutputConfig, SamplerConfig
 from qk_sniffer.data import TextDataModule
@@ -215,10 +219,45 @@ def test_texts_are_read_again_until_they_are_counted(
     assert_same_rows(tmp_path / "whole", tmp_path / "root")
 
 
+@pytest.mark.parametrize("n_calls", [1, 5, 30])
+def test_ctrl_c_while_a_batch_is_counted_waits_for_it(
+    n_calls: int, predict: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes in the middle of the sums; the texts that are named are those that count."""
+    sniffer = {"moments": {"enabled": True, "by_bucket": True}}
+    data = {"batch_size": 1}
+    assert predict("whole", data=data, sniffer=sniffer) == 0
+    count, calls = moments._add, itertools.count()
+
+    def interrupted(*args: Any) -> None:
+        if next(calls) == n_calls:
+            os.kill(os.getpid(), signal.SIGINT)
+        count(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(moments, "_add", interrupted)
+        assert predict(data=data, sniffer=sniffer) == 130
+    assert predict(data=data, sniffer=sniffer) == 0
+    assert_same_moments(tmp_path / "whole", tmp_path / "root")
+    assert_same_rows(tmp_path / "whole", tmp_path / "root")
+    assert main(["verify", str(tmp_path / "root")]) == 0
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "cross": (
         {"capture": {"capture_keys": False}, "moments": {"enabled": True, "cross": True}},
         "sniffer.moments.cross: queries and keys are summed together",
+    ),
+    "nothing that is rotated": (
+        {
+            "capture": {
+                "capture_queries": False,
+                "capture_keys": False,
+                "capture_values": True,
+            },
+            "moments": {"enabled": True, "pre_rope": True},
+        },
+        "sniffer.moments.pre_rope: values and outputs are not rotated",
     ),
     "not enabled": (
         {"moments": {"by_bucket": True}},

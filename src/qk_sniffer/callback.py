@@ -14,7 +14,7 @@ from qk_sniffer.capture import CapturedHeads, Selection, heads_to_capture
 from qk_sniffer.config import CaptureConfig, MomentsConfig, OutputConfig, require_something
 from qk_sniffer.data import batch_fields
 from qk_sniffer.errors import UserError
-from qk_sniffer.ids import ExampleFilter
+from qk_sniffer.ids import ExampleFilter, OnceEach
 from qk_sniffer.kinds import parts_of
 from qk_sniffer.models import (
     begin_batch_of_like_frequencies,
@@ -171,6 +171,7 @@ class SnifferCallback(pl.Callback):
             else None
         )
         self._checked = not self.check
+        self._once_each = OnceEach()
         self._sigterm.is_deferred = True
         self._started = time.monotonic()
         if ranks.is_first:
@@ -187,8 +188,8 @@ class SnifferCallback(pl.Callback):
         """Draw the rows that this batch keeps, and check the capture before the first.
 
         Raises:
-            UserError: A field of the batch is missing or wrong, the model doesn't know one of its
-                tokens, or the check fails.
+            UserError: A field of the batch is missing or wrong, one of its texts has come before, the
+                model doesn't know one of its tokens, or the check fails.
         """
         assert self._recorder is not None
         self._fields = fields = batch_fields(batch, listed=self._selection.needs_lists)
@@ -201,8 +202,11 @@ class SnifferCallback(pl.Callback):
             begin_batch_of_like_frequencies(
                 self._backbone, [*fields.sequence_lengths.tolist(), fields.input_ids.shape[1]]
             )
-        if not self._checked:
-            tokens = batch["input_ids"][:1, : int(fields.sequence_lengths[0])]
+        self._once_each.note(fields.example_ids[self._left("done_ids")(fields.example_ids)])
+        if not self._checked and fields.sequence_lengths.any():
+            number = int((fields.sequence_lengths > 0).nonzero()[0])
+            length = int(fields.sequence_lengths[number])
+            tokens = batch["input_ids"][number : number + 1, :length]
             check_capture(self._backbone, tokens, list(self._heads))
             if pl_module.hparams.get("prefill_chunk_size") is not None:
                 check_passages(self._backbone, tokens)

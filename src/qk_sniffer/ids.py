@@ -12,6 +12,7 @@ from qk_sniffer.errors import UserError
 
 _INT32 = range(-(2**31), 2**31)
 _FIELD = "data.id_column"
+_LATEST = 2**14
 
 
 def example_id(source_id: int | str) -> int:
@@ -61,6 +62,32 @@ class ExampleFilter:
         places = np.searchsorted(self.ids, ids).clip(max=self.ids.size - 1)
         selected: npt.NDArray[np.bool_] = (self.ids[places] == ids) == self.listed
         return selected
+
+
+class OnceEach:
+    """Notes the texts of a run as they come, four bytes each."""
+
+    def __init__(self) -> None:
+        self._sorted = np.empty(0, np.int32)
+        self._latest: set[int] = set()
+
+    def note(self, ids: npt.NDArray[np.int32]) -> None:
+        """Note some texts.
+
+        Raises:
+            UserError: One of them has come before.
+        """
+        for example in ids.tolist():
+            place = int(np.searchsorted(self._sorted, example))
+            if example in self._latest or example in self._sorted[place : place + 1]:
+                raise UserError(
+                    f"example_ids: the text {example} comes twice in this run; let the loader give "
+                    "each text once"
+                )
+            self._latest.add(example)
+        if len(self._latest) >= _LATEST:
+            latest = np.fromiter(self._latest, np.int32, len(self._latest))
+            self._sorted, self._latest = np.union1d(self._sorted, latest), set()
 
 
 EVERY_EXAMPLE = ExampleFilter(np.empty(0, np.int32), listed=False)

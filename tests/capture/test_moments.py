@@ -247,7 +247,7 @@ def test_what_failed_in_the_middle_is_forgotten() -> None:
         sums.add(0, part(number, number + 1), range(number, number + 1), range(73))
     sums.end_batch()
     assert sums.is_whole
-    # A batch that was given up.
+    # A batch that was given up before any of it counted.
     sums.begin_batch(LENGTHS[:4])
     sums.add(0, states, range(4), range(73))
     sums.begin_batch(LENGTHS[:4])
@@ -325,3 +325,46 @@ def test_tiles_of_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
         keys = tokens_of(batches, "k", head // 2, range(2**31))
         positions = [first + position for position in positions_of(batches, range(2**31))]
         assert_moments(table, row, vectors, positions, keys, within=1e-3)
+
+
+def test_a_batch_that_was_given_up_when_some_of_it_counted_is_not_forgotten_in_silence() -> None:
+    sums = MomentSums(streams("q"))
+    states = batch(("q",), n_sequences=2)
+    sums.begin_batch(LENGTHS[:2])
+    for number in range(2):
+        sums.begin_part(range(number, number + 1))
+        sums.add(0, {"q": states["q"][number : number + 1]}, range(number, number + 1), range(73))
+    with pytest.raises(RuntimeError, match="can't be taken back"):
+        sums.begin_batch(LENGTHS[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_positions_far_from_the_start_cost_nothing(dtype: torch.dtype) -> None:
+    """Where a bucket is narrow, too."""
+    torch.manual_seed(7)
+    first = 122_880
+    sums = MomentSums(streams("k"), build_sampler("uniform", 1.0, 16))
+    states = torch.randn(1, 2, 64, 12, dtype=dtype)
+    sums.begin_batch([first + 64])
+    sums.add(0, {"k": states}, range(1), range(first, first + 64))
+    sums.end_batch()
+    table = joined(sums.tables()["k"])
+    for row in range(len(table)):
+        start = 16 * int(table.bucket[row]) - first
+        vectors = states[0, int(table.head[row]), start : start + 16].double().numpy()
+        positions = [*range(first + start, first + start + 16)]
+        assert_moments(table, row, vectors, positions, within=2e-6)
+
+
+def test_tokens_far_from_all_others_cost_little() -> None:
+    torch.manual_seed(8)
+    states = torch.randn(1, 2, 4096, 12)
+    states[:, :, ::8] += 1e4
+    sums = MomentSums(streams("k"))
+    sums.begin_batch([4096])
+    sums.add(0, {"k": states}, range(1), range(4096))
+    sums.end_batch()
+    (table,) = sums.tables()["k"]
+    for row in range(2):
+        vectors = states[0, row].double().numpy()
+        assert_moments(table, row, vectors, [*range(4096)], within=1e-5)

@@ -137,7 +137,14 @@ class MomentSums:
 
         Args:
             lengths: Tokens of each sequence that count: those before it; 0 leaves a text out.
+
+        Raises:
+            RuntimeError: Some of a batch that has not ended is counted already.
         """
+        if not self.is_whole:
+            raise RuntimeError(
+                "a batch was given up when some of it was counted, which can't be taken back"
+            )
         self._tiles.begin_batch(lengths)
         self._forget()
 
@@ -149,7 +156,6 @@ class MomentSums:
         read = self._read
         if read is not None and (read.stop <= sequences.start or sequences.stop <= read.start):
             self._count()
-            self.is_whole = False
         self._forget()
 
     def end_batch(self) -> None:
@@ -163,6 +169,7 @@ class MomentSums:
 
     @torch.inference_mode()
     def _count(self) -> None:
+        self.is_whole = False
         for place, sums in self._pending.items():
             _add(self._total, place, sums)
 
@@ -260,7 +267,7 @@ def _sums_of(tile: Tile, vectors: Sequence[Tensor], heads: _Heads, memory: Memor
     rest = sums[:, width]
     products = sums[:, :width].baddbmm_(rest[:, :, None], rest[:, None], alpha=-1 / count)
     position_products = tile.with_positions(sums[:, width + 1 :])
-    position_products.sub_(rest, alpha=tile.positions.mean)
+    position_products.sub_(rest, alpha=tile.positions.mean - tile.origin)
     key_products = None
     if heads.keys is not None:
         keys, centred = list(heads.keys), augmented[..., :width]

@@ -19,12 +19,9 @@ from qk_sniffer.moments import NO_BUCKET
 MOMENTS_BYTES = 64 * 2**20
 """The most that the vectors of a tile take of a device, about their mean."""
 
-_MEAN_STEP = 8
-"""Of many tokens every eighth is enough for the mean that all are put about: it lies within 2.7
-deviations of theirs, whatever they are, and what is left of it is taken off in float64."""
-
-_POSITION_BITS = 24
-"""No text has more tokens than these can count, which float32 has without rounding."""
+_DIGIT_BITS = 8
+"""Of a digit of a position, which every number format has without rounding; three are enough for as
+many tokens as float32 counts."""
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -99,6 +96,7 @@ class Tile:
             tokens are those of ``places`` in all B sequences.
         places: Of each token, its place in its sequence: (N,) int64, or a slice.
         positions: Theirs.
+        origin: The position that they are counted from in the columns.
         columns: (N, C), what comes behind each vector: a one, the digits of its position, and zeros.
     """
 
@@ -106,6 +104,7 @@ class Tile:
     sequences: Tensor | None
     places: Tensor | slice
     positions: Positions
+    origin: int
     columns: Tensor
 
     def about_their_means(self, vectors: Sequence[Tensor], memory: Memory) -> tuple[Tensor, Tensor]:
@@ -122,14 +121,12 @@ class Tile:
         n_heads, width = sum(states.shape[1] for states in vectors), vectors[0].shape[3]
         room = memory.room(n_heads, width, self.columns)
         exact = torch.float64 if self.columns.dtype == torch.float64 else torch.float32
-        step = _MEAN_STEP if len(self.columns) >= _MEAN_STEP**3 else 1
         means, first = [], 0
         for states in vectors:
             own = self._own(states)
             out = room[first : first + len(own), :, :width].view(own.shape)
-            some = own[..., ::step, :]
             # Rounded as the vectors are, so that those near it are put about it without rounding.
-            mean = some.mean(tuple(range(1, own.dim() - 1)), dtype=exact).to(self.columns.dtype)
+            mean = own.mean(tuple(range(1, own.dim() - 1)), dtype=exact).to(self.columns.dtype)
             torch.sub(own, mean.view(len(own), *(1,) * (own.dim() - 2), width), out=out)
             means.append(mean)
             first += len(own)
@@ -142,7 +139,11 @@ class Tile:
         return states[self.sequences, :, self.places].transpose(0, 1)
 
     def with_positions(self, digit_sums: Tensor) -> Tensor:
-        """Sums with the positions, (H, D), from those with the digits, (H, C - 1, D), in float64."""
+        """Sums with the positions from the origin on, (H, D), in float64.
+
+        Args:
+            digit_sums: (H, C - 1, D), those with their digits.
+        """
         sums = digit_sums[:, 0].clone()
         for number, bits in enumerate(_digit_bits(self.columns.dtype)[1:], start=1):
             sums.add_(digit_sums[:, number], alpha=2.0**bits)
@@ -244,11 +245,13 @@ def _cut(
         step = max(1, at_once // len(stops))
         for low in range(start, stops[0], step):
             high = min(low + step, stops[0])
-            columns = np.tile(_columns(np.arange(first + low, first + high), dtype), (len(stops), 1))
+            origin, columns = _columns(np.arange(first + low, first + high), dtype)
+            columns = np.tile(columns, (len(stops), 1))
             positions = Positions()
             for _ in stops:
                 positions.add(Positions.between(first + low, first + high))
-            yield Tile(span.bucket, None, slice(low, high), positions, _on(columns, device, dtype))
+            on_device = _on(columns, device, dtype)
+            yield Tile(span.bucket, None, slice(low, high), positions, origin, on_device)
         return
     sizes = np.array(stops) - start
     sequences = np.repeat(np.arange(len(stops)), sizes)
@@ -256,29 +259,37 @@ def _cut(
     for low in range(0, len(places), at_once):
         part = slice(low, low + at_once)
         found = (first + places[part]).tolist()
+        origin, columns = _columns(first + places[part], dtype)
         yield Tile(
             span.bucket,
             upload(torch.from_numpy(sequences[part]), device),
             upload(torch.from_numpy(places[part]), device),
             Positions(len(found), sum(found), sum(position * position for position in found)),
-            _on(_columns(first + places[part], dtype), device, dtype),
+            origin,
+            _on(columns, device, dtype),
         )
 
 
-def _columns(positions: npt.NDArray[np.int64], dtype: torch.dtype) -> npt.NDArray[np.int64]:
-    """What comes behind the vectors of some positions: (N, C)."""
+def _columns(positions: npt.NDArray[np.int64], dtype: torch.dtype) -> tuple[int, npt.NDArray[np.int64]]:
+    """What comes behind the vectors of some positions, (N, C), and what these are counted from.
+
+    That is their middle, or the first where they are written in digits, so that no more is lost of
+    their distances where they are large.
+    """
+    digit_bits = _digit_bits(dtype)
+    is_whole = len(digit_bits) == 1
+    origin = int(positions.min() + positions.max()) // 2 if is_whole else int(positions.min())
     columns = np.zeros((len(positions), _n_columns(dtype)), np.int64)
     columns[:, 0] = 1
-    digit_bits = _digit_bits(dtype)
-    base = 2 ** (_POSITION_BITS // len(digit_bits))
     for number, bits in enumerate(digit_bits, start=1):
-        columns[:, number] = (positions >> bits) % base
-    return columns
+        digits = (positions - origin) >> bits
+        columns[:, number] = digits if is_whole else digits % 2**_DIGIT_BITS
+    return origin, columns
 
 
 def _digit_bits(dtype: torch.dtype) -> tuple[int, ...]:
     """Where the digits of a position begin that a number format has without rounding."""
-    return (0, 8, 16) if dtype in _HALVES else (0,)
+    return (0, _DIGIT_BITS, 2 * _DIGIT_BITS) if dtype in _HALVES else (0,)
 
 
 def _n_columns(dtype: torch.dtype) -> int:

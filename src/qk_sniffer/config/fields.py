@@ -230,6 +230,11 @@ def require_something(capture: CaptureConfig, moments: MomentsConfig) -> None:
         "set sniffer.capture.capture_queries and capture_keys to true, or cross to false",
     )
     _require(
+        not moments.pre_rope or capture.capture_queries or capture.capture_keys,
+        "sniffer.moments.pre_rope: values and outputs are not rotated; set "
+        "sniffer.capture.capture_queries or capture_keys to true, or pre_rope to false",
+    )
+    _require(
         capture.sampler.keeps_rows or moments.enabled,
         "sniffer.capture.sampler.type: none keeps no rows, so nothing would be captured; set "
         "sniffer.moments.enabled to true, or choose another sampler",

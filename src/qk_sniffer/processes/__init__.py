@@ -7,6 +7,7 @@ from qk_sniffer.processes.signals import (
     end_in_order,
     stopping_on_signals,
     tidied_up,
+    uninterrupted,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "reason_of",
     "stopping_on_signals",
     "tidied_up",
+    "uninterrupted",
 ]

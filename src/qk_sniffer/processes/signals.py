@@ -89,6 +89,23 @@ def stopping_on_signals() -> Iterator[None]:
                 signal.signal(signum, _USUAL[signum])
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of a block, which is short and must be done whole or not at all."""
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield
+        return
+    came: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if came:
+        usual(*came[-1])
+
+
 def end_in_order() -> None:
     """Let further signals change nothing: the command is ending, and loses nothing if it is let."""
     _handler.is_ending = _handler.is_installed

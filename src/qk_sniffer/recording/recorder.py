@@ -23,6 +23,7 @@ from qk_sniffer.data import BatchFields
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import EVERY_EXAMPLE, ExampleFilter
 from qk_sniffer.kinds import parts_of
+from qk_sniffer.processes import uninterrupted
 from qk_sniffer.recording.counting import Counting
 from qk_sniffer.recording.progress import Progress
 from qk_sniffer.storage import Example, JournalWriter
@@ -127,10 +128,13 @@ class Recorder:
                 "SnifferCallback: predict_step has run, and nothing was captured; run self.backbone "
                 "under `with qk_sniffer.models.capture_attention(self.backbone):`"
             )
-        self._sniffer.flush_batch(hand_on=False)
-        self._examples += self._examples_of(batch)
-        if self._counting is not None:
-            self._counting.end_batch(batch.example_ids)
+        examples = self._examples_of(batch)
+        # Rows, moments and texts together, or none of them.
+        with uninterrupted():
+            self._sniffer.flush_batch(hand_on=False)
+            self._examples += examples
+            if self._counting is not None:
+                self._counting.end_batch(batch.example_ids)
         self.batches_read += 1
         self.texts_read += len(batch.example_ids)
         self.tokens_read += int(batch.sequence_lengths.sum())
