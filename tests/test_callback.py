@@ -154,6 +154,22 @@ def test_a_loader_of_ones_own(model_dir: ModelDir, tmp_path: Path) -> None:
     assert table["position"].to_pylist() == [0, 1, 2, 0]
 
 
+def test_a_loader_that_gives_a_text_twice_is_told_at_once(model_dir: ModelDir, tmp_path: Path) -> None:
+    batches = [plain_batch([[1, 1, 1], [1, 0, 0]]), plain_batch([[1, 1]])]
+    sniffer = SnifferCallback(OutputConfig(str(tmp_path / "root")), ALL)
+    loader = DataLoader(batches, batch_size=None)
+    with pytest.raises(UserError, match="example_ids: the text 0 comes twice in this run"):
+        trainer(sniffer).predict(
+            SnifferModule(str(model_dir("llama"))), loader, return_predictions=False
+        )
+    # In another run it was read before, and is left out.
+    sniffer = SnifferCallback(OutputConfig(str(tmp_path / "root")), ALL)
+    loader = DataLoader(batches[:1], batch_size=None)
+    trainer(sniffer).predict(SnifferModule(str(model_dir("llama"))), loader, return_predictions=False)
+    table = pq.read_table(tmp_path / "root" / "l00h00q" / "data.parquet")
+    assert table["example_id"].to_pylist() == [0, 0, 0, 1]
+
+
 def own_loader(**changes: Any) -> DataLoader:
     """One batch of two texts, with some fields changed; None leaves one out."""
     batch = plain_batch([[1, 1, 1], [1, 0, 0]]) | changes

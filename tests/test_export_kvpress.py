@@ -101,6 +101,7 @@ def test_what_can_not_be_exported(
     assert "don't tell the first 5 positions of a text" in refused(root, "--n_sink", "5")
     assert "don't tell the first 64 positions of a text" in refused(root, "--n_sink", "64")
     assert "invalid int value" in refused(root, "--n_sink", "few")
+    assert "--n_sink: must be at least 0, got -1" in refused(root, "--n_sink", "-1")
 
 
 def test_moments_alone_leave_out_what_a_bucket_holds(

@@ -16,7 +16,7 @@ import pytest
 import torch
 from datasets import load_dataset
 
-from conftest import Run, byte_tokenizer
+from conftest import Run, byte_tokenizer, write_jsonl
 from families import FAMILIES, tiny_model
 from qk_sniffer.callback import SnifferCallback
 from qk_sniffer.capture import moments
@@ -240,6 +240,16 @@ def test_ctrl_c_while_a_batch_is_counted_waits_for_it(
     assert predict(data=data, sniffer=sniffer) == 0
     assert_same_moments(tmp_path / "whole", tmp_path / "root")
     assert_same_rows(tmp_path / "whole", tmp_path / "root")
+    assert main(["verify", str(tmp_path / "root")]) == 0
+
+
+def test_texts_without_tokens_count_nothing(predict: Run, tmp_path: Path) -> None:
+    rows = [{"id": f"text-{i}", "text": text} for i, text in enumerate(["", "", "def", "", "class"])]
+    data = {"path": str(write_jsonl(tmp_path / "texts.jsonl", rows)), "batch_size": 2}
+    tokenizer = {"add_special_tokens": False}
+    sniffer = {"moments": {"enabled": True}}
+    assert predict(data=data | {"tokenizer": tokenizer}, sniffer=sniffer) == 0
+    assert {row["count"] for row in moments_of(tmp_path / "root", "k").values()} == {8}
     assert main(["verify", str(tmp_path / "root")]) == 0
 
 

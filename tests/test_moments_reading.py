@@ -189,8 +189,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"bucket": 7}, r"the queries have no bucket 7; choose from 0 to 3$"),
     ({"kind": "values"}, r"^kind: expected one of q, k, v, o, got values$"),
     ({"kind": "v", "pre_rope": True}, r"there are none of values before RoPE; pass pre_rope=False"),
-    ({"layer": "1"}, r"^layer_idx: expected integers, got '1'$"),
-    ({"layer": []}, r"^layer_idx: expected integers, got \[\]$"),
+    ({"layer": "1"}, r"^layer: expected integers, got '1'$"),
+    ({"layer": []}, r"^layer: expected integers, got \[\]$"),
+    ({"kind": ["q", "k"]}, r"^kind: expected one of q, k, v, o, got \['q', 'k'\]$"),
+    ({"pre_rope": None}, r"^pre_rope: expected True or False, got None$"),
 ]
 
 

@@ -35,6 +35,8 @@ def export_kvpress(captures: Captures, directory: Path, n_sink: int = 0) -> int:
         UserError: Some moments are missing, a bucket holds positions on both sides of ``n_sink``,
             layers differ in their heads, the directory holds something, or the disk refuses.
     """
+    if n_sink < 0:
+        raise UserError(f"--n_sink: must be at least 0, got {n_sink}")
     layers = _require_alike(captures)
     lengths = captures.examples["n_tokens"].to_numpy()
     buckets = None if n_sink == 0 else _buckets_behind(captures, n_sink, int(lengths.max(initial=0)))
@@ -59,11 +61,16 @@ def export_kvpress(captures: Captures, directory: Path, n_sink: int = 0) -> int:
     }
     arrays = {"query_mean": torch.from_numpy(mean), "query_cov": torch.from_numpy(covariance)}
     with explained_writing(directory, "make room, or name another directory, then export again"):
+        if directory.is_file():
+            raise UserError(f"{directory}: it is a file; name a new directory")
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()):
             raise UserError(f"{directory}: it holds something already; name a new directory")
-        save_file(arrays, directory / "model.safetensors", metadata={"format": "pt"})
-        write_text(directory / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        weights, settings_file = directory / "model.safetensors", directory / "config.json"
+        save_file(arrays, weights, metadata={"format": "pt"})
+        write_text(settings_file, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        # safetensors keeps its files from others, who may read all else.
+        weights.chmod(settings_file.stat().st_mode)
     return found.count
 
 

@@ -32,8 +32,10 @@ def read_moments(
     pre_rope: bool,
 ) -> Moments:
     """Moments of some heads; see ``Captures.moments``."""
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"kind: expected one of {', '.join(KINDS)}, got {kind}")
+    if not isinstance(pre_rope, bool):
+        raise UserError(f"pre_rope: expected True or False, got {pre_rope!r}")
     facts = place.manifest.get("moments")
     if not facts:
         raise UserError(f"{place}: no moments were summed; capture with sniffer.moments.enabled: true")
@@ -67,14 +69,18 @@ def _require_columns(schema: pa.Schema, kind: Kind, *, cross: bool) -> None:
         raise ValueError("it has other columns than moments")
 
 
+def _no_integers(column: str, numbers: Any) -> UserError:
+    return UserError(f"{column.removesuffix('_idx')}: expected integers, got {numbers!r}")
+
+
 def _integers(column: str, numbers: Any) -> list[int]:
     try:
         is_one = hasattr(numbers, "__index__") and getattr(numbers, "ndim", 0) == 0
         found = [operator.index(number) for number in ([numbers] if is_one else numbers)]
     except TypeError as error:
-        raise UserError(f"{column}: expected integers, got {numbers!r}") from error
+        raise _no_integers(column, numbers) from error
     if not found:
-        raise UserError(f"{column}: expected integers, got {numbers!r}")
+        raise _no_integers(column, numbers)
     return sorted(set(found))
 
 
