@@ -27,6 +27,7 @@ from killing import Processes
 from loopback import LoopbackHub, client_of
 from qk_sniffer.capture import selection
 from qk_sniffer.cli import main
+from tiny import tiny_causal_lm
 
 Run = Callable[..., int]
 WriteRun = Callable[..., list[str]]
@@ -71,6 +72,16 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>")
+
+
+def directory_of(family: str, model_dir: Callable[[str], Path], tmp_path: Path) -> Path:
+    """Directory of the tiny model of a family, or else of any architecture, made in ``tmp_path``."""
+    if family in FAMILIES:
+        return model_dir(family)
+    directory = tmp_path / family
+    tiny_causal_lm(family).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
 
 
 LENGTHS = (37, 5, 61, 24, 1, 48, 13)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from datasets import load_dataset
 
-from conftest import Run, byte_tokenizer, write_jsonl
+from conftest import Run, byte_tokenizer, directory_of, write_jsonl
 from families import FAMILIES, tiny_model
 from qk_sniffer.callback import SnifferCallback
 from qk_sniffer.capture import moments
@@ -25,7 +25,6 @@ from qk_sniffer.config import CaptureConfig, MomentsConfig, OutputConfig, Sample
 from qk_sniffer.data import TextDataModule
 from qk_sniffer.module import SnifferModule
 from readers import assert_same_moments, assert_same_rows, error_line
-from tiny import tiny_causal_lm
 
 Floats = npt.NDArray[np.float64]
 Rows = dict[tuple[int, int, bool, int | None], dict[str, Any]]
@@ -76,15 +75,6 @@ def assert_moments(row: dict[str, Any], vectors: Floats, positions: Floats, with
     assert off(row["position_covariance"], link, size * places.std() + smallest) <= within
     square = np.reshape(row["covariance"], covariance.shape)
     assert np.array_equal(square, square.T)
-
-
-def directory_of(family: str, model_dir: Callable[[str], Path], tmp_path: Path) -> Path:
-    if family in FAMILIES:
-        return model_dir(family)
-    directory = tmp_path / family
-    tiny_causal_lm(family).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
 
 
 @pytest.mark.parametrize("dtype, within", [("float32", 1e-5), ("bfloat16", 1e-3)])

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import REPO, Run, byte_tokenizer, write_jsonl
+from conftest import REPO, Run, directory_of, write_jsonl
 from families import FAMILIES
 from loopback import LoopbackHub
 from qk_sniffer import Captures
 from qk_sniffer.cli import main
 from readers import assert_readers_agree, assert_same_rows, error_line, files_of
 from test_verify import faults, rewrite, set_column
-from tiny import tiny_causal_lm
 
 EVERYTHING = {f"capture_{name}": True for name in ("values", "outputs", "softmax")}
 SAMPLED: dict[str, Any] = EVERYTHING | {
@@ -38,15 +37,6 @@ def eager(directory: Path, text: str, dtype: torch.dtype = torch.float32) -> tup
     with torch.inference_mode():
         attentions = model(input_ids=tokens, output_attentions=True).attentions
     return tuple(layer[0].float() for layer in attentions)
-
-
-def directory_of(family: str, model_dir: Callable[[str], Path], tmp_path: Path) -> Path:
-    if family in FAMILIES:
-        return model_dir(family)
-    directory = tmp_path / family
-    tiny_causal_lm(family).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
 
 
 @pytest.mark.parametrize("read", ["batches", "passages", "budget"])

@@ -171,7 +171,7 @@ class SnifferCallback(pl.Callback):
             else None
         )
         self._checked = not self.check
-        self._once_each = OnceEach()
+        self._is_new, self._once_each = self._left("done_ids"), OnceEach()
         self._sigterm.is_deferred = True
         self._started = time.monotonic()
         if ranks.is_first:
@@ -202,7 +202,7 @@ class SnifferCallback(pl.Callback):
             begin_batch_of_like_frequencies(
                 self._backbone, [*fields.sequence_lengths.tolist(), fields.input_ids.shape[1]]
             )
-        self._once_each.note(fields.example_ids[self._left("done_ids")(fields.example_ids)])
+        self._once_each.note(fields.example_ids[self._is_new(fields.example_ids)])
         if not self._checked and fields.sequence_lengths.any():
             number = int((fields.sequence_lengths > 0).nonzero()[0])
             length = int(fields.sequence_lengths[number])

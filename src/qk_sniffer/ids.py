@@ -63,6 +63,18 @@ class ExampleFilter:
         selected: npt.NDArray[np.bool_] = (self.ids[places] == ids) == self.listed
         return selected
 
+    def tokens(self, ids: npt.ArrayLike, lengths: npt.NDArray[np.int64]) -> list[int]:
+        """Tokens of each of some texts, and none of those that are not to be read.
+
+        A loader of someone's own may give such texts.
+
+        Args:
+            ids: (N,) the texts.
+            lengths: (N,) their tokens.
+        """
+        tokens: list[int] = (lengths * self(ids)).tolist()
+        return tokens
+
 
 class OnceEach:
     """Notes the texts of a run as they come, four bytes each."""

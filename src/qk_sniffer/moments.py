@@ -5,8 +5,9 @@ G. H. Golub and R. J. LeVeque, "Updating Formulae and a Pairwise Algorithm for C
 Variances", 1979, which loses nothing where means are large and differ little.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -189,11 +190,5 @@ class MomentState:
     @property
     def n_bytes(self) -> int:
         """Memory of the tables."""
-        tables = (table for _, table in self.arrays())
+        tables = chain.from_iterable(self.tables.values())
         return sum(column.nbytes for table in tables for column in table.columns.values())
-
-    def arrays(self) -> Iterator[tuple[Any, MomentTable]]:
-        """Kind and table, one after the other."""
-        for kind, tables in self.tables.items():
-            for table in tables:
-                yield kind, table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -239,13 +239,7 @@ class Head:
         """The wanted values of a column, of any kind of integer; source ids become example ids."""
         if isinstance(numbers, range):
             return numbers
-        is_one = isinstance(numbers, str) or (
-            hasattr(numbers, "__index__") and getattr(numbers, "ndim", 0) == 0
-        )
-        try:
-            return [self._integer(column, number) for number in ([numbers] if is_one else numbers)]
-        except TypeError as error:
-            raise UserError(f"{column}: expected integers, got {numbers!r}") from error
+        return integers(column, numbers, partial(self._integer, column))
 
     def _integer(self, column: str, number: Any) -> int:
         number = number.as_py() if isinstance(number, pa.Scalar) else number
@@ -267,3 +261,23 @@ def _is_one_of(column: str, numbers: range | list[int]) -> ds.Expression:
     if isinstance(numbers, range) and numbers.step == 1:
         return (field >= numbers.start) & (field < numbers.stop)
     return field.isin(pa.array([number for number in numbers if number in _INT32], pa.int32()))
+
+
+def integers(name: str, numbers: Any, read: Callable[[Any], int] = operator.index) -> list[int]:
+    """One integer or several, as a list.
+
+    Args:
+        name: Of the argument.
+        numbers: What somebody gave.
+        read: Makes an integer of each.
+
+    Raises:
+        UserError: They are none.
+    """
+    is_one = isinstance(numbers, str) or (
+        hasattr(numbers, "__index__") and getattr(numbers, "ndim", 0) == 0
+    )
+    try:
+        return [read(number) for number in ([numbers] if is_one else numbers)]
+    except TypeError as error:
+        raise UserError(f"{name}: expected integers, got {numbers!r}") from error

@@ -13,7 +13,7 @@ import pyarrow.dataset as ds
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.kinds import KINDS, Kind
 from qk_sniffer.moments import MomentTable, joined
-from qk_sniffer.reading.head import Numbers
+from qk_sniffer.reading.head import Numbers, integers
 from qk_sniffer.reading.moments import Moments
 from qk_sniffer.reading.places import CapturePlace
 from qk_sniffer.storage import as_moments, fault_of_moments, moment_file, moment_schema
@@ -69,18 +69,10 @@ def _require_columns(schema: pa.Schema, kind: Kind, *, cross: bool) -> None:
         raise ValueError("it has other columns than moments")
 
 
-def _no_integers(column: str, numbers: Any) -> UserError:
-    return UserError(f"{column.removesuffix('_idx')}: expected integers, got {numbers!r}")
-
-
 def _integers(column: str, numbers: Any) -> list[int]:
-    try:
-        is_one = hasattr(numbers, "__index__") and getattr(numbers, "ndim", 0) == 0
-        found = [operator.index(number) for number in ([numbers] if is_one else numbers)]
-    except TypeError as error:
-        raise _no_integers(column, numbers) from error
-    if not found:
-        raise _no_integers(column, numbers)
+    name = column.removesuffix("_idx")
+    if not (found := integers(name, numbers)):
+        raise UserError(f"{name}: expected integers, got {numbers!r}")
     return sorted(set(found))
 
 

@@ -46,8 +46,7 @@ class Counting:
 
     def lengths(self, example_ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]) -> list[int]:
         """Tokens of each text of a batch that count: none of those that are counted already."""
-        counted: list[int] = (lengths * self._is_left(example_ids)).tolist()
-        return counted
+        return self._is_left.tokens(example_ids, lengths)
 
     def end_batch(self, example_ids: npt.NDArray[np.int32]) -> None:
         """Note the texts of a batch that the sums hold now."""

@@ -80,7 +80,7 @@ class Recorder:
             self,
             local_positions=capture.local_positions,
             pre_rope=capture.capture_pre_rope,
-            expected=((ids.tolist(), self._to_keep(ids, lengths)) for ids, lengths in expected),
+            expected=((ids.tolist(), is_left.tokens(ids, lengths)) for ids, lengths in expected),
             moments=None if self._counting is None else self._counting.sums,
         )
         self._open = ExitStack()
@@ -107,7 +107,7 @@ class Recorder:
 
     def begin_batch(self, batch: BatchFields) -> None:
         """Draw the rows that a batch keeps."""
-        lengths = self._to_keep(batch.example_ids, batch.sequence_lengths.numpy())
+        lengths = self._is_left.tokens(batch.example_ids, batch.sequence_lengths.numpy())
         counted = None
         if self._counting is not None:
             counted = self._counting.lengths(batch.example_ids, batch.sequence_lengths.numpy())
@@ -160,14 +160,6 @@ class Recorder:
         """Let the journal write what the bytes are, and the texts."""
         self._journal.commit(rows.blocks, rows.numbers.numpy(), self._examples)
         self._examples = []
-
-    def _to_keep(self, example_ids: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> list[int]:
-        """Tokens of each text of a batch, and none of those that are captured already.
-
-        A loader of someone's own may give such texts.
-        """
-        kept: list[int] = (lengths * self._is_left(example_ids)).tolist()
-        return kept
 
     def _examples_of(self, batch: BatchFields) -> list[Example]:
         is_new = self._is_left(batch.example_ids).tolist()
