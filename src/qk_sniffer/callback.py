@@ -1,7 +1,9 @@
 """SnifferCallback: owns the recording of one prediction, from the data root it finds to its files."""
 
 import logging
+import signal
 import time
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -10,13 +12,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from tqdm.auto import tqdm
 
-from qk_sniffer.capture import CapturedHeads, Selection, heads_to_capture
+from qk_sniffer.capture import CapturedHeads, ModelShard, Selection, heads_to_capture
 from qk_sniffer.config import CaptureConfig, MomentsConfig, OutputConfig, require_something
-from qk_sniffer.data import batch_fields
+from qk_sniffer.data import BatchFields, batch_fields
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import ExampleFilter, OnceEach
 from qk_sniffer.kinds import parts_of
 from qk_sniffer.models import (
+    AttentionMap,
     begin_batch_of_like_frequencies,
     check_capture,
     check_passages,
@@ -35,12 +38,14 @@ from qk_sniffer.processes import (
     reason_of,
 )
 from qk_sniffer.recording import (
+    Offer,
     OwnDataRoot,
     Progress,
     ProgressReport,
     Recorder,
     TextsAhead,
     TextWarnings,
+    agree,
     describe,
     leave_out_advertisements,
     progress_bar,
@@ -127,7 +132,13 @@ class SnifferCallback(pl.Callback):
                 "sniffer.capture.capture_token_strings: the trainer has no TextDataModule to take the "
                 "tokenizer from; pass one as datamodule, or set it to false"
             )
-        header, self._heads = ranks.run(lambda: self._describe(trainer, pl_module))
+        attention = ranks.run(self._probe)
+        held = attention.layers
+        if ranks.model_size > 1:
+            shares = ranks.gather_in_model(held)
+            whole = ranks.run(lambda: pl_module.whole_layers(shares))
+            attention = replace(attention, layers=whole)
+        header, self._heads = ranks.run(lambda: self._describe(trainer, pl_module, attention))
         ranks.require_same(header["fingerprint"])
         lengths, listed = texts.sequence_lengths(), texts.listed_positions()
         ranks.first(
@@ -139,7 +150,7 @@ class SnifferCallback(pl.Callback):
                 header["streams"],
                 next(self._backbone.parameters()).dtype,
                 self.moments,
-                ranks.size,
+                ranks.n_readers,
             )
         )
         ranks.first(lambda: self.own_data_root.make_ready(self._earlier, header))
@@ -156,6 +167,8 @@ class SnifferCallback(pl.Callback):
                 texts.own_batches(),
                 self.moments,
                 self._left("counted_ids"),
+                ModelShard(ranks.shard, ranks.model_size),
+                held,
             )
         )
         # Of several processes one warns.
@@ -193,6 +206,7 @@ class SnifferCallback(pl.Callback):
         """
         assert self._recorder is not None
         self._fields = fields = batch_fields(batch, listed=self._selection.needs_lists)
+        self._agree(fields)
         smallest, largest = fields.input_ids.aminmax()
         require_known_tokens(int(smallest), int(largest), self._backbone)
         if self._text_warnings is not None:
@@ -229,7 +243,9 @@ class SnifferCallback(pl.Callback):
             SystemExit: Another process died.
         """
         assert self._recorder is not None
-        self._recorder.end_batch(self._fields, before_saving=self.own_data_root.ownership.require)
+        self._recorder.end_batch(
+            self._fields, before_saving=self.own_data_root.ownership.require, due=self._due
+        )
         if self._ranks.is_first:
             # Not before: the config that is there describes what was captured earlier.
             self.own_data_root.save_config()
@@ -243,7 +259,8 @@ class SnifferCallback(pl.Callback):
             if lifeline is not None:
                 progress = Progress(*lifeline.total_progress())
             self._progress.show(progress, self._all_batches(trainer))
-        self._sigterm.raise_where_it_came()
+        if self._due is None:
+            self._sigterm.raise_where_it_came()
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the journal, then show and log what all processes have read."""
@@ -251,7 +268,7 @@ class SnifferCallback(pl.Callback):
         self._sigterm.is_deferred = False
         self._sigterm.raise_where_it_came()
         # The last rows are written first, so that the bytes are all of them.
-        self._ranks.run(self._recorder.close)
+        self._recorder.finish(self._ranks)
         gathered = self._ranks.gather(self._recorder.progress)
         progress = Progress(*(sum(numbers) for numbers in zip(*gathered, strict=True)))
         if self._ranks.is_first:
@@ -330,7 +347,7 @@ class SnifferCallback(pl.Callback):
         require_shared(self.data_root, ranks)
         if not ranks.is_first:
             self.own_data_root.ownership.join()
-        module = trainer.lightning_module
+        module: Any = trainer.lightning_module
         check_heads = getattr(module, "check_heads", None)
         if check_heads is not None:
             ranks.first(lambda: check_heads(self.capture.as_settings()))
@@ -343,16 +360,36 @@ class SnifferCallback(pl.Callback):
         self._ranks.leave(reason)
         self._has_joined = False
 
-    def _describe(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> tuple[dict[str, Any], dict[int, CapturedHeads]]:
-        """The header of the journal, the same in all processes, and the captured heads by layer."""
+    def _agree(self, fields: BatchFields) -> None:
+        """Let the processes that share a model agree on a batch, and end together where one is to.
+
+        Raises:
+            UserError: They were given different batches.
+            Stopped: A SIGTERM has come to one of them.
+        """
+        assert self._recorder is not None
+        self._due = None
+        if self._ranks.model_size > 1:
+            offer = Offer.of(fields, self._recorder.due, is_stopped=self._sigterm.has_come)
+            offers = self._ranks.gather_in_model(offer)
+            self._due = agree(offers)
+            if any(offer.is_stopped for offer in offers):
+                raise Stopped(signal.SIGTERM)
+
+    def _probe(self) -> AttentionMap:
+        """What is seen of the attention of the model, or of this process's part of it."""
         config = self.capture
-        run_settings = settings(pl_module, TextsAhead(trainer).data, config, self.moments)
-        parts = parts_of(run_settings["capture"])
+        parts = parts_of(config.as_settings())
         attention = probe_attention(self._backbone, parts, pre_rope=config.capture_pre_rope)
         if self.moments.pre_rope:
             require_unrotated(attention, "sniffer.moments.pre_rope")
+        return attention
+
+    def _describe(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, attention: AttentionMap
+    ) -> tuple[dict[str, Any], dict[int, CapturedHeads]]:
+        """The header of the journal, the same in all processes, and the captured heads by layer."""
+        run_settings = settings(pl_module, TextsAhead(trainer).data, self.capture, self.moments)
         heads = heads_to_capture(run_settings["capture"], attention.layers)
         template = TextsAhead(trainer).chat_template
         return describe(run_settings, self._backbone, attention, heads, template), heads

@@ -3,6 +3,8 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +14,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from qk_sniffer.capture import Sniffer, get_active_sniffer, heads_to_capture
+from qk_sniffer.capture import (
+    AttentionLayer,
+    ModelShard,
+    Sniffer,
+    get_active_sniffer,
+    heads_to_capture,
+)
 from qk_sniffer.data import batch_fields, batch_with, sequence_lengths
 from qk_sniffer.errors import UserError
 from qk_sniffer.models import (
     Continuation,
     ModelSource,
+    SharedModel,
     attention_geometry,
     base_of,
     capture_attention,
@@ -34,11 +43,14 @@ from qk_sniffer.models import (
     model_overlays,
     must_be_read_alone,
     name_of,
+    plan_of,
     read_in_passages,
     require_known_tokens,
+    require_plan,
     require_room,
     spans_of_like_frequencies,
     transformers_model,
+    whole_layers,
 )
 from qk_sniffer.processes import Ranks
 
@@ -74,6 +86,8 @@ class SnifferModule(pl.LightningModule):
         adapter: Hub id or local directory of a PEFT adapter of the model; null for none.
         adapter_revision: Branch, tag or commit of a Hub adapter.
         merge_adapter: Add the adapter to the model's weights, instead of computing it beside them.
+        tensor_parallel: Neighbouring processes that share the model, each with some of its attention
+            heads, and read the same batches; the others share the texts. 1 gives each a model.
     """
 
     backbone: nn.Module
@@ -96,6 +110,7 @@ class SnifferModule(pl.LightningModule):
         adapter: str | None = None,
         adapter_revision: str = "main",
         merge_adapter: bool = False,
+        tensor_parallel: int = 1,
     ) -> None:
         super().__init__()
         if not isinstance(name, str):
@@ -109,6 +124,8 @@ class SnifferModule(pl.LightningModule):
             )
         if generate is not None:
             generate_options(generate)
+        if tensor_parallel < 1:
+            raise UserError(f"model.tensor_parallel: must be at least 1, got {tensor_parallel}")
         # The callback gives loggers the settings; Lightning would merge those of module and data.
         self.save_hyperparameters(logger=False)
         self.source = base_of(
@@ -136,6 +153,13 @@ class SnifferModule(pl.LightningModule):
     """Gives the new tokens of some texts, by their tokens and example ids; None adds none."""
 
     _model: PreTrainedModel | None = None
+    _plan: Mapping[str, str] | None = None
+    _whole_layers: Sequence[AttentionLayer] = ()
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Neighbouring processes that share the model."""
+        return int(self.hparams["tensor_parallel"])
 
     @property
     def max_new_tokens(self) -> int:
@@ -249,7 +273,8 @@ class SnifferModule(pl.LightningModule):
         """See that the trainer leaves the model as it is.
 
         Raises:
-            UserError: It would cast it, or each of several processes would spread it over all devices.
+            UserError: It would cast it, each of several processes would spread it over all devices, or
+                its processes can't share it.
         """
         precision = trainer.precision
         if precision != "32-true":
@@ -264,6 +289,40 @@ class SnifferModule(pl.LightningModule):
                 f"trainer has {trainer.num_devices} processes there; set trainer.devices to 1, or "
                 "device_map to null for a model on each device"
             )
+        if self.tensor_parallel > 1:
+            self._check_shared(trainer.num_devices)
+
+    def _check_shared(self, n_devices: int) -> None:
+        """See that so many processes of a host can share the model, before its weights are loaded."""
+        count = self.tensor_parallel
+        if n_devices % count:
+            raise UserError(
+                f"model.tensor_parallel: {count} processes share a model, and the trainer has "
+                f"{n_devices} on each host; set trainer.devices to a multiple of {count}"
+            )
+        for name in ("device_map", "quantization", "adapter"):
+            if self.hparams[name] is not None:
+                raise UserError(
+                    f"model.{name}: processes that share a model can't use it; set it to null, or "
+                    "model.tensor_parallel to 1"
+                )
+        if self._plan is not None:
+            return
+        skeleton = self.skeleton()
+        self._whole_layers = attention_geometry(decoder_backbone(skeleton)).layers
+        self._plan = plan_of(skeleton)
+        require_plan(self.source.name, skeleton, self._whole_layers, count)
+
+    def whole_layers(self, held: Sequence[Sequence[AttentionLayer]]) -> list[AttentionLayer]:
+        """The attention layers of a model that several processes share.
+
+        Args:
+            held: Those that each of them has, in their order.
+
+        Raises:
+            UserError: They have not the heads that fall to them.
+        """
+        return whole_layers(held, self._whole_layers)
 
     def setup(self, stage: str) -> None:
         """Refuse trainer settings that would change the model's numbers."""
@@ -278,10 +337,16 @@ class SnifferModule(pl.LightningModule):
         ranks = Ranks.of(self._trainer)
         if not ranks.is_first:
             disable_progress_bar()
+        shared = None
+        if ranks.model_size > 1:
+            assert self._plan is not None
+            shard = ModelShard(ranks.shard, ranks.model_size)
+            shared = SharedModel(shard, self.device, self._plan, self._whole_layers)
+        load = partial(self._load, shared)
         if Path(self.source.name).exists():
-            ranks.run(self._load)
+            ranks.run(load)
         else:
-            ranks.after_first(self._load)
+            ranks.after_first(load)
         if ranks.is_first and (base := foreign_base(self.source)) is not None:
             log.warning(
                 "model.adapter: %s was trained on %s, and its weights fit %s too; see that these are "
@@ -291,7 +356,7 @@ class SnifferModule(pl.LightningModule):
                 self.source.name,
             )
 
-    def _load(self) -> None:
+    def _load(self, shared: SharedModel | None) -> None:
         hparams = self.hparams
         with model_overlays(hparams["models_dir"]):
             model = load_model(
@@ -300,6 +365,7 @@ class SnifferModule(pl.LightningModule):
                 attn_implementation=hparams["attn_implementation"],
                 device_map=hparams["device_map"] or {"": str(self.device)},
                 config_overrides=hparams["config_overrides"],
+                shared=shared,
             )
         self._take(model)
 
@@ -383,8 +449,14 @@ class SnifferModule(pl.LightningModule):
             UserError: The sequences are longer than the model's learned positions, or one of them
                 does not fit into the device's memory.
         """
-        input_ids: Tensor = batch["input_ids"]
-        size, width = input_ids.shape
+        ranks = Ranks.of(self._trainer)
+        # Without the others a process can't go on in the middle of a forward.
+        with ranks.exiting_where_one_died() if ranks.model_size > 1 else nullcontext():
+            self._read_batch(batch)
+        return int(batch["input_ids"].numel())
+
+    def _read_batch(self, batch: dict[str, Any]) -> None:
+        size, width = batch["input_ids"].shape
         require_positions(self.backbone.config, width)
         if must_be_read_alone(self.backbone):
             self._read_parts(batch, [(number, number + 1) for number in range(size)])
@@ -393,7 +465,6 @@ class SnifferModule(pl.LightningModule):
             self._read_parts(batch, spans)
         else:
             self._read_as_fits(batch, 0, size, width)
-        return input_ids.numel()
 
     def _read_parts(self, batch: dict[str, Any], spans: Sequence[tuple[int, int]]) -> None:
         """Read each span of a batch's sequences by itself, no wider than the longest of them."""
@@ -413,6 +484,12 @@ class SnifferModule(pl.LightningModule):
             self._read(batch["input_ids"][start:stop, :width])
             return
         except torch.OutOfMemoryError as error:
+            if self.tensor_parallel > 1:
+                raise UserError(
+                    f"data.max_tokens_per_batch: {size} x {width:,} tokens do not fit into the device's "
+                    "memory, and a process that shares its model can't try fewer by itself; lower it or "
+                    "data.batch_size, or set model.prefill_chunk_size, to 4096 for example"
+                ) from error
             if size == 1:
                 raise UserError(
                     f"data.tokenizer.max_length: a text of {width:,} tokens does not fit into the "

@@ -32,6 +32,7 @@ from qk_sniffer.capture.sampling import (
     draw_positions,
 )
 from qk_sniffer.capture.selection import Listed, Selection
+from qk_sniffer.capture.shards import WHOLE_MODEL, ModelShard
 from qk_sniffer.capture.sniffer import (
     CapturesAttention,
     Sniffer,
@@ -47,6 +48,7 @@ __all__ = [
     "N_BUFFERS",
     "SAMPLERS",
     "SOFTMAX_BYTES",
+    "WHOLE_MODEL",
     "AttentionLayer",
     "BatchRows",
     "Block",
@@ -58,6 +60,7 @@ __all__ = [
     "Chunk",
     "Chunks",
     "Listed",
+    "ModelShard",
     "MomentSums",
     "Portion",
     "PositionsSampler",

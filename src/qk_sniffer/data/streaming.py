@@ -37,8 +37,8 @@ class StreamedBatches(IterableDataset[list[Row]]):
         batch_size: Most texts in a batch.
         max_tokens_per_batch: Most tokens in a batch, padding included; None for any number.
         filters: Which texts are to be read.
-        rank: Number of the process.
-        size: How many processes there are.
+        rank: Number of the share of the batches.
+        size: How many shares there are.
     """
 
     def __init__(

@@ -367,7 +367,7 @@ class TextDataModule(pl.LightningDataModule):
     def _own_batches(self) -> list[Batch]:
         if self._own is None:
             ranks = Ranks.of(self.trainer)
-            self._own = share_of(self._batches, self._lengths, ranks.rank, ranks.size)
+            self._own = share_of(self._batches, self._lengths, ranks.reader, ranks.n_readers)
         return self._own
 
     def batch_lengths(self) -> list[npt.NDArray[np.int64]] | None:
@@ -394,8 +394,8 @@ class TextDataModule(pl.LightningDataModule):
                 self.batch_size,
                 self.max_tokens_per_batch,
                 self._filters,
-                ranks.rank,
-                ranks.size,
+                ranks.reader,
+                ranks.n_readers,
             )
         else:
             dataset, sampler = EncodedRows(self._dataset), ShareSampler(self._own_batches())

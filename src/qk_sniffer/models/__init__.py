@@ -21,6 +21,7 @@ from qk_sniffer.models.continuing import (
     require_room,
     text_seed,
 )
+from qk_sniffer.models.digest import weights_digest
 from qk_sniffer.models.footprint import Footprint, forward_footprint
 from qk_sniffer.models.frequencies import (
     begin_batch_of_like_frequencies,
@@ -35,7 +36,7 @@ from qk_sniffer.models.limits import (
     require_known_tokens,
     vocabulary_size,
 )
-from qk_sniffer.models.loading import load_config, load_model, weights_digest
+from qk_sniffer.models.loading import load_config, load_model
 from qk_sniffer.models.overlay import model_overlays
 from qk_sniffer.models.passages import check_passages, read_in_passages
 from qk_sniffer.models.peft_adapters import adapter_bytes, base_of, foreign_base, tokenizer_source
@@ -53,6 +54,7 @@ from qk_sniffer.models.scores import softmax_input
 from qk_sniffer.models.sequences import CallSequences, keeps_texts_apart, sequences_of
 from qk_sniffer.models.skeleton import attention_geometry, load_skeleton, quantization_of
 from qk_sniffer.models.source import ModelSource
+from qk_sniffer.models.tensor_parallel import SharedModel, plan_of, require_plan, whole_layers
 
 __all__ = [
     "AttentionCall",
@@ -65,6 +67,7 @@ __all__ = [
     "OnResult",
     "Quantization",
     "RotaryTrace",
+    "SharedModel",
     "adapter_bytes",
     "attention_geometry",
     "base_of",
@@ -90,11 +93,13 @@ __all__ = [
     "must_be_read_alone",
     "name_of",
     "on_result_of",
+    "plan_of",
     "probe_attention",
     "probe_quietly",
     "quantization_of",
     "read_in_passages",
     "require_known_tokens",
+    "require_plan",
     "require_room",
     "require_unrotated",
     "sequences_of",
@@ -110,4 +115,5 @@ __all__ = [
     "watch_caches",
     "watch_stopping",
     "weights_digest",
+    "whole_layers",
 ]

@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-import torch
 import transformers
-import xxhash
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
@@ -23,18 +22,17 @@ from qk_sniffer.config import explained_loading
 from qk_sniffer.errors import UserError, did_you_mean, last_line
 from qk_sniffer.models.attention import decoder_backbone
 from qk_sniffer.models.checkpoint import refuse_broken
+from qk_sniffer.models.digest import remember_weights
 from qk_sniffer.models.explaining import explained_settings, require_files
 from qk_sniffer.models.peft_adapters import require_adapter, with_adapter
 from qk_sniffer.models.quantization import (
     explained_quantization,
     quantization_config,
     require_quantizable,
-    tensors_of,
 )
 from qk_sniffer.models.refusals import refuse_unsupported
 from qk_sniffer.models.source import ModelSource
-
-_DIGESTED_VALUES = 64
+from qk_sniffer.models.tensor_parallel import SharedModel
 
 
 def load_config(
@@ -64,17 +62,28 @@ def load_model(
     attn_implementation: str | None = None,
     device_map: str | dict[str, str] | None = None,
     config_overrides: dict[str, Any] | None = None,
+    shared: SharedModel | None = None,
 ) -> PreTrainedModel:
     """The model of ``source`` in evaluation mode; of a multimodal one, all of it.
 
     Its weights are quantized and adapted as the source says.
+
+    Args:
+        source: Where it comes from.
+        dtype: Number format of weights and activations.
+        attn_implementation: Attention of transformers; None lets it choose.
+        device_map: Placement, as accelerate takes it.
+        config_overrides: Changes of its config.
+        shared: Loads the part of this process instead, where several share the model.
 
     Raises:
         UserError: The model can't be found or loaded, some of its decoder's weights are missing, or
             its adapter does not fit it.
     """
     config = load_config(source, config_overrides)
-    kwargs = source.kwargs() | {"config": config, "dtype": dtype, "device_map": device_map}
+    kwargs = source.kwargs() | {"config": config, "dtype": dtype}
+    if shared is None:
+        kwargs["device_map"] = device_map
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
     # Before it had GgufConfig, transformers always dequantized.
@@ -87,8 +96,15 @@ def load_model(
         explained_quantization(source.quantization),
         explained_settings(config, attn_implementation, device_map),
     ):
-        model, info = auto_class(config).from_pretrained(**kwargs, output_loading_info=True)
+        load = auto_class(config).from_pretrained
+        if shared is not None:
+            load = partial(shared.load, auto_class(config))
+        model, info = load(**kwargs, output_loading_info=True)
     _refuse_missing_weights(source, model, info["missing_keys"])
+    if shared is not None:
+        # Which is the same for a process that has all of the model.
+        remember_weights(decoder_backbone(model))
+        shared.cut(model)
     return model if source.adapter is None else with_adapter(model, source)
 
 
@@ -177,49 +193,3 @@ def _merge(current: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         else value
         for key, value in changes.items()
     }
-
-
-def weights_digest(backbone: nn.Module) -> str:
-    """Names the weights of a model by some values of every one, wherever it came from.
-
-    Those of a quantized layer may be buffers.
-    """
-    digest = xxhash.xxh3_64()
-    packed: list[torch.Tensor] = []
-    for parameter in backbone.parameters():
-        if parameter.is_meta:
-            continue
-        if (tensors := tensors_of(parameter)) != [parameter]:
-            packed += tensors
-            continue
-        step = max(1, parameter.numel() // _DIGESTED_VALUES)
-        values = parameter.detach().reshape(-1)[::step].float().cpu()
-        digest.update(values.numpy().tobytes())
-    for weights in (*packed, *_quantized_weights(backbone)):
-        step = max(1, weights.numel() // _DIGESTED_VALUES)
-        # Bits, since a float32 would round the eight weights of an int32.
-        values = weights.detach().reshape(-1)[::step].contiguous().view(torch.uint8).cpu()
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _quantized_weights(backbone: nn.Module) -> Iterator[torch.Tensor]:
-    """Persistent buffers of the layers that keep packed weights in one, as GPTQ, AWQ and BitNet do.
-
-    Other layers have buffers too, such as the bias of a router, and data roots know their models by a
-    digest without these.
-    """
-    for module in backbone.modules():
-        buffers = [
-            buffer
-            for name, buffer in module.named_buffers(recurse=False)
-            if name not in module._non_persistent_buffers_set and not buffer.is_meta
-        ]
-        if any(_is_packed(buffer) for buffer in buffers):
-            yield from buffers
-
-
-def _is_packed(buffer: torch.Tensor) -> bool:
-    """Whether a buffer holds integers or 8-bit numbers; a scalar is a counter."""
-    is_packed = not buffer.is_floating_point() or buffer.element_size() == 1
-    return is_packed and buffer.dim() > 0 and buffer.dtype != torch.bool

@@ -6,8 +6,8 @@ import secrets
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -27,20 +27,33 @@ _SECONDS_TO_LEARN = 10.0
 class Ranks:
     """The processes of one run; a run of one process is the plain case.
 
-    Every method but ``leave`` is collective: all processes call it, in the same order.
+    Every method but ``leave`` is collective: all processes call it, in the same order, and
+    ``gather_in_model`` those that share a model.
 
     Args:
         rank: Number of this process, from 0.
         size: How many there are.
         local_size: How many of them share this host.
         group: Their process group of torch.distributed; None for one process.
+        model_size: How many neighbours share a model, and read the same batches.
+        model_group: The process group of those that share this one's; None where it has its own.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local_size: int = 1, group: Any = None) -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        local_size: int = 1,
+        group: Any = None,
+        model_size: int = 1,
+        model_group: Any = None,
+    ) -> None:
         self.rank = rank
         self.size = size
         self.local_size = local_size
+        self.model_size = model_size
         self._group = group
+        self._model_group = model_group
         self.lifeline: Lifeline | None = None
         """What notices that a process died, from ``watch`` on where there are several."""
 
@@ -54,7 +67,16 @@ class Ranks:
         if trainer not in _joined:
             # Of gloo whatever the devices are: it shows a closed connection at once.
             group = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
-            _joined[trainer] = cls(trainer.global_rank, trainer.world_size, trainer.num_devices, group)
+            rank, size = trainer.global_rank, trainer.world_size
+            model_size = _model_size(trainer)
+            # Every process takes part in the making of every group.
+            model_groups = [
+                dist.new_group(range(first, first + model_size), backend="gloo", timeout=_NO_LIMIT)
+                for first in range(0, size, model_size)
+                if model_size > 1
+            ]
+            model_group = model_groups[rank // model_size] if model_groups else None
+            _joined[trainer] = cls(rank, size, trainer.num_devices, group, model_size, model_group)
         return _joined[trainer]
 
     @property
@@ -62,24 +84,60 @@ class Ranks:
         """Whether this process speaks for all."""
         return self.rank == 0
 
+    @property
+    def reader(self) -> int:
+        """Number of this process's batches: those that share a model read the same."""
+        return self.rank // self.model_size
+
+    @property
+    def n_readers(self) -> int:
+        """How many shares of the batches there are."""
+        return self.size // self.model_size
+
+    @property
+    def shard(self) -> int:
+        """Number of this process among those that share its model."""
+        return self.rank % self.model_size
+
     def gather(self, value: T) -> list[T]:
         """What every process has, by rank; it must be picklable.
 
         Raises:
             SystemExit: A process died.
         """
-        if self.size == 1:
+        return self._gather(value, self.size, self._group)
+
+    def gather_in_model(self, value: T) -> list[T]:
+        """What each of the processes that share this one's model has; those of other models don't wait.
+
+        Raises:
+            SystemExit: A process died.
+        """
+        return self._gather(value, self.model_size, self._model_group)
+
+    def _gather(self, value: T, size: int, group: Any) -> list[T]:
+        if size == 1:
             return [value]
         import torch.distributed as dist
 
-        values: list[Any] = [None] * self.size
+        values: list[Any] = [None] * size
+        with self.exiting_where_one_died():
+            _interruptible(lambda: dist.all_gather_object(values, value, group=group))
+        return values
+
+    @contextmanager
+    def exiting_where_one_died(self) -> Iterator[None]:
+        """Turn the error of a connection into the end of this process, where the other one has died.
+
+        Raises:
+            SystemExit: It has.
+        """
         try:
-            _interruptible(lambda: dist.all_gather_object(values, value, group=self._group))
+            yield
         except RuntimeError as error:
             if self.lifeline is not None and self.lifeline.wait_for_failure(_SECONDS_TO_LEARN):
                 raise SystemExit(1) from error
             raise
-        return values
 
     def run(self, task: Callable[[], T]) -> T:
         """Do something that may fail, in every process; where it fails in one, it fails in all.
@@ -177,6 +235,12 @@ ALONE = Ranks()
 """One process."""
 
 _joined: WeakKeyDictionary[Any, Ranks] = WeakKeyDictionary()
+
+
+def _model_size(trainer: Any) -> int:
+    """How many processes are to share a model; 1 where they can't, which is refused elsewhere."""
+    wanted = getattr(trainer.lightning_module, "tensor_parallel", 1)
+    return wanted if trainer.num_devices % wanted == 0 else 1
 
 
 def _interruptible(task: Callable[[], None]) -> None:

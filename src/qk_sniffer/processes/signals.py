@@ -144,6 +144,11 @@ class DeferredSigterm:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, note)
 
+    @property
+    def has_come(self) -> bool:
+        """Whether one waits."""
+        return self._came
+
     def raise_where_it_came(self) -> None:
         """Stop the command.
 

@@ -1,6 +1,7 @@
 """One prediction's recording: what is captured, how far it is, and what a person should know of it."""
 
 from qk_sniffer.recording.advertisements import leave_out_advertisements
+from qk_sniffer.recording.agreement import Offer, agree
 from qk_sniffer.recording.own_data_root import OwnDataRoot
 from qk_sniffer.recording.progress import Progress, ProgressReport, progress_bar
 from qk_sniffer.recording.provenance import (
@@ -16,12 +17,14 @@ from qk_sniffer.recording.texts_ahead import TextsAhead, require_listed
 from qk_sniffer.recording.warnings import TextWarnings, forewarnings
 
 __all__ = [
+    "Offer",
     "OwnDataRoot",
     "Progress",
     "ProgressReport",
     "Recorder",
     "TextWarnings",
     "TextsAhead",
+    "agree",
     "describe",
     "described_streams",
     "fingerprint",

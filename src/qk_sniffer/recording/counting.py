@@ -1,15 +1,15 @@
 """Counting: the moments of one process's texts, and when they are saved."""
 
 import time
-from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
-from qk_sniffer.capture import CapturedStream, MomentSums, Sampler
+from qk_sniffer.capture import MomentSums, Sampler
 from qk_sniffer.config import MomentsConfig
 from qk_sniffer.ids import ExampleFilter
 from qk_sniffer.moments import MomentState
+from qk_sniffer.recording.own_streams import OwnStreams
 from qk_sniffer.storage import JournalWriter
 
 SAVED_BYTES_PER_SECOND = 20e6
@@ -22,7 +22,7 @@ class Counting:
 
     Args:
         config: Which moments.
-        streams: The captured heads of each layer and part.
+        own: The captured heads of each layer and part.
         sampler: Gives the buckets.
         journal: Where they are saved.
         is_left: The texts that no earlier run has counted.
@@ -31,13 +31,14 @@ class Counting:
     def __init__(
         self,
         config: MomentsConfig,
-        streams: Iterable[CapturedStream],
+        own: OwnStreams,
         sampler: Sampler,
         journal: JournalWriter,
         is_left: ExampleFilter,
     ) -> None:
         buckets = sampler if config.by_bucket else None
-        self.sums = MomentSums(streams, buckets, pre_rope=config.pre_rope, cross=config.cross)
+        self.sums = MomentSums(own.streams, buckets, pre_rope=config.pre_rope, cross=config.cross)
+        self._own = own
         self._journal = journal
         self._is_left = is_left
         self._example_ids = np.empty(0, np.int32)
@@ -63,7 +64,7 @@ class Counting:
         # A batch that failed in the middle is captured anew, and what of it was summed must not stay.
         if len(self._example_ids) == self._n_saved or not self.sums.is_whole:
             return
-        state = MomentState(self.sums.tables(), np.sort(self._example_ids))
+        state = MomentState(self._own.as_whole(self.sums.tables()), np.sort(self._example_ids))
         self._journal.save_moments(state)
         self._n_saved = len(self._example_ids)
         seconds = max(self._journal.sync_seconds, state.n_bytes / SAVED_BYTES_PER_SECOND)

@@ -51,7 +51,7 @@ _DECISIVE = {
     ),
 }
 """Fields that decide which rows there are and what is in them; the others may change from run to run:
-devices, batches, passages, and how many texts are read."""
+devices, how many share a model, batches, passages, and how many texts are read."""
 
 _LATER_MODEL_FIELDS = {
     "generate": None,
@@ -59,6 +59,7 @@ _LATER_MODEL_FIELDS = {
     "adapter": None,
     "adapter_revision": "main",
     "merge_adapter": False,
+    "tensor_parallel": 1,
 }
 _LATER_DATA_FIELDS = {
     "data_files": None,

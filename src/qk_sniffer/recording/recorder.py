@@ -1,6 +1,6 @@
 """Recorder: one process's sniffer, and the journal that its rows go to."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -10,21 +10,25 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from qk_sniffer.capture import (
+    WHOLE_MODEL,
+    AttentionLayer,
     BatchRows,
     CapturedHeads,
+    ModelShard,
     Portion,
     Selection,
     Sniffer,
     active_sniffer,
-    captured_streams,
 )
 from qk_sniffer.config import CaptureConfig, MomentsConfig
 from qk_sniffer.data import BatchFields
 from qk_sniffer.errors import UserError
 from qk_sniffer.ids import EVERY_EXAMPLE, ExampleFilter
 from qk_sniffer.kinds import parts_of
-from qk_sniffer.processes import uninterrupted
+from qk_sniffer.processes import Ranks, uninterrupted
+from qk_sniffer.recording.agreement import Due
 from qk_sniffer.recording.counting import Counting
+from qk_sniffer.recording.own_streams import OwnStreams
 from qk_sniffer.recording.progress import Progress
 from qk_sniffer.storage import Example, JournalWriter
 
@@ -44,6 +48,8 @@ class Recorder:
         expected: Example ids, int32, and lengths, int64, of batches to come; others may come instead.
         moments: Which moments of every token are summed.
         is_uncounted: The texts whose moments no earlier run has summed.
+        shard: The place of this process among those that share the model.
+        layers: The attention layers as this process has them, where they share it.
 
     Raises:
         UserError: The journal is in use, or the disk refuses.
@@ -62,20 +68,24 @@ class Recorder:
         expected: Iterable[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = (),
         moments: MomentsConfig = MomentsConfig(),  # noqa: B008
         is_uncounted: ExampleFilter = EVERY_EXAMPLE,
+        shard: ModelShard = WHOLE_MODEL,
+        layers: Sequence[AttentionLayer] = (),
     ) -> None:
+        self._shard = shard
         self._is_left = is_left
         self._tokenizer = tokenizer
         self._needs_tokens = capture.capture_token_strings
         self._is_continued = header["settings"]["model"].get("generate") is not None
-        self._journal = JournalWriter(journal, header, rank)
-        streams = captured_streams(heads, parts_of(capture.as_settings()))
+        own = OwnStreams(heads, parts_of(capture.as_settings()), shard, layers)
+        self._journal = JournalWriter(journal, header, rank, own.shard)
         self._counting = (
-            Counting(moments, streams, selection.sampler, self._journal, is_uncounted)
+            Counting(moments, own, selection.sampler, self._journal, is_uncounted)
             if moments.enabled
             else None
         )
+        self._captures = bool(own.streams)
         self._sniffer = Sniffer(
-            streams,
+            own.streams,
             selection,
             self,
             local_positions=capture.local_positions,
@@ -87,7 +97,7 @@ class Recorder:
         self._open.callback(self._journal.close)
         self._open.callback(self._sniffer.close)
         self._open.callback(self._sniffer.hand_on)
-        if self._counting is not None:
+        if self._counting is not None and shard.count == 1:
             self._open.callback(self._counting.save)
         self._open.enter_context(active_sniffer(self._sniffer))
         self._examples: list[Example] = []
@@ -96,13 +106,26 @@ class Recorder:
 
     @property
     def progress(self) -> Progress:
-        """How far it is; its bytes are those that have gone to the journal."""
+        """How far it is; its bytes are those that have gone to the journal.
+
+        Of several processes that share a model one counts what they have read.
+        """
+        is_first = self._shard.number == 0
         return Progress(
-            self.batches_read,
-            self.texts_read,
-            self.tokens_read,
+            is_first * self.batches_read,
+            is_first * self.texts_read,
+            is_first * self.tokens_read,
             self._sniffer.rows_kept,
             self._journal.bytes_written,
+        )
+
+    @property
+    def due(self) -> Due:
+        """What is to be done once the batch that runs has ended."""
+        counting = self._counting
+        return Due(
+            self._journal.is_due,
+            counting is not None and counting.is_due and self._journal.moments_are_saved,
         )
 
     def begin_batch(self, batch: BatchFields) -> None:
@@ -113,17 +136,23 @@ class Recorder:
             counted = self._counting.lengths(batch.example_ids, batch.sequence_lengths.numpy())
         self._sniffer.begin_batch(batch.example_ids.tolist(), lengths, batch.listed, counted)
 
-    def end_batch(self, batch: BatchFields, before_saving: Callable[[], None] = lambda: None) -> None:
+    def end_batch(
+        self,
+        batch: BatchFields,
+        before_saving: Callable[[], None] = lambda: None,
+        due: Due | None = None,
+    ) -> None:
         """Move the batch's rows to the journal, or keep them for the end of another that soon follows.
 
         Args:
             batch: Its fields.
             before_saving: Called where rows are moved; raises where they may not be.
+            due: What is to be done, as all processes that share the model do it; None does what is due.
 
         Raises:
             UserError: The backbone has run outside ``capture_attention``.
         """
-        if batch.sequence_lengths.any() and not self._sniffer.has_captured:
+        if self._captures and batch.sequence_lengths.any() and not self._sniffer.has_captured:
             raise UserError(
                 "SnifferCallback: predict_step has run, and nothing was captured; run self.backbone "
                 "under `with qk_sniffer.models.capture_attention(self.backbone):`"
@@ -138,11 +167,24 @@ class Recorder:
         self.batches_read += 1
         self.texts_read += len(batch.example_ids)
         self.tokens_read += int(batch.sequence_lengths.sum())
-        if self._journal.is_due:
+        due = due or self.due
+        if due.rows:
             before_saving()
             self._sniffer.hand_on()
-            if self._counting is not None and self._counting.is_due:
+            if self._counting is not None and due.moments:
                 self._counting.save()
+
+    def finish(self, ranks: Ranks) -> None:
+        """Commit what all texts have, in all processes.
+
+        Raises:
+            UserError: The disk refused something; what was committed stays readable.
+        """
+        if self._counting is not None and self._shard.count > 1:
+            # Each keeps the last sums that all of them have, and replaces those before.
+            ranks.run(self._journal.wait_for_moments)
+            self._counting.save()
+        ranks.run(self.close)
 
     def close(self) -> None:
         """Commit what is waiting, and stop capturing; a second call does nothing.

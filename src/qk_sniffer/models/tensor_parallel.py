@@ -1,0 +1,263 @@
+"""One model over several processes, each of which computes some of its attention heads.
+
+transformers shards the projections by the model's plan, evenly. Where the key heads can't be divided
+evenly, its plan would cut a head in two: then the attention projections are loaded whole, and each
+process keeps the rows and columns of the heads that fall to it.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qk_sniffer.capture import AttentionLayer, ModelShard, ScoreFunction
+from qk_sniffer.errors import UserError
+
+_KEY_PROJECTIONS = ("k_proj", "kv_b_proj", "qkv_proj", "query_key_value")
+_CAN_BE_CUT = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
+"""Projections that can be cut between any two heads: the rows of a head are adjacent in the first
+three, its columns in the last."""
+
+_CAN_SHARD = hasattr(PreTrainedModel, "prepare_distribute_model")
+"""Whether this transformers knows ``DistributedConfig``."""
+
+
+def require_plan(
+    name: str, skeleton: PreTrainedModel, layers: Sequence[AttentionLayer], count: int
+) -> None:
+    """See that a model can be shared by so many processes.
+
+    Args:
+        name: What a person knows the model by.
+        skeleton: The model, or one without weights.
+        layers: Its attention layers.
+        count: Processes that are to share it.
+
+    Raises:
+        UserError: It can't.
+    """
+    if not _CAN_SHARD:
+        raise UserError(
+            "model.tensor_parallel: this release of transformers can't do that; install 5.23 or later"
+        )
+    plan = plan_of(skeleton)
+    if not any(".layers." in f".{key}" for key in plan):
+        raise UserError(
+            f"model.tensor_parallel: transformers has no plan by which processes share "
+            f"{type(skeleton).__name__} ({name}); set it to 1, and spread the model with "
+            "model.device_map: auto if it is larger than a device"
+        )
+    fewest = min(layer.num_key_value_heads for layer in layers)
+    if _is_even(plan, layers, count):
+        return
+    rules = _attention_rules(plan)
+    if {
+        key.rpartition(".")[2]: style for key, style in rules.items() if "wise" in style
+    } != _CAN_BE_CUT:
+        raise UserError(
+            f"model.tensor_parallel: {count} processes can't share the {fewest} key heads of {name} "
+            "evenly; set it to a number that divides them"
+        )
+    if fewest < count:
+        raise UserError(
+            f"model.tensor_parallel: {name} has {fewest} key heads, too few for {count} processes; set "
+            f"it to {fewest} or less"
+        )
+
+
+def plan_of(model: PreTrainedModel) -> dict[str, str]:
+    """By which transformers shards a model: a style for each module or parameter that it names."""
+    return dict(getattr(model, "_tp_plan", None) or {})
+
+
+def _attention_rules(plan: Mapping[str, str]) -> dict[str, str]:
+    """The rules for the modules beside the projection of keys."""
+    owners = {key.rpartition(".")[0] for key in plan if key.rpartition(".")[2] in _KEY_PROJECTIONS}
+    return {key: style for key, style in plan.items() if key.rpartition(".")[0] in owners}
+
+
+def _is_even(plan: Mapping[str, str], layers: Sequence[AttentionLayer], count: int) -> bool:
+    """Whether transformers' way of sharding cuts no head in two."""
+    shares_heads = any(
+        key.rpartition(".")[2] in _KEY_PROJECTIONS and style == "colwise" for key, style in plan.items()
+    )
+    return not shares_heads or all(layer.num_key_value_heads % count == 0 for layer in layers)
+
+
+class SharedModel:
+    """What loads the part of a model that one of several processes computes.
+
+    Every process of a run makes one at the same time.
+
+    Args:
+        shard: Its place among those that share the model.
+        device: Where its part goes.
+        plan: By which transformers shards the model.
+        layers: The attention layers of the whole model.
+    """
+
+    def __init__(
+        self,
+        shard: ModelShard,
+        device: torch.device,
+        plan: Mapping[str, str],
+        layers: Sequence[AttentionLayer],
+    ) -> None:
+        self._shard = shard
+        self._device = device
+        self._layers = {layer.layer_idx: layer for layer in layers}
+        self._rules = {} if _is_even(plan, layers, shard.count) else _attention_rules(plan)
+        """For the projections that are loaded whole and cut."""
+        shape = dist.get_world_size() // shard.count, 1, 1, 1, shard.count
+        names = "replica", "pp", "dp_replicate", "fsdp", "tp"
+        mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
+        self._mesh = mesh["pp", "dp_replicate", "fsdp", "tp"]
+
+    def load(self, cls: Any, **kwargs: Any) -> Any:
+        """Load this process's part with ``from_pretrained``.
+
+        Args:
+            cls: The auto class.
+            kwargs: Of ``from_pretrained``, without a device map.
+
+        Returns:
+            What that gives.
+        """
+        from transformers.distributed import DistributedConfig
+
+        # The empty plan would shard nothing at all.
+        config = DistributedConfig(
+            tp_size=self._shard.count, tp_plan=dict.fromkeys(self._rules, "replicate") or None
+        )
+        with self._sharding():
+            return cls.from_pretrained(**kwargs, distributed_config=config)
+
+    @contextmanager
+    def _sharding(self) -> Iterator[None]:
+        """Let transformers shard over the processes of one group, on their devices.
+
+        By itself it takes all processes of a run for one group, and the first accelerator that it sees.
+        """
+        from transformers.distributed.utils import TransformersDeviceMesh
+
+        meshes = TransformersDeviceMesh(self._mesh, self._mesh)
+
+        def prepare(cls: Any, config: Any, device_map: Any = None) -> Any:
+            return config, self._device, meshes
+
+        # Inherited by the class, so that what is set here hides it for a while.
+        PreTrainedModel.prepare_distribute_model = classmethod(prepare)
+        try:
+            yield
+        finally:
+            del PreTrainedModel.prepare_distribute_model
+
+    def cut(self, model: PreTrainedModel) -> None:
+        """Keep of attention projections that were loaded whole what falls to this process.
+
+        Args:
+            model: The model, as ``load`` has given it.
+        """
+        for key in self._rules:
+            for number, module in _modules(model, key):
+                self._cut_projection(module, key.rpartition(".")[2], self._layers[number])
+
+    def _cut_projection(self, module: nn.Module, name: str, layer: AttentionLayer) -> None:
+        if name in ("q_proj", "o_proj"):
+            heads, n_heads = self._shard.query_heads(layer), layer.num_attention_heads
+        elif name in ("k_proj", "v_proj"):
+            heads, n_heads = self._shard.key_heads(layer), layer.num_key_value_heads
+        else:
+            # A norm of single heads.
+            return
+        _keep_heads(module, heads, n_heads, dim=1 if name == "o_proj" else 0)
+        if name == "o_proj":
+            _sum_outputs(module, self._mesh["tp"].get_group())
+
+
+def _modules(model: nn.Module, key: str) -> Iterator[tuple[int, Any]]:
+    """The modules that a rule of a plan names, each with the number of its layer."""
+    name_of = re.compile(re.escape(key).replace(r"\*", r"(\d+)"))
+    for name, module in model.named_modules():
+        if match := name_of.fullmatch(name):
+            yield int(match[1]), module
+
+
+def _keep_heads(projection: nn.Linear, heads: range, n_heads: int, *, dim: int) -> None:
+    """Keep some heads of a projection, whose rows (``dim`` 0) or columns (1) are those of all heads."""
+    width = projection.weight.shape[dim] // n_heads
+    own = slice(heads.start * width, heads.stop * width)
+    weight = projection.weight.detach()
+    # A copy, since what the slice is of would stay in memory.
+    kept = (weight[own] if dim == 0 else weight[:, own]).clone()
+    projection.weight = nn.Parameter(kept, requires_grad=False)
+    projection.out_features, projection.in_features = kept.shape
+    if dim == 0 and projection.bias is not None:
+        projection.bias = nn.Parameter(projection.bias.detach()[own].clone(), requires_grad=False)
+
+
+def _sum_outputs(projection: nn.Linear, group: Any) -> None:
+    """Let an output projection give the sum over all processes of a group, and its bias once."""
+    bias = projection.bias
+    projection.bias = None
+
+    def add_up(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        dist.all_reduce(output, group=group)
+        return output if bias is None else output + bias
+
+    projection.register_forward_hook(add_up)
+
+
+def whole_layers(
+    held: Sequence[Sequence[AttentionLayer]], layers: Sequence[AttentionLayer]
+) -> list[AttentionLayer]:
+    """What a probe would see of the attention layers of the whole model.
+
+    Args:
+        held: What it saw in each of the processes that share the model, in their order.
+        layers: The whole layers, without their ``scores``.
+
+    Raises:
+        UserError: The processes have not the heads that fall to them.
+    """
+    whole = []
+    for layer, parts in zip(layers, zip(*held, strict=True), strict=True):
+        shards = [ModelShard(number, len(parts)) for number in range(len(parts))]
+        shares = [(len(s.query_heads(layer)), len(s.key_heads(layer))) for s in shards]
+        found = [(part.num_attention_heads, part.num_key_value_heads) for part in parts]
+        all_heads = layer.num_attention_heads, layer.num_key_value_heads
+        if found not in (shares, [all_heads] * len(parts)):
+            raise UserError(
+                f"model.tensor_parallel: the plan of transformers gives {len(parts)} processes "
+                f"{_listed(found)} query and key heads of layer {layer.layer_idx}, which has "
+                f"{all_heads[0]} and {all_heads[1]}, so their numbers can't be told; set it to 1"
+            )
+        scores = parts[0].scores if found[0] == all_heads else _joined([part.scores for part in parts])
+        n_query, n_key = all_heads
+        whole.append(
+            replace(parts[0], num_attention_heads=n_query, num_key_value_heads=n_key, scores=scores)
+        )
+    return whole
+
+
+def _listed(heads: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{n_query} and {n_key}" for n_query, n_key in heads)
+
+
+def _joined(scores: Sequence[ScoreFunction | None]) -> ScoreFunction | None:
+    """The score function of all heads, from those of some heads each."""
+    known = [function for function in scores if function is not None]
+    if len(known) < len(scores):
+        return None
+    numbers = {
+        name: [number for function in known for number in getattr(function, name)]
+        for name in ("alibi_slopes", "sinks")
+        if getattr(known[0], name) is not None
+    }
+    return replace(known[0], **numbers)
