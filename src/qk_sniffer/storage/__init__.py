@@ -94,6 +94,7 @@ from qk_sniffer.storage.schema import (
     moment_schema,
     parse_head_name,
 )
+from qk_sniffer.storage.shards import Shard
 from qk_sniffer.storage.sizes import head_files_bytes, journal_bytes, moments_bytes, row_bytes
 from qk_sniffer.storage.stored_rows import StoredRows, fault_of_columns, fault_of_values
 from qk_sniffer.storage.summary import (
@@ -133,6 +134,7 @@ __all__ = [
     "Owner",
     "Ownership",
     "Place",
+    "Shard",
     "StoredRows",
     "as_moments",
     "captured_names",

@@ -4,13 +4,16 @@ Every process of a run writes a part of the journal, a directory with a log and 
 ``commits.jsonl`` there has one line for each batch, an XXH3 digest of the line and the JSON behind it.
 A line is written after the bytes that it names are synced, so a line that is whole names bytes that are
 there; only a failing disk breaks that, and then the batch's own digest shows it.
+
+Of processes that share a model each has a batch's line. The batch counts where all of them have it: one
+that died may have fewer than the others.
 """
 
 import json
 import logging
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +27,7 @@ from filelock import FileLock, Timeout
 from qk_sniffer.errors import UserError
 from qk_sniffer.storage.checked import header_fault, is_commit
 from qk_sniffer.storage.files import damaged, read_json, replacing
+from qk_sniffer.storage.shards import companions, part_directories
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +76,9 @@ class CommitLog:
     n_broken: int = 0
 
     def example_ids(self) -> npt.NDArray[np.int32]:
-        """The committed examples."""
-        return np.concatenate([np.empty(0, np.int32), *(commit.example_ids for commit in self.commits)])
+        """The committed examples, ascending."""
+        ids = (commit.example_ids for commit in self.commits)
+        return np.unique(np.concatenate([np.empty(0, np.int32), *ids]))
 
     def records(self) -> list[Commit | bool]:
         """What a log is to hold."""
@@ -91,16 +96,6 @@ def read_header(journal: Path) -> dict[str, Any]:
     if fault := header_fault(header):
         raise damaged(path, f"it is no header of a journal ({fault})")
     return header
-
-
-def part_directory(journal: Path, rank: int) -> Path:
-    """The part of a journal that a process writes."""
-    return journal / f"rank-{rank:05d}"
-
-
-def part_directories(journal: Path) -> list[Path]:
-    """All parts of a journal; those of an earlier run may be more than there are processes now."""
-    return sorted(journal.glob("rank-*"))
 
 
 @contextmanager
@@ -167,15 +162,39 @@ def append_records(file: Any, records: Sequence[Commit | bool]) -> None:
 
 
 def read_journal(journal: Path) -> CommitLog:
-    """What the logs of all parts of a journal say."""
+    """What the logs of all parts of a journal say, with the batches that count."""
+    logs = {part: read_commits(part) for part in part_directories(journal)}
+    counted = _counted(logs)
     joined = CommitLog()
-    for part in part_directories(journal):
-        found = read_commits(part)
-        joined.commits += found.commits
+    for part, found in logs.items():
+        joined.commits += counted[part]
         joined.n_broken += found.n_broken
         if found.finalizing is not None:
             joined.finalizing = found.finalizing
     return joined
+
+
+def _counted(logs: Mapping[Path, CommitLog]) -> dict[Path, list[Commit]]:
+    """The batches of each part that all processes which share its model have, by their texts."""
+    batches = {part: {_key(commit): commit for commit in log.commits} for part, log in logs.items()}
+    counted = {}
+    for part, log in logs.items():
+        others = [batches.get(other, {}) for other in companions(part) if other != part]
+        # A batch that one of them has twice was captured anew, and the last is that of all.
+        counted[part] = [
+            commit
+            for commit in log.commits
+            if not others
+            or (
+                batches[part][_key(commit)] is commit and all(_key(commit) in other for other in others)
+            )
+        ]
+    return counted
+
+
+def _key(commit: Commit) -> bytes:
+    """What the batch of one process and that of another have in common."""
+    return commit.example_ids.tobytes()
 
 
 def read_commits(directory: Path) -> CommitLog:
@@ -252,10 +271,33 @@ def repair(directory: Path, consequence: str) -> CommitLog:
     found.n_broken += len(found.commits) - len(kept)
     found.commits = kept
     drop_broken(directory, found, consequence)
-    ends = {commit.segment: commit.stop for commit in kept}
+    _cut_segments(directory, kept)
+    return found
+
+
+def repair_journal(journal: Path, consequence: str) -> None:
+    """Repair all parts of a journal.
+
+    Batches that not all processes which share a model have go too, and nobody is told: a death leaves
+    them behind as it does those that are not committed.
+
+    Args:
+        journal: The journal.
+        consequence: As in ``repair``.
+    """
+    logs = {part: repair(part, consequence) for part in part_directories(journal)}
+    for part, counted in _counted(logs).items():
+        if len(counted) < len(logs[part].commits):
+            logs[part].commits = counted
+            write_commits(part, logs[part].records())
+            _cut_segments(part, counted)
+
+
+def _cut_segments(directory: Path, commits: Sequence[Commit]) -> None:
+    """Cut the segments of a part behind its last batches."""
+    ends = {commit.segment: commit.stop for commit in commits}
     for file in directory.glob("segment-*.arrow"):
         if file not in ends:
             file.unlink()
         elif file.stat().st_size > ends[file]:
             os.truncate(file, ends[file])
-    return found

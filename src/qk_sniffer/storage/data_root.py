@@ -22,10 +22,9 @@ from qk_sniffer.storage.checked import require_own_files
 from qk_sniffer.storage.commits import (
     HEADER_FILE,
     locked_journal,
-    part_directories,
     read_header,
     read_journal,
-    repair,
+    repair_journal,
 )
 from qk_sniffer.storage.files import explained_writing
 from qk_sniffer.storage.finished import finished_runs
@@ -245,9 +244,8 @@ def prepare_data_root(data_root: Path, overwrite: bool) -> None:
 def _repair_journal(journal: Path) -> None:
     remedy = "make room or mend the disk, then try again"
     with explained_writing(journal, remedy), locked_journal(journal):
-        for part in part_directories(journal):
-            repair(part, "what they stood for is captured again")
-            repair_states(part)
+        repair_journal(journal, "what they stood for is captured again")
+        repair_states(journal)
 
 
 def require_shared(data_root: Path, ranks: Ranks) -> None:

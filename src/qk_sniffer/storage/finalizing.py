@@ -26,12 +26,11 @@ from qk_sniffer.storage.commits import (
     COMMITS_FILE,
     HEADER_FILE,
     Commit,
+    CommitLog,
     append_records,
     drop_broken,
     is_intact,
     locked_journal,
-    part_directories,
-    part_directory,
     read_commits,
     read_journal,
     write_commits,
@@ -64,6 +63,7 @@ from qk_sniffer.storage.schema import (
     examples_schema,
     keeps_rows,
 )
+from qk_sniffer.storage.shards import part_directories
 
 _MOST_THREADS = 16
 _HEADS_AT_ONCE = 16
@@ -71,7 +71,7 @@ _HEADS_AT_ONCE = 16
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 _Group = tuple[int, list[HeadFiles]]
-"""Some heads of one layer and kind: the number of the stream, and their files."""
+"""Some heads of one layer and kind that lie in the same parts: the stream's number, and their files."""
 _Share = tuple[dict[str, FileFacts], npt.NDArray[np.int32]]
 """What a process has written: its heads, and the texts with rows that are not finite."""
 
@@ -121,7 +121,7 @@ def finalize(
         @explained
         def begin(damaged: Iterable[Sequence[Commit]], complete: bool) -> None:
             _drop_damaged(directory, list(chain.from_iterable(damaged)))
-            with (part_directory(directory, 0) / COMMITS_FILE).open("ab", buffering=0) as log:
+            with (part_directories(directory)[0] / COMMITS_FILE).open("ab", buffering=0) as log:
                 append_records(log, [complete])
 
         ranks.first(lock)
@@ -223,7 +223,7 @@ def _drop_damaged(journal: Path, damaged: Sequence[Commit]) -> None:
         kept = [c for c in read_commits(part).commits if (c.segment, c.start) not in places]
         write_commits(part, kept)
     if damaged:
-        n_examples = sum(commit.example_ids.size for commit in damaged)
+        n_examples = CommitLog([*damaged]).example_ids().size
         raise UserError(
             f"{', '.join(map(str, files))}: damaged, the rows of {n_examples} texts are not what was "
             "written and were dropped; run predict again to capture them anew, or `qk-sniffer finalize "
@@ -284,8 +284,9 @@ def _groups(data_root: Path, journal: JournalReader, earlier: Sequence[FinishedR
             for head, name in enumerate(stream_names(stream))
         ]
         groups += [
-            (number, files[first : first + _HEADS_AT_ONCE])
-            for first in range(0, len(files), _HEADS_AT_ONCE)
+            (number, [files[head] for head in heads[first : first + _HEADS_AT_ONCE]])
+            for heads in journal.together(number)
+            for first in range(0, len(heads), _HEADS_AT_ONCE)
         ]
     return groups
 
@@ -324,9 +325,10 @@ def _write_heads(
     def write(group: _Group) -> list[tuple[FileFacts, NonFinite]]:
         number, files = group
         with ExitStack() as stack:
-            stream = stack.enter_context(journal.stream(number))
+            head = files[0].number
+            stream = stack.enter_context(journal.stream(number, head))
             beside = _statistics_beside(journal.header["streams"], number)
-            statistics = None if beside is None else stack.enter_context(journal.stream(beside))
+            statistics = None if beside is None else stack.enter_context(journal.stream(beside, head))
             return write_heads(stream, files, tokens, digest, statistics)
 
     with ThreadPoolExecutor(n_threads(ranks)) as pool:

@@ -14,11 +14,12 @@ import queue
 import shutil
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,13 +36,13 @@ from qk_sniffer.storage.commits import (
     Commit,
     append_records,
     locked_part,
-    part_directory,
     repair,
 )
 from qk_sniffer.storage.direct import PAGE, DirectFile
 from qk_sniffer.storage.files import explained_writing, sync_directory, write_text
-from qk_sniffer.storage.moment_states import next_state_file, state_files, write_state
+from qk_sniffer.storage.moment_states import next_state_files, state_files, write_state
 from qk_sniffer.storage.schema import examples_schema
+from qk_sniffer.storage.shards import Shard, note_heads, part_directory
 
 log = logging.getLogger(__name__)
 
@@ -196,14 +197,19 @@ class JournalWriter:
         journal: The journal; made if it is missing.
         header: What is captured, kept by the first process for whoever reads the journal.
         rank: Number of this process among those of the run.
+        shard: What it writes where it shares the model with others, which hand it the same texts, and
+            commit them together at the same batches; None where it writes all heads.
 
     Raises:
-        UserError: Another process writes this part, or the disk refuses.
+        UserError: Another process writes this part, it has other heads, or the disk refuses.
     """
 
-    def __init__(self, journal: Path, header: dict[str, Any], rank: int = 0) -> None:
+    def __init__(
+        self, journal: Path, header: dict[str, Any], rank: int = 0, shard: Shard | None = None
+    ) -> None:
         self.journal = journal
-        self.directory = directory = part_directory(journal, rank)
+        self.directory = directory = part_directory(journal, rank, 1 if shard is None else shard.count)
+        self._keeps_texts = shard is None or shard.number == 0
         self._streams = {
             (stream["layer_idx"], stream["kind"]): i for i, stream in enumerate(header["streams"])
         }
@@ -212,7 +218,9 @@ class JournalWriter:
             directory.mkdir(parents=True, exist_ok=True)
             undo.enter_context(locked_part(directory))
             earlier = repair(directory, "what they stood for is captured again")
-            self._moments = next_state_file(directory)
+            self._moment_files = cycle(next_state_files(directory))
+            if shard is not None:
+                note_heads(directory, shard.heads, header["streams"], is_new=not earlier.commits)
             if rank == 0:
                 write_text(journal / HEADER_FILE, json.dumps(header))
             numbers = [int(c.segment.stem.rpartition("-")[2]) for c in earlier.commits]
@@ -226,7 +234,8 @@ class JournalWriter:
         self._watches_space = rank == 0
         self._error: Exception | None = None
         self._vectors = 0
-        self._waiting_moments: MomentState | None = None
+        self._waiting_moments: deque[tuple[int, MomentState]] = deque(maxlen=1)
+        self._n_moments_given = self._n_moments_saved = 0
         self.bytes_written = 0
         """Of the batches that this writer has committed."""
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(MOST_TASKS)
@@ -256,14 +265,16 @@ class JournalWriter:
         Args:
             blocks: What the vectors are; those of a layer and kind in the order of their tokens.
             numbers: Of all rows.
-            examples: The texts.
+            examples: The texts. Of processes that share a model the first alone writes more of them
+                than their ids.
         """
         self._raise_error()
         self._last_write = time.monotonic()
         # Made here, since a thread that wants the interpreter takes it from the forward's.
         content = pa.BufferOutputStream()
         with pa.ipc.new_stream(content, self._texts) as stream:
-            stream.write_table(pa.Table.from_pylist([vars(e) for e in examples], self._texts))
+            texts = [vars(example) for example in examples] if self._keeps_texts else []
+            stream.write_table(pa.Table.from_pylist(texts, self._texts))
         ids = np.array([example.example_id for example in examples], np.int32)
         task = partial(self._end_batch, self._index(blocks), numbers, content.getvalue(), ids)
         self._queue.put(partial(self._attempt, task))
@@ -271,12 +282,24 @@ class JournalWriter:
     def save_moments(self, state: MomentState) -> None:
         """Write the moments of all texts counted since this writer was opened, for those saved before.
 
-        Their arrays may not change any more.
+        Their arrays may not change any more. Processes that share a model do so at the same batches,
+        and only where ``moments_are_saved`` in all of them, so that all always have some in common.
         """
         self._raise_error()
+        self._n_moments_given += 1
         # One that waits for the disk still is not needed any more.
-        self._waiting_moments = state
+        self._waiting_moments.append((self._n_moments_given, state))
         self._queue.put(partial(self._attempt, self._write_moments))
+
+    @property
+    def moments_are_saved(self) -> bool:
+        """Whether the moments that ``save_moments`` was last given are on disk.
+
+        Raises:
+            UserError: The disk has refused something.
+        """
+        self._raise_error()
+        return self._n_moments_saved == self._n_moments_given
 
     def close(self) -> None:
         """Write and commit what is waiting, and close the files.
@@ -373,10 +396,12 @@ class JournalWriter:
             self._sync()
 
     def _write_moments(self) -> None:
-        state, self._waiting_moments = self._waiting_moments, None
-        if state is not None:
-            with explained_writing(self._moments, _CONTINUE):
-                write_state(self._moments, state)
+        if self._waiting_moments:
+            number, state = self._waiting_moments.pop()
+            path = next(self._moment_files)
+            with explained_writing(path, _CONTINUE):
+                write_state(path, state)
+            self._n_moments_saved = number
 
     def _index(self, blocks: Sequence[Block]) -> npt.NDArray[Any]:
         """The index of a batch's blocks, with places that count from its first vector and number."""

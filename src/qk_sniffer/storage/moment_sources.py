@@ -19,7 +19,7 @@ from qk_sniffer.moments import MomentState, MomentTable
 from qk_sniffer.storage.file_facts import is_described, moment_file, moment_files
 from qk_sniffer.storage.manifest import read_manifest
 from qk_sniffer.storage.moment_files import as_moments, fault_of_moments, read_layer
-from qk_sniffer.storage.moment_states import counted_ids, map_state, state_files
+from qk_sniffer.storage.moment_states import counted_ids, counted_states, map_state
 from qk_sniffer.storage.schema import (
     JOURNAL_DIRECTORY,
     MANIFEST_FILE,
@@ -82,30 +82,31 @@ class CountedMoments:
     """The moments that a process of a run has counted; attributes and methods as above.
 
     Args:
-        path: Their file.
+        paths: Their file; several of processes that share a model, each of which has other heads.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.place = str(path)
-        self.example_ids = counted_ids(path)
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self.place = str(paths[0])
+        self.example_ids = counted_ids(paths[0])
 
     @cached_property
-    def _state(self) -> MomentState:
-        return map_state(self._path)
+    def _states(self) -> list[MomentState]:
+        return [map_state(path) for path in self._paths]
 
     def tables(self, kind: Kind, layer_idx: int) -> list[MomentTable]:
         """Those of a layer and kind."""
-        found = (t.select(t.layer_idx == layer_idx) for t in self._state.tables.get(kind, ()))
+        tables = (table for state in self._states for table in state.tables.get(kind, ()))
+        found = (table.select(table.layer_idx == layer_idx) for table in tables)
         return [table for table in found if len(table)]
 
     def require_intact(self, _: Mapping[Kind, pa.Schema]) -> None:
-        """See that the file is what was written.
+        """See that the files are what was written.
 
         Raises:
-            UserError: It is not.
+            UserError: One is not.
         """
-        self._state  # noqa: B018
+        self._states  # noqa: B018
 
 
 Moments = StoredMoments | CountedMoments
@@ -149,7 +150,7 @@ def moments_there(data_root: Path) -> list[Moments]:
         [StoredMoments(directory)] if (directory / MANIFEST_FILE).exists() else []
         for directory in (data_root, data_root / PULLED_DIRECTORY)
     )
-    states = state_files(data_root / JOURNAL_DIRECTORY)
+    states = counted_states(data_root / JOURNAL_DIRECTORY)
     return [*own, *map(CountedMoments, states), *pulled]
 
 

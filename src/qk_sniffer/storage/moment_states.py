@@ -3,6 +3,10 @@
 They are one file, an archive of NumPy arrays with the checksums of ZIP, which is replaced as a whole. A
 process that goes on later begins a file of its own. Each names its texts itself, so that a text counts
 once whatever the commit logs say of its rows.
+
+Processes that share a model have the moments of their own heads each, which count where all of them
+have those of the same texts. So each of them has two files, and replaces the one that is older: while
+some have begun to write, all have what was written before.
 """
 
 import logging
@@ -11,6 +15,7 @@ import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +24,9 @@ import numpy.typing as npt
 
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.moments import MomentState, MomentTable
-from qk_sniffer.storage.commits import part_directories
 from qk_sniffer.storage.files import replacing
 from qk_sniffer.storage.schema import temporary_name
+from qk_sniffer.storage.shards import companions, has_texts, is_whole, part_directories
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +49,51 @@ def _files(part: Path) -> list[Path]:
     return sorted(part.glob(_FILES))
 
 
-def next_state_file(part: Path) -> Path:
-    """Where a process that opens a part of a journal writes the moments of its texts."""
-    last = max((int(path.stem.rpartition("-")[2]) for path in _files(part)), default=-1)
-    return part / f"moments-{last + 1:05d}.npz"
+def _opening(path: Path) -> int:
+    """The number of the opening of its part in which a file was written."""
+    return int(path.stem.split("-")[1])
+
+
+def next_state_files(part: Path) -> list[Path]:
+    """Where a process that opens a part of a journal writes the moments of its texts, by turns.
+
+    All processes that share its model must open theirs before one of them writes, so that they give
+    this opening the same number.
+    """
+    there = [_opening(path) for other in companions(part) for path in _files(other)]
+    name = f"moments-{max(there, default=-1) + 1:05d}"
+    if is_whole(part):
+        return [part / f"{name}.npz"]
+    return [part / f"{name}-a.npz", part / f"{name}-b.npz"]
+
+
+def counted_states(journal: Path) -> list[list[Path]]:
+    """The files of moments that count; those of processes that share a model belong together.
+
+    Of several that one opening of these has left, those count that have most texts, of which all
+    processes have theirs.
+
+    Raises:
+        UserError: One of these is damaged.
+    """
+    found = []
+    for part in filter(has_texts, part_directories(journal)):
+        if is_whole(part):
+            found += [[path] for path in _files(part)]
+            continue
+        for opening in sorted({_opening(path) for path in _files(part)}):
+            by_texts = [
+                {
+                    counted_ids(path).tobytes(): path
+                    for path in _files(other)
+                    if _opening(path) == opening
+                }
+                for other in companions(part)
+            ]
+            if common := set.intersection(*map(set, by_texts)):
+                texts = max(common, key=len)
+                found.append([paths[texts] for paths in by_texts])
+    return found
 
 
 def write_state(path: Path, state: MomentState) -> None:
@@ -87,16 +133,22 @@ def counted_ids(path: Path) -> npt.NDArray[np.int32]:
         return _as_texts(archive[_EXAMPLE_IDS])
 
 
-def repair_states(part: Path) -> None:
-    """Remove the moments of a part of a journal that are damaged or not complete, and tell the user."""
-    for path in part.glob(temporary_name(_FILES)):
-        path.unlink()
-    for path in _files(part):
+def repair_states(journal: Path) -> None:
+    """Remove the moments of a journal that are damaged or not complete, and tell the user of damage.
+
+    Those of processes that share a model, of which not all have theirs, go too.
+    """
+    for part in part_directories(journal):
+        for path in part.glob(temporary_name(_FILES)):
+            path.unlink()
+    for path in state_files(journal):
         try:
             map_state(path)
         except UserError:
             path.unlink()
             log.warning("%s: damaged, it holds no moments; its texts are counted anew", path)
+    for path in {*state_files(journal)} - {*chain.from_iterable(counted_states(journal))}:
+        path.unlink()
 
 
 def _state(arrays: Mapping[str, npt.NDArray[Any]]) -> MomentState:

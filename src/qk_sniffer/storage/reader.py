@@ -1,7 +1,7 @@
 """Reads a journal: by memory map, one row of vectors as one element, so that numpy moves whole rows."""
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from math import gcd
@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from qk_sniffer.storage.commits import Commit, read_header, read_journal
 from qk_sniffer.storage.journal import ALIGNMENT, DTYPES, INDEX
+from qk_sniffer.storage.shards import has_texts, heads_of_parts
 
 _NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -36,19 +37,24 @@ class JournalReader:
         directory: The journal; nobody may write it meanwhile.
 
     Raises:
-        UserError: The header is damaged.
+        UserError: The header is damaged, or what says which heads a part holds.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.header = read_header(directory)
         self.log = read_journal(directory)
+        self._by_part: dict[Path, list[Commit]] = {}
+        for commit in self.log.commits:
+            self._by_part.setdefault(commit.segment.parent, []).append(commit)
+        self._heads = heads_of_parts(self._by_part, self.header["streams"])
+        self._with_texts = [c for part in filter(has_texts, self._by_part) for c in self._by_part[part]]
         self._read_tokens = lru_cache(_BATCHES_AT_HAND)(self._tokens_of_batch)
         self._batch_of_example: dict[int, int] | None = None
 
     def examples(self) -> Iterator[pa.Table]:
         """The examples of each batch, with their tokens in the column ``tokens``."""
-        for commit in self.log.commits:
+        for commit in self._with_texts:
             yield self._examples_of(commit)
 
     def tokens(self, example_id: int) -> pa.Array:
@@ -56,17 +62,41 @@ class JournalReader:
         if self._batch_of_example is None:
             self._batch_of_example = {
                 example: number
-                for number, commit in enumerate(self.log.commits)
+                for number, commit in enumerate(self._with_texts)
                 for example in commit.example_ids.tolist()
             }
         return self._read_tokens(self._batch_of_example[example_id])[example_id]
 
-    def stream(self, number: int) -> "StreamReader":
-        """The rows of one layer and kind, by its number among the header's streams."""
-        return StreamReader(self, number)
+    def together(self, number: int) -> list[list[int]]:
+        """The heads of a layer and kind, those together that lie in the same parts.
+
+        Args:
+            number: That of the layer and kind among the header's streams.
+
+        Returns:
+            Their numbers among the captured heads of the stream.
+        """
+        groups: dict[tuple[Path, ...], list[int]] = {}
+        for index, head in enumerate(self.header["streams"][number]["heads"]):
+            parts = tuple(part for part, heads in self._heads.items() if head in heads[number])
+            groups.setdefault(parts, []).append(index)
+        return list(groups.values())
+
+    def stream(self, number: int, head: int = 0) -> "StreamReader":
+        """The rows of one layer and kind.
+
+        Args:
+            number: That of the layer and kind among the header's streams.
+            head: One of the heads that are read, which lie in the same parts; its number among the
+                stream's captured heads.
+        """
+        wanted = self.header["streams"][number]["heads"][head]
+        held = {part: heads[number] for part, heads in self._heads.items()}
+        parts = (part for part in self._by_part if wanted in held[part])
+        return StreamReader(self, number, [c for part in parts for c in self._by_part[part]], held)
 
     def _tokens_of_batch(self, number: int) -> dict[int, pa.Array]:
-        table = self._examples_of(self.log.commits[number])
+        table = self._examples_of(self._with_texts[number])
         ids = table["example_id"].to_pylist()
         return {i: row.values for i, row in zip(ids, table["tokens"], strict=True)}
 
@@ -114,22 +144,35 @@ class Places(NamedTuple):
 
 
 class StreamReader:
-    """The rows of one layer and kind: a context manager that holds the memory maps of the segments.
+    """The rows of heads of one layer and kind: a context manager that holds memory maps of segments.
 
     Every reader maps the segments for itself, so that it can give their pages back as it goes, and
     threads don't disturb each other.
+
+    Args:
+        journal: The journal.
+        number: That of the layer and kind among the header's streams.
+        commits: The batches that are read; all of them have the heads.
+        held: The heads of the layer and kind that each part has, in order.
     """
 
-    def __init__(self, journal: JournalReader, number: int) -> None:
+    def __init__(
+        self,
+        journal: JournalReader,
+        number: int,
+        commits: Sequence[Commit],
+        held: Mapping[Path, tuple[int, ...]],
+    ) -> None:
         stream = journal.header["streams"][number]
-        self.n_heads, self.head_dim = len(stream["heads"]), stream["head_dim"]
-        self._commits = journal.log.commits
+        self.head_dim = stream["head_dim"]
+        self._heads, self._commits, self._held = stream["heads"], commits, held
         self._number, self._n_streams = number, len(journal.header["streams"])
         self._maps: list[mmap.mmap] = []
         self._open = ExitStack()
 
     def __enter__(self) -> "StreamReader":
         segments = {commit.segment: 0 for commit in self._commits}
+        self._held_in = [self._held[segment.parent] for segment in segments]
         for number, segment in enumerate(segments):
             segments[segment] = number
             with segment.open("rb") as file:
@@ -218,29 +261,35 @@ class StreamReader:
         """
         if places.rows.size == 0:
             return []
+        before = np.array([held.index(self._heads[head]) for held in self._held_in], np.int64)
         if len(self._dtypes) == 1 and places.stretches is not None:
-            return self._stretches(head, places.breaks, places.stretches)
+            return self._stretches(before, places.breaks, places.stretches)
         vectors = np.empty((len(places.rows), self.head_dim), np.float32)
         for code in self._dtypes:
             chosen = np.flatnonzero(places.table["dtype"] == code)
             table, dtype = places.table[chosen], _NUMPY_DTYPES[DTYPES[code]]
+            segments = places.segments[chosen]
             width = dtype.itemsize * self.head_dim
-            first = table["vectors"] + (
-                (head * table["n_rows"].astype(np.int64) + places.rows[chosen]) * width
+            first = (
+                table["vectors"] + (before[segments] * table["n_rows"] + places.rows[chosen]) * width
             )
             step = gcd(width, ALIGNMENT)
-            raw: Any = self._gather(
-                np.dtype((np.void, width)), step, places.segments[chosen], first // step
-            )
+            raw: Any = self._gather(np.dtype((np.void, width)), step, segments, first // step)
             vectors[chosen] = _as_float32(raw.view(dtype).reshape(-1, self.head_dim), DTYPES[code])
         if len(self._dtypes) > 1:
             return [vectors]
         return np.split(vectors, places.breaks)
 
     def _stretches(
-        self, head: int, breaks: list[int], stretches: "list[_Stretch]"
+        self, before: npt.NDArray[np.int64], breaks: list[int], stretches: "list[_Stretch]"
     ) -> list[npt.NDArray[np.float32]]:
-        """Adjacent vectors, as they lie in the memory maps."""
+        """Adjacent vectors, as they lie in the memory maps.
+
+        Args:
+            before: (S,) how many heads each segment has before the one that is read.
+            breaks: As in ``Places``.
+            stretches: As in ``Places``.
+        """
         name = DTYPES[self._dtypes[0]]
         dtype = _NUMPY_DTYPES[name]
         width = dtype.itemsize * self.head_dim
@@ -251,7 +300,8 @@ class StreamReader:
             if done == end:
                 pieces.append([])
                 end = next(ends)
-            place = stretch.vectors + (head * stretch.n_rows + stretch.first) * width
+            first = int(before[stretch.segment]) * stretch.n_rows + stretch.first
+            place = stretch.vectors + first * width
             shape = stretch.length, self.head_dim
             pieces[-1].append(np.ndarray(shape, dtype, self._maps[stretch.segment], place))
             done += stretch.length
