@@ -135,8 +135,9 @@ class SnifferCallback(pl.Callback):
         attention = ranks.run(self._probe)
         held = attention.layers
         if ranks.model_size > 1:
+            module: Any = pl_module
             shares = ranks.gather_in_model(held)
-            whole = ranks.run(lambda: pl_module.whole_layers(shares))
+            whole = ranks.run(lambda: module.whole_layers(shares))
             attention = replace(attention, layers=whole)
         header, self._heads = ranks.run(lambda: self._describe(trainer, pl_module, attention))
         ranks.require_same(header["fingerprint"])

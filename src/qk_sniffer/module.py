@@ -486,9 +486,9 @@ class SnifferModule(pl.LightningModule):
         except torch.OutOfMemoryError as error:
             if self.tensor_parallel > 1:
                 raise UserError(
-                    f"data.max_tokens_per_batch: {size} x {width:,} tokens do not fit into the device's "
-                    "memory, and a process that shares its model can't try fewer by itself; lower it or "
-                    "data.batch_size, or set model.prefill_chunk_size, to 4096 for example"
+                    f"data.max_tokens_per_batch: {size} x {width:,} tokens do not fit into the "
+                    "device's memory, and a process that shares its model can't try fewer by itself; "
+                    "lower it or data.batch_size, or set model.prefill_chunk_size, to 4096 for example"
                 ) from error
             if size == 1:
                 raise UserError(

@@ -65,16 +65,16 @@ def _samples_of(backbone: nn.Module) -> Iterator[_Sample]:
         if parameter.is_meta:
             continue
         if isinstance(parameter, DTensor):
-            yield _sample_of_share(parameter.detach())
+            yield _sample_of_share(parameter)
         elif tensors_of(parameter) == [parameter]:
             step = max(1, parameter.numel() // _DIGESTED_VALUES)
             yield _Sample(parameter.detach().reshape(-1)[::step].float().cpu())
 
 
-def _sample_of_share(weight: DTensor) -> _Sample:
+def _sample_of_share(weight: Any) -> _Sample:
     """The sample of a weight that is sharded along one dimension, over a mesh of one."""
     places = torch.arange(0, weight.numel(), max(1, weight.numel() // _DIGESTED_VALUES))
-    placement, share = weight.placements[-1], weight.to_local()
+    placement, share = weight.placements[-1], weight.detach().to_local()
     if placement.is_replicate():
         return _Sample(share.reshape(-1)[places.to(share.device)].float().cpu())
     dim, size = placement.dim % weight.ndim, weight.shape[placement.dim]
@@ -106,7 +106,7 @@ def _whole(samples: list[_Sample]) -> list[Tensor]:
     bits = torch.cat([sample.values for sample in shared]).view(torch.int32).to(mesh.device_type)
     dist.all_reduce(bits, group=mesh.get_group())
     sizes = [len(sample.values) for sample in shared]
-    found = iter(bits.cpu().view(torch.float32).split(sizes))
+    found = iter(torch.split(bits.cpu().view(torch.float32), sizes))
     return [sample.values if sample.mesh is None else next(found) for sample in samples]
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,

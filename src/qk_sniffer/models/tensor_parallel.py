@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
 from qk_sniffer.capture import AttentionLayer, ModelShard, ScoreFunction
@@ -23,6 +24,13 @@ _KEY_PROJECTIONS = ("k_proj", "kv_b_proj", "qkv_proj", "query_key_value")
 _CAN_BE_CUT = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
 """Projections that can be cut between any two heads: the rows of a head are adjacent in the first
 three, its columns in the last."""
+
+_REFUSED = {
+    "doge": "cuts the gate of its heads in other places than the heads",
+    "hrm_text": "shards a fused projection of its checkpoint before it is taken apart",
+    "inkling_text": "shards what its convolutions need whole",
+}
+"""Architectures, by their decoder's model_type, and what the plan of transformers does to them."""
 
 _CAN_SHARD = hasattr(PreTrainedModel, "prepare_distribute_model")
 """Whether this transformers knows ``DistributedConfig``."""
@@ -46,6 +54,11 @@ def require_plan(
         raise UserError(
             "model.tensor_parallel: this release of transformers can't do that; install 5.23 or later"
         )
+    if problem := _REFUSED.get(skeleton.config.get_text_config().model_type):
+        raise UserError(
+            f"model.tensor_parallel: the plan by which transformers shares {type(skeleton).__name__} "
+            f"({name}) {problem}; set it to 1"
+        )
     plan = plan_of(skeleton)
     if not any(".layers." in f".{key}" for key in plan):
         raise UserError(
@@ -67,7 +80,7 @@ def require_plan(
     if fewest < count:
         raise UserError(
             f"model.tensor_parallel: {name} has {fewest} key heads, too few for {count} processes; set "
-            f"it to {fewest} or less"
+            f"it to {fewest}"
         )
 
 
@@ -116,7 +129,7 @@ class SharedModel:
         """For the projections that are loaded whole and cut."""
         shape = dist.get_world_size() // shard.count, 1, 1, 1, shard.count
         names = "replica", "pp", "dp_replicate", "fsdp", "tp"
-        mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
         self._mesh = mesh["pp", "dp_replicate", "fsdp", "tp"]
 
     def load(self, cls: Any, **kwargs: Any) -> Any:
@@ -168,7 +181,7 @@ class SharedModel:
             for number, module in _modules(model, key):
                 self._cut_projection(module, key.rpartition(".")[2], self._layers[number])
 
-    def _cut_projection(self, module: nn.Module, name: str, layer: AttentionLayer) -> None:
+    def _cut_projection(self, module: Any, name: str, layer: AttentionLayer) -> None:
         if name in ("q_proj", "o_proj"):
             heads, n_heads = self._shard.query_heads(layer), layer.num_attention_heads
         elif name in ("k_proj", "v_proj"):
@@ -202,7 +215,7 @@ def _keep_heads(projection: nn.Linear, heads: range, n_heads: int, *, dim: int) 
         projection.bias = nn.Parameter(projection.bias.detach()[own].clone(), requires_grad=False)
 
 
-def _sum_outputs(projection: nn.Linear, group: Any) -> None:
+def _sum_outputs(projection: Any, group: Any) -> None:
     """Let an output projection give the sum over all processes of a group, and its bias once."""
     bias = projection.bias
     projection.bias = None
@@ -255,7 +268,7 @@ def _joined(scores: Sequence[ScoreFunction | None]) -> ScoreFunction | None:
     known = [function for function in scores if function is not None]
     if len(known) < len(scores):
         return None
-    numbers = {
+    numbers: Any = {
         name: [number for function in known for number in getattr(function, name)]
         for name in ("alibi_slopes", "sinks")
         if getattr(known[0], name) is not None

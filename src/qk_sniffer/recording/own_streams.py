@@ -12,7 +12,7 @@ from qk_sniffer.storage import Shard
 
 
 class OwnStreams:
-    """The captured heads that fall to one process, as its attention calls and as the journal number them.
+    """The captured heads that fall to one process, as its attention calls and the journal number them.
 
     Args:
         heads: All captured heads, by layer.

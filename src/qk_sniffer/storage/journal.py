@@ -301,6 +301,15 @@ class JournalWriter:
         self._raise_error()
         return self._n_moments_saved == self._n_moments_given
 
+    def wait_for_moments(self) -> None:
+        """Wait until they are.
+
+        Raises:
+            UserError: The disk has refused something.
+        """
+        while not self.moments_are_saved:
+            time.sleep(0.01)
+
     def close(self) -> None:
         """Write and commit what is waiting, and close the files.
 
