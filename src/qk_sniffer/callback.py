@@ -152,6 +152,7 @@ class SnifferCallback(pl.Callback):
                 next(self._backbone.parameters()).dtype,
                 self.moments,
                 ranks.n_readers,
+                ranks.model_size,
             )
         )
         ranks.first(lambda: self.own_data_root.make_ready(self._earlier, header))

@@ -15,6 +15,7 @@ from qk_sniffer.capture import (
     SOFTMAX_BYTES,
     AttentionLayer,
     CapturedHeads,
+    ModelShard,
     Selection,
     heads_to_capture,
 )
@@ -40,7 +41,8 @@ class Capture:
         texts: What is read.
         selection: Which positions are kept.
         moments_config: Which moments are summed.
-        n_processes: Processes that share the texts.
+        n_readers: Processes, or groups of them that share a model, that share the texts.
+        n_shards: Processes that share a model.
     """
 
     config: CaptureConfig
@@ -48,7 +50,8 @@ class Capture:
     texts: Texts
     selection: Selection
     moments_config: MomentsConfig
-    n_processes: int
+    n_readers: int
+    n_shards: int
 
     @cached_property
     def heads(self) -> Mapping[int, CapturedHeads]:
@@ -64,6 +67,17 @@ class Capture:
         """The heads of each layer and kind."""
         return described_streams(self.config.as_settings(), self.heads)
 
+    @cached_property
+    def _heads_of_shares(self) -> list[dict[int, CapturedHeads]]:
+        """Those that fall to each of the processes that share a model."""
+        shards = [ModelShard(number, self.n_shards) for number in range(self.n_shards)]
+        return [{idx: shard.of(heads) for idx, heads in self.heads.items()} for shard in shards]
+
+    @cached_property
+    def _streams_of_shares(self) -> list[list[dict[str, Any]]]:
+        settings = self.config.as_settings()
+        return [described_streams(settings, heads) for heads in self._heads_of_shares]
+
     @property
     def dtype(self) -> str:
         """Number format of the vectors, by its name in torch."""
@@ -75,7 +89,7 @@ class Capture:
         if not self.moments_config.enabled:
             return None
         n_buckets = self.selection.count_buckets(int(self.texts.lengths.max()))
-        return Moments(self.moments_config, self.streams, n_buckets)
+        return Moments(self.moments_config, self.streams, self._streams_of_shares, n_buckets)
 
     @property
     def n_heads(self) -> int:
@@ -103,6 +117,7 @@ class Capture:
             n_draws=self._n_draws,
             n_batches=self.texts.n_batches,
             n_token_strings=self.texts.n_tokens if self.config.capture_token_strings else 0,
+            n_shards=self.n_shards,
         )
 
     @property
@@ -131,7 +146,8 @@ class Capture:
         """The most that vectors take of the host's memory, and of a device's, on their way."""
         if not self.selection.keeps_rows:
             return 0
-        n_bytes = self.rows_of_largest_batch * row_bytes(self.streams, self.dtype)
+        most = max(row_bytes(streams, self.dtype) for streams in self._streams_of_shares)
+        n_bytes = self.rows_of_largest_batch * most
         n_buffers: int = min(N_BUFFERS, math.ceil(n_bytes / BUFFER_BYTES) + 1)
         return n_buffers * BUFFER_BYTES
 
@@ -140,7 +156,7 @@ class Capture:
         """The most that computing the statistics of softmax takes of a device's memory."""
         if not self.config.capture_softmax:
             return 0
-        most_heads = max(len(heads.query) for heads in self.heads.values())
+        most_heads = max(len(h.query) for heads in self._heads_of_shares for h in heads.values())
         result = 4 * len(SOFTMAX_COLUMNS) * most_heads * self.rows_of_largest_batch
         return SOFTMAX_BYTES + math.ceil(result)
 

@@ -11,6 +11,7 @@ from qk_sniffer.callback import SnifferCallback
 from qk_sniffer.capture import Selection
 from qk_sniffer.errors import UserError
 from qk_sniffer.estimate.capture import Capture
+from qk_sniffer.estimate.shares import largest_share
 from qk_sniffer.estimate.table import Timing, table
 from qk_sniffer.estimate.texts import count_texts
 from qk_sniffer.estimate.timing import read_samples, seconds_a_token
@@ -75,6 +76,11 @@ def estimate(args: list[str], *, timed: bool) -> str:
     """
     cli = start(EstimateCLI, args)
     module, data, trainer, sniffer = cli.model, cli.datamodule, cli.trainer, cli.sniffer
+    if timed and module.tensor_parallel > 1:
+        raise UserError(
+            "model.tensor_parallel: --time reads with a model that one process has for itself; leave "
+            "--time out, or set it to 1"
+        )
     if timed and cli.lacks_device is not None:
         raise cli.lacks_device
     module.check_trainer(trainer)
@@ -100,7 +106,9 @@ def estimate(args: list[str], *, timed: bool) -> str:
         geometry = attention_geometry(module.backbone)
     settings = sniffer.capture
     selection = Selection.of(settings.as_settings())
-    capture = Capture(settings, geometry, texts, selection, sniffer.moments, trainer.world_size)
+    n_shards = module.tensor_parallel
+    n_readers = trainer.world_size // n_shards
+    capture = Capture(settings, geometry, texts, selection, sniffer.moments, n_readers, n_shards)
     timing = None
     if timed:
         samples = read_samples(module, capture, device, data.tokenizer)
@@ -110,6 +118,7 @@ def estimate(args: list[str], *, timed: bool) -> str:
         data,
         skeleton,
         capture,
+        largest_share(module, skeleton, geometry.layers),
         sniffer.data_root,
         timing,
         quantization_of(module.source, skeleton),

@@ -7,12 +7,14 @@ from transformers import PreTrainedModel
 
 from qk_sniffer.estimate.capture import Capture, parameter_bytes
 from qk_sniffer.estimate.lines import Line, as_size
+from qk_sniffer.estimate.shares import Share
 from qk_sniffer.models import Footprint, Quantization, decoder_backbone, forward_footprint
 
 
 def memory_lines(
     skeleton: PreTrainedModel,
     capture: Capture,
+    share: Share,
     quantization: Quantization | None,
     adapter_bytes: int,
     prefill_chunk_size: int | None,
@@ -23,31 +25,41 @@ def memory_lines(
     Args:
         skeleton: The model; it may be one without weights.
         capture: What is captured of which texts.
+        share: What a process has of the model, the one that has most.
         quantization: How the weights are stored; None as plain numbers.
         adapter_bytes: What those of an adapter take beside them.
         prefill_chunk_size: Tokens that are read at a time; None reads each batch at once.
         n_new_tokens: Tokens that the model may add to each text.
     """
     weights = list(skeleton.parameters())
-    count, dtype = sum(weight.numel() for weight in weights), str(skeleton.dtype)
-    n_bytes, numbers = parameter_bytes(weights), f"{count:,} in {dtype.removeprefix('torch.')}"
+    count, n_bytes = sum(weight.numel() for weight in weights), share.weight_bytes
+    numbers = f"{count:,} in {str(skeleton.dtype).removeprefix('torch.')}"
     if quantization is not None and quantization.n_bytes is not None:
-        n_bytes, numbers = quantization.n_bytes, f"{count:,} quantized by {quantization.method}"
+        n_bytes = quantization.n_bytes * share.weight_bytes // parameter_bytes(weights)
+        numbers = f"{count:,} quantized by {quantization.method}"
     if adapter_bytes:
         n_bytes += adapter_bytes
         numbers += f" and {as_size(adapter_bytes).strip()} of an adapter"
-    yield "memory", f"{as_size(n_bytes)}  weights of each process, {numbers}, beside activations"
+    whose = f"weights of each process, {numbers}"
+    if share.shard.count > 1:
+        whose = f"weights of a process, at most, of {numbers} that {share.shard.count:,} share"
+    yield "memory", f"{as_size(n_bytes)}  {whose}, beside activations"
+    if share.shard.count > 1 and share.has_all_heads:
+        yield (
+            "",
+            "attention is whole in each of them: transformers' plan for this model does not share it",
+        )
     if quantization is not None and quantization.n_bytes is None:
         yield (
             "",
             f"less, since they are quantized by {quantization.method}; how much can't be told here",
         )
-    yield from _device_memory(n_bytes, skeleton, capture, prefill_chunk_size)
+    with share.model(skeleton) as part:
+        yield from _device_memory(n_bytes, part, capture, prefill_chunk_size)
     if n_new_tokens:
         size, length = max(map(tuple, capture.texts.shapes.tolist()), key=prod)
         numbers_a_token = sum(
-            layer.num_key_value_heads * (layer.width("k") + layer.width("v"))
-            for layer in capture.geometry.layers
+            layer.num_key_value_heads * (layer.width("k") + layer.width("v")) for layer in share.held
         )
         cache = size * length * numbers_a_token * skeleton.dtype.itemsize
         yield "", f"{as_size(cache)}  more there while texts are continued: their keys and values"
@@ -71,7 +83,8 @@ def _device_memory(
         forward, batch = _largest_forward(skeleton, capture, prefill_chunk_size)
     # A forward may do anything with a value that isn't there.
     except Exception:
-        yield "", "activations can't be told without the weights' values; --time reads a batch"
+        remedy = "" if capture.n_shards > 1 else "; --time reads a batch"
+        yield "", f"activations can't be told without the weights' values{remedy}"
         return
     moments_bytes = 0 if capture.moments is None else capture.moments.device_bytes
     parts = [

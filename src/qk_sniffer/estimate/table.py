@@ -14,6 +14,7 @@ from qk_sniffer.data import TextDataModule
 from qk_sniffer.estimate.capture import Capture
 from qk_sniffer.estimate.lines import Line, as_size
 from qk_sniffer.estimate.memory import memory_lines
+from qk_sniffer.estimate.shares import Share
 from qk_sniffer.estimate.texts import Texts
 from qk_sniffer.estimate.timing import FILE_BYTES_PER_SECOND, Samples
 from qk_sniffer.kinds import KINDS, kinds_of
@@ -49,6 +50,7 @@ def table(
     data: TextDataModule,
     skeleton: PreTrainedModel,
     capture: Capture,
+    share: Share,
     data_root: Path,
     timing: Timing | None,
     quantization: Quantization | None,
@@ -61,6 +63,7 @@ def table(
         data: Where the texts are.
         skeleton: The model; it may be one without weights.
         capture: What is captured of which texts.
+        share: What a process has of the model, the one that has most.
         data_root: Where it would go.
         timing: What was measured; None leaves the time out.
         quantization: How the weights are stored; None as plain numbers.
@@ -73,7 +76,7 @@ def table(
         *_rows(capture),
         *_disk(capture, data_root),
         *memory_lines(
-            skeleton, capture, quantization, adapter_bytes, prefill_chunk_size, data.n_new_tokens
+            skeleton, capture, share, quantization, adapter_bytes, prefill_chunk_size, data.n_new_tokens
         ),
         *_time(capture, timing, data.n_new_tokens),
         *_warnings(skeleton, capture),
@@ -171,9 +174,7 @@ def _disk(capture: Capture, data_root: Path) -> Iterator[Line]:
         n_files = f"{capture.n_heads:,} Parquet files, in float32, compressed"
         parts.append((capture.files_bytes, n_files))
     if moments is not None:
-        whose = "" if capture.n_processes == 1 else f", of {capture.n_processes:,} processes"
-        state = f"moments in the journal{whose}, at most: two while one replaces the other"
-        parts.append((moments.journal_bytes * capture.n_processes, state))
+        parts.append((moments.journal_bytes * capture.n_readers, _states(capture)))
         parts.append((moments.n_bytes, f"moments/*.parquet, {moments.rows:,} rows in float64"))
     for number, (n_bytes, what) in enumerate(parts):
         yield "disk" if number == 0 else "", f"{as_size(n_bytes)}  {what}"
@@ -192,6 +193,17 @@ def _disk(capture: Capture, data_root: Path) -> Iterator[Line]:
         yield "", remedy
 
 
+def _states(capture: Capture) -> str:
+    """What the moments in the journal are."""
+    n_processes = capture.n_readers * capture.n_shards
+    whose = "" if n_processes == 1 else f", of {n_processes:,} processes"
+    if capture.n_shards == 1:
+        return f"moments in the journal{whose}, at most: two while one replaces the other"
+    return (
+        f"moments in the journal{whose}, of their heads each, at most: two, and one that replaces one"
+    )
+
+
 def _free_bytes(directory: Path) -> int:
     """Free space where a directory is or will be."""
     place = directory.absolute()
@@ -202,7 +214,10 @@ def _free_bytes(directory: Path) -> int:
 
 def _time(capture: Capture, timing: Timing | None, n_new_tokens: int) -> Iterator[Line]:
     if timing is None:
-        yield "time", "not measured; --time loads the model and reads some tokens of the run"
+        remedy = "--time loads the model and reads some tokens of the run"
+        if capture.n_shards > 1:
+            remedy = "--time would need a process that has all of the model"
+        yield "time", f"not measured; {remedy}"
         return
     texts, samples = capture.texts, timing.samples
     totals = sorted(samples.totals(texts.shapes, timing.n_devices, texts.scale))

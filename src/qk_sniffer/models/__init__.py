@@ -52,6 +52,7 @@ from qk_sniffer.models.results import on_result_of
 from qk_sniffer.models.rotary import RotaryTrace
 from qk_sniffer.models.scores import softmax_input
 from qk_sniffer.models.sequences import CallSequences, keeps_texts_apart, sequences_of
+from qk_sniffer.models.share import local_weights, model_share
 from qk_sniffer.models.skeleton import attention_geometry, load_skeleton, quantization_of
 from qk_sniffer.models.source import ModelSource
 from qk_sniffer.models.tensor_parallel import SharedModel, plan_of, require_plan, whole_layers
@@ -89,7 +90,9 @@ __all__ = [
     "load_config",
     "load_model",
     "load_skeleton",
+    "local_weights",
     "model_overlays",
+    "model_share",
     "must_be_read_alone",
     "name_of",
     "on_result_of",

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from qk_sniffer.models.passages import read_with_cache
+from qk_sniffer.models.share import local_weights
 from qk_sniffer.models.skeleton import NoData
 
 
@@ -67,7 +68,7 @@ class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._now = self.peak = 0
         self.at_peak: list[tuple[int, tuple[int, ...]]] = []
-        weights = [*backbone.parameters(), *backbone.buffers()]
+        weights = [*local_weights(backbone), *backbone.buffers()]
         self._known = weakref.WeakSet(weight.untyped_storage() for weight in weights)
         self._living: dict[int, tuple[int, tuple[int, ...]]] = {}
         self._count = 0

@@ -142,14 +142,30 @@ class SharedModel:
         Returns:
             What that gives.
         """
+        with self._sharding():
+            return cls.from_pretrained(**kwargs, distributed_config=self._config())
+
+    def distribute(self, model: Any) -> None:
+        """Turn a model without weights into this process's part of it.
+
+        Args:
+            model: On the meta device, with tied weights apart.
+        """
+        model.maybe_distribute_model(model, self._config(), self._meshes())
+        self.cut(model)
+
+    def _config(self) -> Any:
         from transformers.distributed import DistributedConfig
 
         # The empty plan would shard nothing at all.
-        config = DistributedConfig(
+        return DistributedConfig(
             tp_size=self._shard.count, tp_plan=dict.fromkeys(self._rules, "replicate") or None
         )
-        with self._sharding():
-            return cls.from_pretrained(**kwargs, distributed_config=config)
+
+    def _meshes(self) -> Any:
+        from transformers.distributed.utils import TransformersDeviceMesh
+
+        return TransformersDeviceMesh(self._mesh, self._mesh)
 
     @contextmanager
     def _sharding(self) -> Iterator[None]:
@@ -157,9 +173,7 @@ class SharedModel:
 
         By itself it takes all processes of a run for one group, and the first accelerator that it sees.
         """
-        from transformers.distributed.utils import TransformersDeviceMesh
-
-        meshes = TransformersDeviceMesh(self._mesh, self._mesh)
+        meshes = self._meshes()
 
         def prepare(cls: Any, config: Any, device_map: Any = None) -> Any:
             return config, self._device, meshes

@@ -17,6 +17,7 @@ from qk_sniffer.storage import (
     head_files_bytes,
     journal_bytes,
     moments_bytes,
+    most_state_files,
 )
 
 
@@ -28,7 +29,8 @@ def require_space(
     streams: Sequence[Mapping[str, Any]],
     dtype: torch.dtype,
     moments: MomentsConfig,
-    n_processes: int,
+    n_readers: int,
+    n_shards: int,
 ) -> None:
     """Compare the room on the disk with what texts will take.
 
@@ -41,7 +43,8 @@ def require_space(
         streams: The captured heads of each layer and kind, as in a journal's header.
         dtype: Number format of the vectors.
         moments: Which are summed.
-        n_processes: Processes of the run, each with moments of its own.
+        n_readers: Processes, or groups of them that share a model, each with moments of its own.
+        n_shards: Processes that share a model.
 
     Raises:
         UserError: They won't fit, or rows of this number format are not stored.
@@ -57,10 +60,9 @@ def require_space(
         rows = float(selection.expected_rows(lengths, listed).sum())
         n_draws = selection.count_draws(stream_keys(streams), lengths)
         if selection.keeps_rows:
-            journal = journal_bytes(streams, name, rows, n_draws=n_draws)
+            journal = journal_bytes(streams, name, rows, n_draws=n_draws, n_shards=n_shards)
             files = head_files_bytes(streams, name, rows)
         n_buckets = selection.count_buckets(int(lengths.max())) if lengths.numel() else 1
     sums = moments_bytes(streams, {"moments": moments.as_settings()}, n_buckets)
-    # Those of a process are there twice while newer ones replace them.
-    states = 2 * sums * n_processes
+    states = most_state_files(n_shards) * sums * n_readers
     check_space(data_root, journal + states, files + sums, states + sums)

@@ -66,6 +66,7 @@ from qk_sniffer.storage.manifest import (
 )
 from qk_sniffer.storage.moment_files import as_moments, fault_of_moments, is_not_finite
 from qk_sniffer.storage.moment_sources import require_joinable, stored_counted_ids
+from qk_sniffer.storage.moment_states import most_state_files
 from qk_sniffer.storage.ownership import Owner, Ownership, note_owner, owned, owner_of
 from qk_sniffer.storage.reports import remove_report, report_files
 from qk_sniffer.storage.schema import (
@@ -180,6 +181,7 @@ __all__ = [
     "moment_files",
     "moment_schema",
     "moments_bytes",
+    "most_state_files",
     "n_threads",
     "note_owner",
     "nothing_kept",

@@ -67,6 +67,16 @@ def next_state_files(part: Path) -> list[Path]:
     return [part / f"{name}-a.npz", part / f"{name}-b.npz"]
 
 
+def most_state_files(n_shards: int) -> int:
+    """Files of moments that a process has of one opening while it writes one of them.
+
+    Args:
+        n_shards: Processes that share its model.
+    """
+    n_kept = 1 if n_shards == 1 else 2
+    return n_kept + 1
+
+
 def counted_states(journal: Path) -> list[list[Path]]:
     """The files of moments that count; those of processes that share a model belong together.
 

@@ -44,8 +44,9 @@ def journal_bytes(
     n_draws: int,
     n_batches: float = 1,
     n_token_strings: float = 0,
+    n_shards: int = 1,
 ) -> int:
-    """Bytes of a journal.
+    """Bytes of a journal, in all its parts.
 
     Args:
         streams: What is captured.
@@ -54,10 +55,11 @@ def journal_bytes(
         n_draws: Layers and kinds with rows of their own; 1 where all share theirs.
         n_batches: Batches that they come from.
         n_token_strings: Tokens of all texts, where their strings are captured.
+        n_shards: Processes that share a model; each writes the numbers of the rows beside its vectors.
     """
     return math.ceil(
-        rows * (row_bytes(streams, dtype) + _JOURNAL_ROW * n_draws)
-        + (_BLOCK * len(streams) + _BATCH) * n_batches
+        rows * (row_bytes(streams, dtype) + _JOURNAL_ROW * n_draws * n_shards)
+        + (_BLOCK * len(streams) + _BATCH) * n_batches * n_shards
         + _JOURNAL_TOKEN * n_token_strings
     )
 
