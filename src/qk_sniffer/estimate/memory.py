@@ -45,10 +45,7 @@ def memory_lines(
         whose = f"weights of a process, at most, of {numbers} that {share.shard.count:,} share"
     yield "memory", f"{as_size(n_bytes)}  {whose}, beside activations"
     if share.shard.count > 1 and share.has_all_heads:
-        yield (
-            "",
-            "attention is whole in each of them: transformers' plan for this model does not share it",
-        )
+        yield "", "attention is whole in each: the plan of transformers does not share it"
     if quantization is not None and quantization.n_bytes is None:
         yield (
             "",

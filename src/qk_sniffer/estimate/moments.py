@@ -53,7 +53,7 @@ class Moments:
 
     @property
     def journal_bytes(self) -> int:
-        """The most that the processes of a model keep in the journal, while newer sums replace others."""
+        """The most that the processes of a model have in the journal, while new sums replace others."""
         return most_state_files(len(self.shares)) * self.n_bytes
 
     @property

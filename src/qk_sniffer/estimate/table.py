@@ -199,9 +199,7 @@ def _states(capture: Capture) -> str:
     whose = "" if n_processes == 1 else f", of {n_processes:,} processes"
     if capture.n_shards == 1:
         return f"moments in the journal{whose}, at most: two while one replaces the other"
-    return (
-        f"moments in the journal{whose}, of their heads each, at most: two, and one that replaces one"
-    )
+    return f"moments in the journal{whose}, at most: two of its heads each, and one that is written"
 
 
 def _free_bytes(directory: Path) -> int:
