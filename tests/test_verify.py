@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import xxhash
+import yaml
 
 from conftest import write_jsonl
 from qk_sniffer.cli import main
@@ -248,6 +249,19 @@ def test_texts_that_have_changed_or_gone(
     write_jsonl(path, [row | {"text": row["text"] + "!"} for row in texts[:1] + texts[2:]])
     lines = faults(tmp_path / "root", capsys, "--against-model")
     assert any("tokens now and had" in line for line in lines)
+
+
+def test_one_process_reads_what_several_captured_that_shared_the_model(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["settings"]["model"]["tensor_parallel"] = 2
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    config = yaml.safe_load((root / "config.yaml").read_text())
+    config["model"]["tensor_parallel"] = 2
+    (root / "config.yaml").write_text(yaml.safe_dump(config))
+    assert faults(root, capsys, "--against-model") == []
+    assert main(["report", str(root)]) == 0
 
 
 def test_a_loader_of_ones_own_cannot_be_read_again(

@@ -113,7 +113,11 @@ def _modules_of(data_root: Path, settings: Mapping[str, Any]) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SnifferModule, "model")
     parser.add_class_arguments(TextDataModule, "data")
-    sections = {"model": settings["model"], "data": settings["data"] | {"batch_size": 1}}
+    sections = {
+        # One process reads here, however many shared the model.
+        "model": settings["model"] | {"tensor_parallel": 1},
+        "data": settings["data"] | {"batch_size": 1},
+    }
     try:
         parsed = parser.parse_object(sections)
     except ArgumentError as error:
