@@ -42,7 +42,8 @@ TITLES = {
 }
 TRAINER = {
     "accelerator": "cpu, gpu, or auto for what there is.",
-    "devices": "Devices of each node, one process for each; 1 with `model.device_map`.",
+    "devices": "Devices of each node, one process for each; 1 with `model.device_map`, a multiple of "
+    "`model.tensor_parallel`.",
     "num_nodes": "Nodes of the run, all started with the same command.",
     "strategy": "auto is ddp for several devices; in a notebook ddp_notebook.",
     "precision": "Leave it: `model.dtype` sets the number format, and another value is refused.",
