@@ -1,7 +1,11 @@
 """What ``estimate`` says of processes that share a model, against such processes."""
 
+import json
 import multiprocessing
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -161,3 +165,46 @@ def test_what_predict_refuses_and_a_time_are_refused(
     run = write_run(model={"tensor_parallel": 2}, trainer={"devices": 2})
     assert main(["estimate", *run[1:], *args]) == 2
     assert error_line(capsys).startswith(words)
+
+
+WEIGHING = """
+import json, os, sys
+from pathlib import Path
+from qk_sniffer.cli import main
+from qk_sniffer.recording import own_data_root
+
+finalize = own_data_root.finalize
+
+def weigh(data_root, *args, **kwargs):
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        files = (data_root / ".journal").glob("rank-*/*")
+        sizes = {str(file.relative_to(data_root)): file.stat().st_size for file in files}
+        Path(__file__).with_suffix(".json").write_text(json.dumps(sizes))
+    return finalize(data_root, *args, **kwargs)
+
+own_data_root.finalize = weigh
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+"""The command line, which notes the files of the journal before it makes others of them."""
+
+
+def test_the_journal_of_a_shared_run_is_as_estimated(
+    write_run: WriteRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capture = {"sampler": {"type": "all"}, "capture_values": True}
+    sniffer = {"capture": capture, "moments": {"enabled": True, "pre_rope": True}}
+    run = write_run(model={"tensor_parallel": 2}, sniffer=sniffer, trainer={"devices": 2})
+    text = estimated(capsys, run)
+    script = tmp_path / "weighing.py"
+    script.write_text(WEIGHING)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, script, *run], check=True, env=environment, timeout=200)
+    sizes = json.loads((tmp_path / "weighing.json").read_text())
+    rows = sum(size for name, size in sizes.items() if "segment-" in name)
+    assert size_before(text, "journal, in float32") == pytest.approx(rows, rel=0.15)
+    states = [size for name, size in sizes.items() if "moments-" in name]
+    parts = {name.split("/")[1] for name in sizes}
+    assert parts == {"rank-00000-tp2", "rank-00001-tp2"} and len(states) in (2, 4)
+    told = size_before(text, "moments in the journal, of 2 processes")
+    assert told == pytest.approx(3 * sum(states) / (len(states) / 2), rel=0.15)
