@@ -103,6 +103,25 @@ def _is_even(plan: Mapping[str, str], layers: Sequence[AttentionLayer], count: i
     return not shares_heads or all(layer.num_key_value_heads % count == 0 for layer in layers)
 
 
+def is_shared(model: nn.Module) -> bool:
+    """Whether several processes share a model of transformers."""
+    return (getattr(model, "_tp_size", None) or 1) > 1
+
+
+def too_large_to_share(size: int, width: int) -> UserError:
+    """The error for texts that don't fit: the others would not read fewer where one process does.
+
+    Args:
+        size: The texts.
+        width: Tokens of the longest.
+    """
+    return UserError(
+        f"data.max_tokens_per_batch: {size} x {width:,} tokens do not fit into the device's memory, and "
+        "a process that shares its model can't try fewer by itself; lower it or data.batch_size, or set "
+        "model.prefill_chunk_size, to 4096 for example"
+    )
+
+
 class SharedModel:
     """What loads the part of a model that one of several processes computes.
 
