@@ -51,7 +51,7 @@ Layout = Callable[[int, str], list[list[int]]]
 
 
 def of_two(_: int, kind: str) -> list[list[int]]:
-    return [[0], [1]] if kind == "k" else [[0, 1], [3]]
+    return [[0], [1]] if kind == "k" else [[1], [0, 3]]
 
 
 def of_four(_: int, kind: str) -> list[list[int]]:
@@ -565,7 +565,13 @@ LENGTHS_OF_MOMENTS = {3: 30, -7: 5, 12: 17, 40: 1, 41: 24, 99: 11}
 def save(writer: JournalWriter, state: MomentState) -> None:
     assert writer.moments_are_saved
     writer.save_moments(state)
+    wait_until_saved(writer)
+
+
+def wait_until_saved(writer: JournalWriter) -> None:
+    deadline = time.monotonic() + 60
     while not writer.moments_are_saved:
+        assert time.monotonic() < deadline
         time.sleep(0.001)
 
 
@@ -721,7 +727,6 @@ def test_moments_that_the_disk_refuses_are_told(
     writer.directory.joinpath(".moments-00000-a.npz.tmp").mkdir()
     writer.save_moments(own(WHOLE.state(3), shard))
     with pytest.raises(UserError, match=r"moments-00000-a\.npz: Is a directory; make room or mend"):
-        while not writer.moments_are_saved:
-            time.sleep(0.001)
+        wait_until_saved(writer)
     with pytest.raises(UserError):
         writer.close()
