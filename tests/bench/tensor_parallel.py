@@ -167,8 +167,9 @@ def shares_section(memory: list[int], pairs: list[list[float]]) -> str:
         "One model over two processes",
         f"SmolLM2-135M with `model.tensor_parallel: 2`, one thread of torch in each process, {TEXTS} "
         f"texts of {TOKENS:,} tokens, one at a time, captured as uniform with buckets of 128. Seconds "
-        f"in float32, medians of {len(pairs)}. Memory in bfloat16, one run of one text: the most that a "
-        "process had without a file behind it, beyond what it had before the weights were loaded; in "
-        "float32 the weights stay in the mapped file. The 3 key heads are shared 1 and 2, with 3 query heads each.",
+        f"in float32, medians of {len(pairs)}. Memory in bfloat16, one run of one text: the most that "
+        "a process had without a file behind it, beyond what it had before the weights were loaded; "
+        "in float32 the weights stay in the mapped file. The 3 key heads are shared 1 and 2, with 3 "
+        "query heads each.",
         *rows,
     )

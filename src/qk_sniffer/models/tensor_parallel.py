@@ -116,9 +116,9 @@ def too_large_to_share(size: int, width: int) -> UserError:
         width: Tokens of the longest.
     """
     return UserError(
-        f"data.max_tokens_per_batch: {size} x {width:,} tokens do not fit into the device's memory, and "
-        "a process that shares its model can't try fewer by itself; lower it or data.batch_size, or set "
-        "model.prefill_chunk_size, to 4096 for example"
+        f"data.max_tokens_per_batch: {size} x {width:,} tokens do not fit into the device's memory, "
+        "and a process that shares its model can't try fewer by itself; lower it or data.batch_size, "
+        "or set model.prefill_chunk_size, to 4096 for example"
     )
 
 
