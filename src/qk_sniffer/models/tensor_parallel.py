@@ -20,6 +20,13 @@ from transformers import PreTrainedModel
 from qk_sniffer.capture import AttentionLayer, ModelShard, ScoreFunction
 from qk_sniffer.errors import UserError
 
+try:
+    from transformers.distributed import DistributedConfig
+    from transformers.distributed.utils import TransformersDeviceMesh
+except ImportError:
+    # Before 5.19 transformers shares a model over all processes of a run alone.
+    DistributedConfig = TransformersDeviceMesh = None
+
 _KEY_PROJECTIONS = ("k_proj", "kv_b_proj", "qkv_proj", "query_key_value")
 _CAN_BE_CUT = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
 """Projections that can be cut between any two heads: the rows of a head are adjacent in the first
@@ -31,9 +38,6 @@ _REFUSED = {
     "inkling_text": "shards what its convolutions need whole",
 }
 """Architectures, by their decoder's model_type, and what the plan of transformers does to them."""
-
-_CAN_SHARD = hasattr(PreTrainedModel, "prepare_distribute_model")
-"""Whether this transformers knows ``DistributedConfig``."""
 
 
 def require_plan(
@@ -50,9 +54,9 @@ def require_plan(
     Raises:
         UserError: It can't.
     """
-    if not _CAN_SHARD:
+    if TransformersDeviceMesh is None:
         raise UserError(
-            "model.tensor_parallel: this release of transformers can't do that; install 5.23 or later"
+            "model.tensor_parallel: this release of transformers can't do that; install 5.19 or later"
         )
     if problem := _REFUSED.get(skeleton.config.get_text_config().model_type):
         raise UserError(
@@ -161,8 +165,6 @@ class SharedModel:
         Returns:
             What that gives.
         """
-        from transformers.distributed import DistributedConfig
-
         # The empty plan would shard nothing at all.
         config = DistributedConfig(
             tp_size=self._shard.count, tp_plan=dict.fromkeys(self._rules, "replicate") or None
@@ -176,8 +178,6 @@ class SharedModel:
 
         By itself it takes all processes of a run for one group, and the first accelerator that it sees.
         """
-        from transformers.distributed.utils import TransformersDeviceMesh
-
         meshes = TransformersDeviceMesh(self._mesh, self._mesh)
 
         def prepare(cls: Any, config: Any, device_map: Any = None) -> Any:
