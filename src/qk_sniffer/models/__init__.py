@@ -55,7 +55,13 @@ from qk_sniffer.models.sequences import CallSequences, keeps_texts_apart, sequen
 from qk_sniffer.models.share import local_weights, model_share
 from qk_sniffer.models.skeleton import attention_geometry, load_skeleton, quantization_of
 from qk_sniffer.models.source import ModelSource
-from qk_sniffer.models.tensor_parallel import SharedModel, plan_of, require_plan, whole_layers
+from qk_sniffer.models.tensor_parallel import (
+    SharedModel,
+    plan_of,
+    require_plan,
+    too_large_to_share,
+    whole_layers,
+)
 
 __all__ = [
     "AttentionCall",
@@ -112,6 +118,7 @@ __all__ = [
     "text_decoder",
     "text_seed",
     "tokenizer_source",
+    "too_large_to_share",
     "transformers_model",
     "vocabulary_size",
     "watch_attention",
