@@ -192,9 +192,10 @@ if __name__ == "__main__":
 def test_the_journal_of_a_shared_run_is_as_estimated(
     write_run: WriteRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    capture = {"sampler": {"type": "all"}, "capture_values": True}
+    capture = {"sampler": {"type": "all"}, "capture_queries": False}
     sniffer = {"capture": capture, "moments": {"enabled": True, "pre_rope": True}}
-    run = write_run(model={"tensor_parallel": 2}, sniffer=sniffer, trainer={"devices": 2})
+    model = {"tensor_parallel": 2, "dtype": "bfloat16"}
+    run = write_run(model=model, sniffer=sniffer, trainer={"devices": 2})
     text = estimated(capsys, run)
     script = tmp_path / "weighing.py"
     script.write_text(WEIGHING)
@@ -202,7 +203,8 @@ def test_the_journal_of_a_shared_run_is_as_estimated(
     subprocess.run([sys.executable, script, *run], check=True, env=environment, timeout=200)
     sizes = json.loads((tmp_path / "weighing.json").read_text())
     rows = sum(size for name, size in sizes.items() if "segment-" in name)
-    assert size_before(text, "journal, in float32") == pytest.approx(rows, rel=0.15)
+    # Rows of one narrow key head in each process, whose numbers take a fifth.
+    assert size_before(text, "journal, in bfloat16") == pytest.approx(rows, rel=0.1)
     states = [size for name, size in sizes.items() if "moments-" in name]
     parts = {name.split("/")[1] for name in sizes}
     assert parts == {"rank-00000-tp2", "rank-00001-tp2"} and len(states) in (2, 4)
