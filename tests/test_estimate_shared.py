@@ -203,7 +203,7 @@ def test_the_journal_of_a_shared_run_is_as_estimated(
     subprocess.run([sys.executable, script, *run], check=True, env=environment, timeout=200)
     sizes = json.loads((tmp_path / "weighing.json").read_text())
     rows = sum(size for name, size in sizes.items() if "segment-" in name)
-    # Rows of one narrow key head in each process, whose numbers take a fifth.
+    # Narrow keys alone, so that the numbers of their rows count.
     assert size_before(text, "journal, in bfloat16") == pytest.approx(rows, rel=0.1)
     states = [size for name, size in sizes.items() if "moments-" in name]
     parts = {name.split("/")[1] for name in sizes}
