@@ -160,9 +160,7 @@ def examine_sharing(
     return Verdict(WHOLE if held == whole.layers else SHARE)
 
 
-def _load_part(
-    shard: ModelShard, source: ModelSource
-) -> tuple[PreTrainedModel, list[AttentionLayer]]:
+def _load_part(shard: ModelShard, source: ModelSource) -> tuple[PreTrainedModel, list[AttentionLayer]]:
     """What a process computes of a model, and the layers of all of it."""
     skeleton = load_skeleton(source)
     layers = attention_geometry(decoder_backbone(skeleton)).layers
@@ -242,15 +240,18 @@ def render(kinds: Mapping[str, str]) -> str:
     listed = defaultdict(list)
     for name, kind in kinds.items():
         listed[kind].append(name)
-    lists = "\n".join(f"- **{heading}**: {', '.join(listed[kind])}." for kind, heading in HEADINGS.items())
+    lists = "\n".join(
+        f"- **{heading}**: {', '.join(listed[kind])}." for kind, heading in HEADINGS.items()
+    )
     return f"{_SECTION}{_INTRODUCTION}\n{lists}\n"
 
 
 _INTRODUCTION = """
-How processes share a model with `model.tensor_parallel`. For each architecture `make test-architectures`
-lets two processes share the tiny model: what they capture, of queries, keys, values, outputs and softmax,
-is what one process does that has the model for itself, to 1e-5. A run of inkling2_text can't go on with
-another number of processes, since transformers puts shared weights of its experts in another order.
+How processes share a model with `model.tensor_parallel`. For each architecture
+`make test-architectures` lets two processes share a tiny model: queries, keys, values, outputs and
+statistics that they capture are those of one process that has the model for itself, to 1e-5. A run of
+inkling2_text can't go on with another number of processes, since transformers keeps the weights of its
+experts in another order where they are shared.
 """
 
 
