@@ -208,7 +208,7 @@ def tiny_causal_lm(name: str, config: PreTrainedConfig | None = None) -> PreTrai
     config = _config_for(cls, config or tiny_config(name))
     config._attn_implementation = "eager"
     torch.manual_seed(0)
-    with _without_timm(config):
+    with without_timm(config):
         model: PreTrainedModel = cls(config).eval().float()
     _spread_weights(model)
     return model
@@ -292,7 +292,7 @@ def _config_for(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrai
 
 
 @contextmanager
-def _without_timm(config: PreTrainedConfig) -> Iterator[None]:
+def without_timm(config: PreTrainedConfig) -> Iterator[None]:
     """Gemma 3n's vision tower comes from timm; text never enters it, so an empty module will do."""
     if config.model_type != "gemma3n":
         yield

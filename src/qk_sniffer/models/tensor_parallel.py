@@ -27,6 +27,7 @@ three, its columns in the last."""
 
 _REFUSED = {
     "doge": "cuts the gate of its heads in other places than the heads",
+    "gemma3n_text": "shards the activations over all of which it takes a mean and a deviation",
     "hrm_text": "shards a fused projection of its checkpoint before it is taken apart",
     "inkling_text": "shards what its convolutions need whole",
 }
