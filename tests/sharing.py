@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -53,6 +54,10 @@ HEADINGS = {
 OTHER_DIGEST = {"inkling2_text"}
 """Architectures whose weights transformers puts in another order where they are shared, though it says
 otherwise: such a run can't go on with another number of processes."""
+
+GEMMA4 = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
+CHANGES: dict[str, dict[str, Any]] = dict.fromkeys(GEMMA4, {"num_global_key_value_heads": 2})
+"""What the tiny model of an architecture needs to be shared: a key head for each process."""
 
 _SECTION = "\n## Tensor parallel\n"
 
@@ -124,7 +129,7 @@ def _work(shard: ModelShard, store: Path, pipe: Any) -> None:
 
 
 def examine_sharing(
-    shard: ModelShard, name: str, directory: Path, changes: Mapping[str, Any] = {}
+    shard: ModelShard, name: str, directory: Path, changes: Mapping[str, Any] = MappingProxyType({})
 ) -> Verdict:
     """How the tiny model of an architecture is shared; an assertion fails where a capture is not exact.
 
@@ -132,10 +137,10 @@ def examine_sharing(
         shard: The place of this process.
         name: Of the architecture.
         directory: Where the model is saved, for all processes.
-        changes: Of its config.
+        changes: Of the config of its decoder.
     """
     config = tiny_config(name)
-    config.update(changes)
+    config.get_text_config().update(CHANGES.get(name, {}) | dict(changes))
     model = tiny_causal_lm(name, config)
     whole = probe_attention(decoder_backbone(model))
     try:

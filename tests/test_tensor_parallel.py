@@ -302,12 +302,11 @@ def test_a_run_that_is_refused(new_run: NewRun, family: str, size: int, count: i
     run = shared(new_run(Case(family, {"type": "all"})), count)
     ended = run.run(size)
     assert [process.exitcode for process in ended] == [2] * size
-    printed = "".join(process.printed for process in ended)
-    assert printed.count("qk-sniffer: error: ") == 1
-    assert (
-        "qk-sniffer: error: model.tensor_parallel: " in ended[0].printed and words in ended[0].printed
-    )
-    assert "Traceback" not in printed
+    # As with all settings of a trainer, each process that a launcher has begun says it by itself.
+    for process in ended:
+        assert process.printed.count("\n") == 1
+        assert process.printed.startswith("qk-sniffer: error: model.tensor_parallel: ")
+        assert words in process.printed
     assert not run.root.exists() or not list(run.root.iterdir())
 
 
@@ -322,7 +321,7 @@ def test_a_run_that_is_refused(new_run: NewRun, family: str, size: int, count: i
         ),
         ("llama", 2, {"device_map": "auto"}, "model.device_map: auto gives one process all devices"),
         ("uneven", 4, {}, "has 3 key heads, too few for 4 processes; set it to 3"),
-        ("phi3", 3, {}, "3 processes can't share the 2 key heads of"),
+        ("gpt_neox", 3, {}, "3 processes can't share the 4 key heads of"),
         ("hrm_text", 2, {}, "the plan by which transformers shares HrmTextForCausalLM"),
         ("opt", 2, {}, "transformers has no plan by which processes share OPTForCausalLM"),
     ],
