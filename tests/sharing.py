@@ -55,8 +55,13 @@ OTHER_DIGEST = {"inkling2_text"}
 """Architectures whose weights transformers puts in another order where they are shared, though it says
 otherwise: such a run can't go on with another number of processes."""
 
-GEMMA4 = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
-CHANGES: dict[str, dict[str, Any]] = dict.fromkeys(GEMMA4, {"num_global_key_value_heads": 2})
+_TWO_GLOBAL = {"num_global_key_value_heads": 2}
+CHANGES: dict[str, dict[str, Any]] = {
+    "gemma4": {"text_config": _TWO_GLOBAL},
+    "gemma4_text": _TWO_GLOBAL,
+    "gemma4_unified": {"text_config": _TWO_GLOBAL},
+    "gemma4_unified_text": _TWO_GLOBAL,
+}
 """What the tiny model of an architecture needs to be shared: a key head for each process."""
 
 _SECTION = "\n## Tensor parallel\n"
@@ -78,12 +83,19 @@ class Sharers:
     """
 
     def __init__(self, count: int, directory: Path) -> None:
+        self._count, self._directory = count, directory
+        self._n_groups = 0
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
+        self._n_groups += 1
+        store = self._directory / f"group-{self._n_groups}"
         self._pipes, self._processes = [], []
-        for number in range(count):
+        for number in range(self._count):
             here, there = context.Pipe()
-            arguments = (ModelShard(number, count), directory / f"group-of-{count}", there)
+            arguments = (ModelShard(number, self._count), store, there)
             self._processes.append(context.Process(target=_work, args=arguments))
             self._processes[-1].start()
             self._pipes.append(here)
@@ -103,6 +115,9 @@ class Sharers:
             answers.append(pipe.recv())
         errors = [answer for answer in answers if isinstance(answer, Exception)]
         if errors:
+            # One may have left the others in the middle of something.
+            self.close()
+            self._start()
             raise ExceptionGroup(f"{task.__name__}{args}", errors)
         return answers
 
@@ -137,10 +152,9 @@ def examine_sharing(
         shard: The place of this process.
         name: Of the architecture.
         directory: Where the model is saved, for all processes.
-        changes: Of the config of its decoder.
+        changes: Of its config.
     """
-    config = tiny_config(name)
-    config.get_text_config().update(CHANGES.get(name, {}) | dict(changes))
+    config = tiny_config(name, CHANGES.get(name, {}) | dict(changes))
     model = tiny_causal_lm(name, config)
     whole = probe_attention(decoder_backbone(model))
     try:

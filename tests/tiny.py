@@ -6,8 +6,9 @@ architecture needs beyond that stands in ``SPECIAL``.
 
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
@@ -214,10 +215,15 @@ def tiny_causal_lm(name: str, config: PreTrainedConfig | None = None) -> PreTrai
     return model
 
 
-def tiny_config(name: str) -> PreTrainedConfig:
-    """A small config of an architecture, with windows, experts and head groups where it has any."""
+def tiny_config(name: str, changes: Mapping[str, Any] = MappingProxyType({})) -> PreTrainedConfig:
+    """A small config of an architecture, with windows, experts and head groups where it has any.
+
+    Args:
+        name: Of the architecture.
+        changes: Fields that are to have other values.
+    """
     config_class = CONFIG_MAPPING[name.removesuffix(" (multimodal)")]
-    small = _merged(_small(config_class()), SPECIAL.get(name, {}))
+    small = _merged(_merged(_small(config_class()), SPECIAL.get(name, {})), dict(changes))
     return config_class(**small | causal_overrides(name))
 
 
