@@ -21,7 +21,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from examine import LENGTH, TABLE, States, assert_same, capture
+from examine import LENGTH, TABLE, States, capture
 from killing import PRELOADED
 from qk_sniffer.capture import AttentionLayer, ModelShard
 from qk_sniffer.errors import UserError
@@ -51,6 +51,9 @@ HEADINGS = {
     NO_PLAN: "Refused, since transformers has no plan by which processes share it",
     BAD_PLAN: "Refused, since the plan of transformers does not fit its attention",
 }
+ROUNDING = 1e-4
+"""Sums over processes are added in another order, and each layer carries that on."""
+
 OTHER_DIGEST = {"inkling2_text"}
 """Architectures whose weights transformers puts in another order where they are shared, though it says
 otherwise: such a run can't go on with another number of processes."""
@@ -173,10 +176,11 @@ def examine_sharing(
     held = probe_attention(decoder_backbone(part)).layers
     shares: list[Any] = [None] * shard.count
     dist.all_gather_object(shares, held)
-    assert whole_layers(shares, layers) == whole.layers
-    assert_same(found, _own(shard, expected, whole.layers, held), "shared")
     digests = {weights_digest(decoder_backbone(each)) for each in (model, part)}
+    # Whoever fails leaves the others, so they have nothing more to do together.
     assert len(digests) == 1 + (name in OTHER_DIGEST)
+    assert whole_layers(shares, layers) == whole.layers
+    _assert_same(found, _own(shard, expected, whole.layers, held))
     return Verdict(WHOLE if held == whole.layers else SHARE)
 
 
@@ -201,6 +205,15 @@ def _captured(model: PreTrainedModel) -> States:
             # Of two keys that are as likely either may be the likelier.
             values[..., SOFTMAX_COLUMNS.index("argmax_position")] = 0
     return states
+
+
+def _assert_same(actual: States, expected: States) -> None:
+    assert actual.keys() == expected.keys()
+    for key, states in expected.items():
+        assert actual[key].shape == states.shape
+        if states.numel():
+            difference = float((actual[key] - states).abs().max() / states.abs().max().clamp(min=1))
+            assert difference <= ROUNDING, f"{key} is off by {difference}"
 
 
 def _own(
@@ -269,7 +282,8 @@ def render(kinds: Mapping[str, str]) -> str:
 _INTRODUCTION = """
 How processes share a model with `model.tensor_parallel`. For each architecture
 `make test-architectures` lets two processes share a tiny model: queries, keys, values, outputs and
-statistics that they capture are those of one process that has the model for itself, to 1e-5. A run of
+statistics that they capture are those of one process that has the model for itself, to 1e-4 of the
+largest number, since sums over processes round otherwise from layer to layer. A run of
 inkling2_text can't go on with another number of processes, since transformers keeps the weights of its
 experts in another order where they are shared.
 """

@@ -145,9 +145,10 @@ class SharedModel:
         """
         from transformers.distributed import DistributedConfig
 
+        whole = [*self._rules, *_read_beside_its_module(kwargs["config"])]
         # The empty plan would shard nothing at all.
         config = DistributedConfig(
-            tp_size=self._shard.count, tp_plan=dict.fromkeys(self._rules, "replicate") or None
+            tp_size=self._shard.count, tp_plan=dict.fromkeys(whole, "replicate") or None
         )
         with self._sharding():
             return cls.from_pretrained(**kwargs, distributed_config=config)
@@ -193,6 +194,14 @@ class SharedModel:
         _keep_heads(module, heads, n_heads, dim=1 if name == "o_proj" else 0)
         if name == "o_proj":
             _sum_outputs(module, self._mesh["tp"].get_group())
+
+
+def _read_beside_its_module(config: Any) -> list[str]:
+    """What a model takes a weight from by itself, which it must have whole."""
+    has_per_layer = getattr(config.get_text_config(), "hidden_size_per_layer_input", 0)
+    if config.model_type == "gemma4" and has_per_layer:
+        return ["model.language_model.embed_tokens"]
+    return []
 
 
 def _modules(model: nn.Module, key: str) -> Iterator[tuple[int, Any]]:
