@@ -49,7 +49,7 @@ HEADINGS = {
     SHARE: "Each process computes the heads that fall to it",
     WHOLE: "Each computes all heads, and captures those that fall to it",
     NO_PLAN: "Refused, since transformers has no plan by which processes share it",
-    BAD_PLAN: "Refused, since the plan of transformers does not fit its attention",
+    BAD_PLAN: "Refused, since the plan of transformers does not fit the model",
 }
 ROUNDING = 1e-4
 """Sums over processes are added in another order, and each layer carries that on."""
