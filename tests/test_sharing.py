@@ -69,7 +69,7 @@ def test_more_than_two_processes(processes: Processes, count: int) -> None:
     with sharers(count) as group:
         for name in ("llama", "qwen3", "gemma3_text", "qwen3_moe"):
             kinds[name] = examine(group, name, FOUR_KEY_HEADS).kind
-        kinds["deepseek_v3"] = examine(group, "deepseek_v3", {}).kind
+        kinds["deepseek_v3"] = examine(group, "deepseek_v3", {"moe_intermediate_size": 48}).kind
         few = examine(group, "mistral", {})
     assert kinds == dict.fromkeys(kinds, "share") | {"deepseek_v3": "whole"}
     assert few.problem.endswith(f"has 2 key heads, too few for {count} processes; set it to 2")
