@@ -58,6 +58,7 @@ FOUR_KEY_HEADS = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 16,
+    "attention_bias": True,
     # The product of matrices of experts takes no width that is not a multiple of four.
     "moe_intermediate_size": 48,
 }
