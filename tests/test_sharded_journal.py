@@ -21,12 +21,12 @@ from qk_sniffer.storage import (
     Example,
     JournalWriter,
     Shard,
+    commits,
     earlier_run,
     finalizing,
     merge_pulled,
     prepare_data_root,
 )
-from qk_sniffer.storage.commits import read_commits
 
 WIDTH = {"q": 4, "k": 4, "softmax": 6}
 LENGTHS = {3: 700, -7: 5, 12: 300, 40: 1, 41: 520, 99: 11}
@@ -51,7 +51,7 @@ Layout = Callable[[int, str], list[list[int]]]
 
 
 def of_two(_: int, kind: str) -> list[list[int]]:
-    return [[0], [1]] if kind == "k" else [[0, 1], [3]]
+    return [[0], [1]] if kind == "k" else [[1], [0, 3]]
 
 
 def of_four(_: int, kind: str) -> list[list[int]]:
@@ -330,12 +330,38 @@ def test_a_batch_counts_where_all_have_it(
     prepare_data_root(tmp_path, overwrite=False)
     assert captured(tmp_path) == counted
     for name in ("rank-00000-tp2", "rank-00001-tp2"):
-        commits = read_commits(part(tmp_path, name)).commits
-        assert len(commits) == len(BATCHES) - n_left
+        kept = commits.read_commits(part(tmp_path, name)).commits
+        assert len(kept) == len(BATCHES) - n_left
         sizes = {path: path.stat().st_size for path in part(tmp_path, name).glob("segment-*")}
-        assert sizes == ({commits[-1].segment: commits[-1].stop} if commits else {})
+        assert sizes == ({kept[-1].segment: kept[-1].stop} if kept else {})
     capture(tmp_path, of_two, *BATCHES[len(BATCHES) - n_left :])
     assert caplog.messages == []
+    finish(tmp_path, complete=True)
+    assert files_of(tmp_path) == expected
+
+
+@pytest.mark.parametrize("n_calls", range(6))
+def test_a_repair_that_is_killed_goes_on(
+    tmp_path: Path, n_calls: int, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture(tmp_path, of_two, *BATCHES[:2], lacking={0: 1})
+    capture(tmp_path, of_two, *BATCHES[2:], reader=1, lacking={1: 1})
+    cut, calls = commits._cut_segments, itertools.count()
+
+    def die(*args: Any) -> None:
+        if next(calls) == n_calls:
+            raise KeyboardInterrupt
+        cut(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commits, "_cut_segments", die)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_data_root(tmp_path, overwrite=False)
+    counted = sorted([*BATCHES[0], *BATCHES[2]])
+    assert captured(tmp_path) == counted
+    prepare_data_root(tmp_path, overwrite=False)
+    assert captured(tmp_path) == counted
+    capture(tmp_path, of_two, BATCHES[1], BATCHES[3])
     finish(tmp_path, complete=True)
     assert files_of(tmp_path) == expected
 
@@ -565,7 +591,13 @@ LENGTHS_OF_MOMENTS = {3: 30, -7: 5, 12: 17, 40: 1, 41: 24, 99: 11}
 def save(writer: JournalWriter, state: MomentState) -> None:
     assert writer.moments_are_saved
     writer.save_moments(state)
+    wait_until_saved(writer)
+
+
+def wait_until_saved(writer: JournalWriter) -> None:
+    deadline = time.monotonic() + 60
     while not writer.moments_are_saved:
+        assert time.monotonic() < deadline
         time.sleep(0.001)
 
 
@@ -721,7 +753,6 @@ def test_moments_that_the_disk_refuses_are_told(
     writer.directory.joinpath(".moments-00000-a.npz.tmp").mkdir()
     writer.save_moments(own(WHOLE.state(3), shard))
     with pytest.raises(UserError, match=r"moments-00000-a\.npz: Is a directory; make room or mend"):
-        while not writer.moments_are_saved:
-            time.sleep(0.001)
+        wait_until_saved(writer)
     with pytest.raises(UserError):
         writer.close()

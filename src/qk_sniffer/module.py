@@ -49,6 +49,7 @@ from qk_sniffer.models import (
     require_plan,
     require_room,
     spans_of_like_frequencies,
+    too_large_to_share,
     transformers_model,
     whole_layers,
 )
@@ -485,11 +486,7 @@ class SnifferModule(pl.LightningModule):
             return
         except torch.OutOfMemoryError as error:
             if self.tensor_parallel > 1:
-                raise UserError(
-                    f"data.max_tokens_per_batch: {size} x {width:,} tokens do not fit into the "
-                    "device's memory, and a process that shares its model can't try fewer by itself; "
-                    "lower it or data.batch_size, or set model.prefill_chunk_size, to 4096 for example"
-                ) from error
+                raise too_large_to_share(size, width) from error
             if size == 1:
                 raise UserError(
                     f"data.tokenizer.max_length: a text of {width:,} tokens does not fit into the "

@@ -31,6 +31,7 @@ from bench.moments import time_moments
 from bench.ranks import time_ranks
 from bench.sniffing import time_sniffing
 from bench.stand_in import time_stand_in
+from bench.tensor_parallel import measure_share, time_shares
 from qk_sniffer.storage.finalizing import n_threads
 from smollm2 import CACHE
 
@@ -42,6 +43,7 @@ PARTS = {
     "moments": time_moments,
     "budget": time_budget,
     "ranks": time_ranks,
+    "tensor-parallel": time_shares,
     "finalize": time_finalizing,
     "host": time_host,
     "drawing": time_drawing,
@@ -81,11 +83,16 @@ def main() -> None:
         help=f"parts to run, of {','.join(PARTS)}",
     )
     parser.add_argument("--measure-memory", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--measure-share", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     if arguments.measure_memory:
         measure_memory(arguments.measure_memory)
+        return
+    if arguments.measure_share:
+        dtype, size, n_texts = arguments.measure_share
+        measure_share(dtype, int(size), int(n_texts))
         return
     sections = [title()]
     print(sections[0], flush=True)

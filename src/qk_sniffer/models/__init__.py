@@ -54,7 +54,13 @@ from qk_sniffer.models.scores import softmax_input
 from qk_sniffer.models.sequences import CallSequences, keeps_texts_apart, sequences_of
 from qk_sniffer.models.skeleton import attention_geometry, load_skeleton, quantization_of
 from qk_sniffer.models.source import ModelSource
-from qk_sniffer.models.tensor_parallel import SharedModel, plan_of, require_plan, whole_layers
+from qk_sniffer.models.tensor_parallel import (
+    SharedModel,
+    plan_of,
+    require_plan,
+    too_large_to_share,
+    whole_layers,
+)
 
 __all__ = [
     "AttentionCall",
@@ -109,6 +115,7 @@ __all__ = [
     "text_decoder",
     "text_seed",
     "tokenizer_source",
+    "too_large_to_share",
     "transformers_model",
     "vocabulary_size",
     "watch_attention",

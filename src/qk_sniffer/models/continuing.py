@@ -16,6 +16,7 @@ from qk_sniffer.models.apart import must_be_read_alone
 from qk_sniffer.models.attention import decoder_backbone
 from qk_sniffer.models.frequencies import depends_on_length, forget_lengths
 from qk_sniffer.models.generating import watch_stopping
+from qk_sniffer.models.tensor_parallel import is_shared, too_large_to_share
 from qk_sniffer.models.wrapping import wrapped
 
 log = logging.getLogger(__name__)
@@ -195,6 +196,9 @@ class Continuation:
         except (AssertionError, ValueError) as error:
             raise _refused(error) from error
         except torch.OutOfMemoryError as error:
+            if is_shared(self._model):
+                longest = max(text.numel() for text in texts)
+                raise too_large_to_share(len(texts), longest) from error
             if len(texts) == 1:
                 raise UserError(
                     f"model.generate: a text of {texts[0].numel():,} tokens and what is added to it do "

@@ -20,6 +20,13 @@ from transformers import PreTrainedModel
 from qk_sniffer.capture import AttentionLayer, ModelShard, ScoreFunction
 from qk_sniffer.errors import UserError
 
+try:
+    from transformers.distributed import DistributedConfig
+    from transformers.distributed.utils import TransformersDeviceMesh
+except ImportError:
+    # Before 5.19 transformers shares a model over all processes of a run alone.
+    DistributedConfig = TransformersDeviceMesh = None
+
 _KEY_PROJECTIONS = ("k_proj", "kv_b_proj", "qkv_proj", "query_key_value")
 _CAN_BE_CUT = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
 """Projections that can be cut between any two heads: the rows of a head are adjacent in the first
@@ -32,9 +39,6 @@ _REFUSED = {
     "inkling_text": "shards what its convolutions need whole",
 }
 """Architectures, by their decoder's model_type, and what the plan of transformers does to them."""
-
-_CAN_SHARD = hasattr(PreTrainedModel, "prepare_distribute_model")
-"""Whether this transformers knows ``DistributedConfig``."""
 
 
 def require_plan(
@@ -51,9 +55,9 @@ def require_plan(
     Raises:
         UserError: It can't.
     """
-    if not _CAN_SHARD:
+    if TransformersDeviceMesh is None:
         raise UserError(
-            "model.tensor_parallel: this release of transformers can't do that; install 5.23 or later"
+            "model.tensor_parallel: this release of transformers can't do that; install 5.19 or later"
         )
     if problem := _REFUSED.get(skeleton.config.get_text_config().model_type):
         raise UserError(
@@ -104,6 +108,25 @@ def _is_even(plan: Mapping[str, str], layers: Sequence[AttentionLayer], count: i
     return not shares_heads or all(layer.num_key_value_heads % count == 0 for layer in layers)
 
 
+def is_shared(model: nn.Module) -> bool:
+    """Whether several processes share a model of transformers."""
+    return (getattr(model, "_tp_size", None) or 1) > 1
+
+
+def too_large_to_share(size: int, width: int) -> UserError:
+    """The error for texts that don't fit: the others would not read fewer where one process does.
+
+    Args:
+        size: The texts.
+        width: Tokens of the longest.
+    """
+    return UserError(
+        f"data.max_tokens_per_batch: {size} x {width:,} tokens do not fit into the device's memory, "
+        "and a process that shares its model can't try fewer by itself; lower it or data.batch_size, "
+        "or set model.prefill_chunk_size, to 4096 for example"
+    )
+
+
 class SharedModel:
     """What loads the part of a model that one of several processes computes.
 
@@ -143,8 +166,6 @@ class SharedModel:
         Returns:
             What that gives.
         """
-        from transformers.distributed import DistributedConfig
-
         whole = [*self._rules, *_read_beside_its_module(kwargs["config"])]
         # The empty plan would shard nothing at all.
         config = DistributedConfig(
@@ -159,8 +180,6 @@ class SharedModel:
 
         By itself it takes all processes of a run for one group, and the first accelerator that it sees.
         """
-        from transformers.distributed.utils import TransformersDeviceMesh
-
         meshes = TransformersDeviceMesh(self._mesh, self._mesh)
 
         def prepare(cls: Any, config: Any, device_map: Any = None) -> Any:

@@ -138,7 +138,7 @@ def heads_of_parts(parts: Iterable[Path], streams: Sequence[Mapping[str, Any]]) 
     for part in found:
         for number, stream in enumerate(streams):
             held = [head for other in companions(part) for head in found[other][number]]
-            if sorted(held) != sorted(stream["heads"]):
+            if sorted(held) != stream["heads"]:
                 fault = (
                     f"it and those beside it don't name each head once of layer {stream['layer_idx']}"
                 )
@@ -157,6 +157,6 @@ def _fault(heads: Any, streams: Sequence[Mapping[str, Any]]) -> str | None:
         (stream["layer_idx"], stream["kind"]): own for own, stream in zip(heads, streams, strict=True)
     }
     for (layer_idx, kind), own in of.items():
-        if kind == "softmax" and list(own) != list(of[layer_idx, "q"]):
+        if kind == "softmax" and own != of.get((layer_idx, "q")):
             return f"the statistics of layer {layer_idx} are of other heads than its queries"
     return None
