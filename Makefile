@@ -31,7 +31,7 @@ check: lint ## Run lint and the quick tests, at every save
 	$(BIN)/pytest -n 2 --dist worksteal $(QUICK)
 
 test-architectures: $(INSTALLED) ## Examine every causal language model of transformers
-	$(BIN)/pytest -m '' tests/test_architectures.py tests/test_company.py
+	$(BIN)/pytest -m '' tests/test_architectures.py tests/test_company.py tests/test_sharing.py
 	$(BIN)/pytest -m every_architecture tests/test_estimate.py tests/test_continuations.py
 
 test-transformers: ## Examine a dozen with another release, as in RELEASE=5.2.0
@@ -42,8 +42,9 @@ test-transformers: ## Examine a dozen with another release, as in RELEASE=5.2.0
 		-c .cache/constraints-$(RELEASE).txt -e '.[dev]' transformers==$(RELEASE)
 	.cache/transformers-$(RELEASE)/bin/python -m pytest tests/test_architectures.py tests/test_models.py
 
-architectures: $(INSTALLED) ## Write the table in docs/architectures.md anew
+architectures: $(INSTALLED) ## Write docs/architectures.md anew
 	$(BIN)/python tests/examine.py
+	$(BIN)/python tests/sharing.py
 
 docs: $(INSTALLED) ## Write the reference anew and build the documentation into site/
 	$(BIN)/python docs/generate.py

@@ -73,6 +73,10 @@ HOST_BOUND = LlamaConfig(
 )
 """As many layers as SmolLM2-135M, and so small that the host's own work is most of a batch."""
 
+UNEVEN = LlamaConfig(
+    **_SIZE | dict(num_hidden_layers=2, hidden_size=72, num_attention_heads=9, num_key_value_heads=3)
+)
+"""As many heads as SmolLM2-135M has: two processes can't halve its key heads."""
 
 SMOLLM2_135M = LlamaConfig(
     vocab_size=49152,

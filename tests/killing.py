@@ -65,7 +65,7 @@ LIMITS: dict[str, Any] = {
 }
 """Constants that the environment of a process may lower."""
 
-_PRELOADED = ["qk_sniffer.predict", "transformers.models.llama.modeling_llama"]
+PRELOADED = ["qk_sniffer.predict", "transformers.models.llama.modeling_llama"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Processes:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOADED)
+        self._context.set_forkserver_preload(PRELOADED)
         with pytest.MonkeyPatch.context() as patch:
             # A server that has threads of its own could not be forked safely.
             for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TQDM_DISABLE"):

@@ -6,8 +6,9 @@ architecture needs beyond that stands in ``SPECIAL``.
 
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
@@ -208,16 +209,21 @@ def tiny_causal_lm(name: str, config: PreTrainedConfig | None = None) -> PreTrai
     config = _config_for(cls, config or tiny_config(name))
     config._attn_implementation = "eager"
     torch.manual_seed(0)
-    with _without_timm(config):
+    with without_timm(config):
         model: PreTrainedModel = cls(config).eval().float()
     _spread_weights(model)
     return model
 
 
-def tiny_config(name: str) -> PreTrainedConfig:
-    """A small config of an architecture, with windows, experts and head groups where it has any."""
+def tiny_config(name: str, changes: Mapping[str, Any] = MappingProxyType({})) -> PreTrainedConfig:
+    """A small config of an architecture, with windows, experts and head groups where it has any.
+
+    Args:
+        name: Of the architecture.
+        changes: Fields that are to have other values.
+    """
     config_class = CONFIG_MAPPING[name.removesuffix(" (multimodal)")]
-    small = _merged(_small(config_class()), SPECIAL.get(name, {}))
+    small = _merged(_merged(_small(config_class()), SPECIAL.get(name, {})), dict(changes))
     return config_class(**small | causal_overrides(name))
 
 
@@ -292,7 +298,7 @@ def _config_for(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrai
 
 
 @contextmanager
-def _without_timm(config: PreTrainedConfig) -> Iterator[None]:
+def without_timm(config: PreTrainedConfig) -> Iterator[None]:
     """Gemma 3n's vision tower comes from timm; text never enters it, so an empty module will do."""
     if config.model_type != "gemma3n":
         yield

@@ -267,6 +267,7 @@ class SnifferCallback(pl.Callback):
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the journal, then show and log what all processes have read."""
         assert self._recorder is not None
+        self._agree(None)
         self._sigterm.is_deferred = False
         self._sigterm.raise_where_it_came()
         # The last rows are written first, so that the bytes are all of them.
@@ -362,8 +363,11 @@ class SnifferCallback(pl.Callback):
         self._ranks.leave(reason)
         self._has_joined = False
 
-    def _agree(self, fields: BatchFields) -> None:
+    def _agree(self, fields: BatchFields | None) -> None:
         """Let the processes that share a model agree on a batch, and end together where one is to.
+
+        Args:
+            fields: The batch; None where there is no other.
 
         Raises:
             UserError: They were given different batches.

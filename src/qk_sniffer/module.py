@@ -301,7 +301,7 @@ class SnifferModule(pl.LightningModule):
                 f"model.tensor_parallel: {count} processes share a model, and the trainer has "
                 f"{n_devices} on each host; set trainer.devices to a multiple of {count}"
             )
-        for name in ("device_map", "quantization", "adapter"):
+        for name in ("quantization", "adapter"):
             if self.hparams[name] is not None:
                 raise UserError(
                     f"model.{name}: processes that share a model can't use it; set it to null, or "

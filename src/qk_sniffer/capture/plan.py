@@ -93,7 +93,8 @@ class Plans:
         stops = torch.searchsorted(sequences, ends).view(len(batches), n_draws)
         first = 0
         for number, batch in enumerate(batches):
-            rows = slice(first, first := int(stops[number, -1]))
+            # Of several processes that share a model one may have no captured head.
+            rows = slice(first, first := int(stops[number, -1]) if n_draws else 0)
             yield BatchPlan(
                 batch,
                 ids[number],

@@ -42,6 +42,12 @@ def transformers_model(model: Any) -> PreTrainedModel:
         )
     refuse_compiled(model)
     refuse_unsupported(name_of(inner), inner.config)
+    if (count := getattr(inner, "_tp_size", None) or 1) > 1:
+        raise UserError(
+            f"model: {type(inner).__name__} is shared by {count} processes, and the numbers of the "
+            "heads that this one has can't be told; load it without a distributed_config, or let "
+            f"SnifferModule load it with tensor_parallel={count}"
+        )
     return inner
 
 

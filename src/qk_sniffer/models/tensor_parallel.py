@@ -34,6 +34,7 @@ three, its columns in the last."""
 
 _REFUSED = {
     "doge": "cuts the gate of its heads in other places than the heads",
+    "gemma3n_text": "shards the activations over all of which it takes a mean and a deviation",
     "hrm_text": "shards a fused projection of its checkpoint before it is taken apart",
     "inkling_text": "shards what its convolutions need whole",
 }
@@ -166,7 +167,7 @@ class SharedModel:
             What that gives.
         """
         with self._sharding():
-            return cls.from_pretrained(**kwargs, distributed_config=self._config())
+            return cls.from_pretrained(**kwargs, distributed_config=self._config(kwargs["config"]))
 
     def distribute(self, model: Any) -> None:
         """Turn a model without weights into this process's part of it.
@@ -174,13 +175,14 @@ class SharedModel:
         Args:
             model: On the meta device, with tied weights apart.
         """
-        model.maybe_distribute_model(model, self._config(), self._meshes())
+        model.maybe_distribute_model(model, self._config(model.config), self._meshes())
         self.cut(model)
 
-    def _config(self) -> Any:
+    def _config(self, config: Any) -> Any:
+        whole = [*self._rules, *_read_beside_its_module(config)]
         # The empty plan would shard nothing at all.
         return DistributedConfig(
-            tp_size=self._shard.count, tp_plan=dict.fromkeys(self._rules, "replicate") or None
+            tp_size=self._shard.count, tp_plan=dict.fromkeys(whole, "replicate") or None
         )
 
     def _meshes(self) -> Any:
@@ -225,6 +227,14 @@ class SharedModel:
         _keep_heads(module, heads, n_heads, dim=1 if name == "o_proj" else 0)
         if name == "o_proj":
             _sum_outputs(module, self._mesh["tp"].get_group())
+
+
+def _read_beside_its_module(config: Any) -> list[str]:
+    """What a model takes a weight from by itself, which it must have whole."""
+    has_per_layer = getattr(config.get_text_config(), "hidden_size_per_layer_input", 0)
+    if config.model_type == "gemma4" and has_per_layer:
+        return ["model.language_model.embed_tokens"]
+    return []
 
 
 def _modules(model: nn.Module, key: str) -> Iterator[tuple[int, Any]]:

@@ -22,10 +22,10 @@ class Due(NamedTuple):
 
 
 class Offer(NamedTuple):
-    """What one process says before a batch.
+    """What one process says before a batch, and when it has read the last.
 
     Attributes:
-        batch: A digest of it.
+        batch: A digest of it; empty behind the last.
         due: What this process would do at its end.
         is_stopped: Whether it was told to stop.
     """
@@ -35,8 +35,10 @@ class Offer(NamedTuple):
     is_stopped: bool
 
     @classmethod
-    def of(cls, batch: BatchFields, due: Due, *, is_stopped: bool) -> "Offer":
-        """The offer for a batch."""
+    def of(cls, batch: BatchFields | None, due: Due, *, is_stopped: bool) -> "Offer":
+        """The offer for a batch; None is the end."""
+        if batch is None:
+            return cls("", due, is_stopped)
         digest = xxhash.xxh3_64(batch.example_ids.tobytes())
         digest.update(batch.sequence_lengths.numpy().tobytes())
         digest.update(batch.input_ids.cpu().numpy().tobytes())
@@ -58,5 +60,4 @@ def agree(offers: Sequence[Offer]) -> Due:
             "different batches; read the texts with TextDataModule, or let a loader of your own give "
             "them the same"
         )
-    # Sums replace those before the last, which all must have.
     return Due(any(offer.due.rows for offer in offers), all(offer.due.moments for offer in offers))

@@ -123,10 +123,11 @@ class Recorder:
     def due(self) -> Due:
         """What is to be done once the batch that runs has ended."""
         counting = self._counting
-        return Due(
-            self._journal.is_due,
-            counting is not None and counting.is_due and self._journal.moments_are_saved,
-        )
+        moments = counting is not None and counting.is_due
+        if self._shard.count > 1:
+            # Sums replace those before the last, which all processes that share the model must have.
+            moments = moments and self._journal.moments_are_saved
+        return Due(self._journal.is_due, moments)
 
     def begin_batch(self, batch: BatchFields) -> None:
         """Draw the rows that a batch keeps."""
