@@ -17,6 +17,7 @@ from qk_sniffer.models.calls import AttentionCall, intercept_attention
 from qk_sniffer.models.decoder import decoder_modules
 from qk_sniffer.models.refusals import refuse_compiled, refuse_unsupported
 from qk_sniffer.models.rotary import RotaryTrace, trace_rotary
+from qk_sniffer.models.tensor_parallel import n_sharing
 
 
 def transformers_model(model: Any) -> PreTrainedModel:
@@ -42,7 +43,7 @@ def transformers_model(model: Any) -> PreTrainedModel:
         )
     refuse_compiled(model)
     refuse_unsupported(name_of(inner), inner.config)
-    if (count := getattr(inner, "_tp_size", None) or 1) > 1:
+    if (count := n_sharing(inner)) > 1:
         raise UserError(
             f"model: {type(inner).__name__} is shared by {count} processes, and the numbers of the "
             "heads that this one has can't be told; load it without a distributed_config, or let "

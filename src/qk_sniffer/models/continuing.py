@@ -16,7 +16,7 @@ from qk_sniffer.models.apart import must_be_read_alone
 from qk_sniffer.models.attention import decoder_backbone
 from qk_sniffer.models.frequencies import depends_on_length, forget_lengths
 from qk_sniffer.models.generating import watch_stopping
-from qk_sniffer.models.tensor_parallel import is_shared, too_large_to_share
+from qk_sniffer.models.tensor_parallel import n_sharing, too_large_to_share
 from qk_sniffer.models.wrapping import wrapped
 
 log = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ class Continuation:
         except (AssertionError, ValueError) as error:
             raise _refused(error) from error
         except torch.OutOfMemoryError as error:
-            if is_shared(self._model):
+            if n_sharing(self._model) > 1:
                 longest = max(text.numel() for text in texts)
                 raise too_large_to_share(len(texts), longest) from error
             if len(texts) == 1:

@@ -108,9 +108,9 @@ def _is_even(plan: Mapping[str, str], layers: Sequence[AttentionLayer], count: i
     return not shares_heads or all(layer.num_key_value_heads % count == 0 for layer in layers)
 
 
-def is_shared(model: nn.Module) -> bool:
-    """Whether several processes share a model of transformers."""
-    return (getattr(model, "_tp_size", None) or 1) > 1
+def n_sharing(model: nn.Module) -> int:
+    """How many processes share a model of transformers; 1 where this one has all of it."""
+    return getattr(model, "_tp_size", None) or 1
 
 
 def too_large_to_share(size: int, width: int) -> UserError:
