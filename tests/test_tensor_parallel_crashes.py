@@ -1,0 +1,235 @@
+"""Runs of processes that share a model, which are killed, stopped or fail, and are begun again.
+
+Whatever ends them, the same command goes on with any number of processes, and the files are those of a
+run that nobody disturbed.
+"""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from conftest import byte_tokenizer, write_jsonl
+from families import FAMILIES, tiny_model
+from killing import AFTER, BEFORE, HALFWAY, POINTS, Death, Ended, Processes, Started
+from qk_sniffer.cli import main
+from qk_sniffer.storage.commits import read_commits
+from readers import assert_same_moments, assert_same_rows
+from test_crashes import BATCH_SIZE, N_TEXTS, TEXTS
+from test_ranks import Run
+
+N_BATCHES = N_TEXTS // BATCH_SIZE
+MOST_SECONDS = 50.0
+"""How long the others may live on after one has died."""
+
+SAMPLED = {
+    "sampler": {"type": "uniform", "base_rate": 2.0},
+    "min_bucket_size": 8,
+    "capture_values": True,
+    "capture_outputs": True,
+    "capture_softmax": True,
+}
+MOMENTS = dict.fromkeys(("enabled", "by_bucket", "pre_rope", "cross"), True)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rows": {"capture": SAMPLED},
+    "rows and moments": {"capture": SAMPLED, "moments": MOMENTS},
+    "moments": {"capture": SAMPLED | {"sampler": {"type": "none"}}, "moments": MOMENTS},
+}
+"""Of the section sniffer. Moments alone are of a model in float64, which are the same however many
+processes compute it."""
+
+ROWS, BOTH, ALONE = VARIANTS
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Processes of a run, and how many of them share a model."""
+
+    size: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.size} of {self.count}"
+
+    def group(self, rank: int) -> list[int]:
+        """The processes that share a model with one, itself too."""
+        first = rank - rank % self.count
+        return list(range(first, first + self.count))
+
+
+ONE, PAIR, TWO_PAIRS = Layout(1, 1), Layout(2, 2), Layout(4, 2)
+LAYOUTS = [ONE, PAIR, TWO_PAIRS]
+
+Deaths = Mapping[int, Death]
+
+
+class SharedRun(Run):
+    """A prediction that begins and goes on with processes of any layout."""
+
+    def lay_out(self, layout: Layout) -> "SharedRun":
+        self.config["model"]["tensor_parallel"] = layout.count
+        return self
+
+    def begin(self, layout: Layout, deaths: Deaths = {}, **trainer: Any) -> list[Started]:  # noqa: B006
+        return self.lay_out(layout).start(layout.size, deaths=deaths, **trainer)
+
+    def end(self, layout: Layout, **trainer: Any) -> list[Ended]:
+        return self.lay_out(layout).run(layout.size, **trainer)
+
+
+NewRun = Callable[..., SharedRun]
+
+
+@pytest.fixture(scope="module")
+def new_run(
+    processes: Processes,
+    model_dir: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> NewRun:
+    """A run of the tiny Llama over the texts of a variant."""
+    texts = write_jsonl(tmp_path_factory.mktemp("texts") / "texts.jsonl", TEXTS)
+    in_float64 = tmp_path_factory.mktemp("llama-float64")
+    tiny_model(FAMILIES["llama"]).to(torch.float64).save_pretrained(in_float64)
+    byte_tokenizer().save_pretrained(in_float64)
+
+    def new(variant: str = ROWS, **data: Any) -> SharedRun:
+        directory = tmp_path_factory.mktemp("run")
+        model = in_float64 if variant == ALONE else model_dir("llama")
+        config = {
+            "model": {"name": str(model)},
+            "data": {"path": str(texts), "id_column": "id", "batch_size": BATCH_SIZE} | data,
+            "sniffer": {"check": False, "output": {"data_root": str(directory / "root")}}
+            | VARIANTS[variant],
+        }
+        return SharedRun(processes, directory, config)
+
+    return new
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A data root that nothing disturbed, and how its processes ended."""
+
+    root: Path
+    ended: list[Ended]
+
+
+UndisturbedOf = Callable[..., Undisturbed]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(new_run: NewRun) -> UndisturbedOf:
+    made: dict[tuple[str, Layout], Undisturbed] = {}
+
+    def of(variant: str, layout: Layout = ONE) -> Undisturbed:
+        if (variant, layout) not in made:
+            run = new_run(variant)
+            ended = run.end(layout)
+            assert [end.exitcode for end in ended] == [0] * layout.size, ended
+            made[variant, layout] = Undisturbed(run.root, ended)
+        return made[variant, layout]
+
+    return of
+
+
+def captured(root: Path) -> set[int]:
+    """The texts of finished files, and those that the logs of all processes of a group name."""
+    texts: set[int] = set()
+    if (root / "manifest.json").exists():
+        texts |= set(pq.read_table(root / "examples" / "data.parquet")["example_id"].to_pylist())
+    groups: dict[tuple[int, int], list[set[int]]] = {}
+    for part in (root / ".journal").glob("rank-*"):
+        rank, _, count = part.name.removeprefix("rank-").partition("-tp")
+        size = int(count or 1)
+        ids = {i for commit in read_commits(part).commits for i in commit.example_ids.tolist()}
+        groups.setdefault((size, int(rank) // size), []).append(ids)
+    for (size, _), parts in groups.items():
+        if len(parts) == size:
+            texts |= set.intersection(*parts)
+    return texts
+
+
+def assert_goes_on(run: SharedRun, layout: Layout, expected: Path) -> None:
+    """The same command reads what is missing and nothing else, and the files are as expected."""
+    left = N_TEXTS - len(captured(run.root))
+    ended = run.end(layout)
+    assert [end.exitcode for end in ended] == [0] * layout.size, ended
+    if "moments" not in run.config["sniffer"]:
+        read = [end.passages["flush"] for end in ended]
+        assert sum(read[:: layout.count]) == -(-left // BATCH_SIZE)
+        assert all(read[rank] == read[layout.group(rank)[0]] for rank in range(layout.size))
+    assert_same(run.root, expected)
+
+
+def assert_same(root: Path, expected: Path) -> None:
+    assert_same_rows(root, expected)
+    assert_same_moments(root, expected)
+    assert not (root / ".journal").exists()
+    assert main(["verify", str(root)]) == 0
+
+
+def let_others_end(started: Sequence[Started], dead: Sequence[int]) -> list[Ended]:
+    """Wait until some processes are dead, and then that the others end in order before long."""
+    for rank in dead:
+        started[rank].join(100)
+        assert not started[rank].is_alive(), started[rank].printed
+    ended = [process.wait(MOST_SECONDS) for process in started]
+    printed = "".join(end.printed for end in ended)
+    assert "Traceback" not in printed, printed
+    for rank, end in enumerate(ended):
+        assert end.exitcode not in (0, None), printed
+        assert rank in dead or end.exitcode > 0, printed
+    return ended
+
+
+def die(run: SharedRun, layout: Layout, deaths: Deaths) -> list[Ended]:
+    """Let some processes kill themselves; the others end with one line about the first of them."""
+    ended = let_others_end(run.begin(layout, deaths), list(deaths))
+    printed = "".join(end.printed for end in ended)
+    assert all(ended[rank].exitcode == -signal.SIGKILL for rank in deaths), printed
+    if len(deaths) < layout.size:
+        assert printed.count("): died; the other processes stop after their batch") == 1, printed
+    assert printed.count("qk-sniffer: error") <= 1, printed
+    assert not (run.root / "manifest.json").exists()
+    return ended
+
+
+READING = Death("forward", BEFORE, 22)
+"""In the second layer of the sixth batch: the others of the group wait for the output of the layer."""
+
+HALF_READING = Death("forward", AFTER, 11)
+
+
+@pytest.mark.parametrize(
+    ("begun", "deaths", "goes_on"),
+    [
+        (PAIR, {0: READING}, ONE),
+        (PAIR, {1: READING}, PAIR),
+        (PAIR, {0: Death("commit", BEFORE, 6)}, TWO_PAIRS),
+        (PAIR, {1: Death("commit", AFTER, 6)}, PAIR),
+        (PAIR, {0: Death("row group", BEFORE, 9)}, PAIR),
+        (PAIR, {1: Death("rename", AFTER, 9)}, ONE),
+        (TWO_PAIRS, {1: HALF_READING}, PAIR),
+        (TWO_PAIRS, {2: Death("commit", HALFWAY, 3)}, ONE),
+        (TWO_PAIRS, {0: HALF_READING, 3: HALF_READING}, TWO_PAIRS),
+        (TWO_PAIRS, {1: Death("row group", AFTER, 4), 2: Death("rename", BEFORE, 4)}, PAIR),
+    ],
+    ids=str,
+)
+def test_a_run_whose_processes_are_killed_goes_on(
+    new_run: NewRun, undisturbed: UndisturbedOf, begun: Layout, deaths: Deaths, goes_on: Layout
+) -> None:
+    run = new_run()
+    die(run, begun, deaths)
+    if all(death.point in ("forward", "commit") for death in deaths.values()):
+        done = len(captured(run.root))
+        assert 0 < done < N_TEXTS
+    assert_goes_on(run, goes_on, undisturbed(ROWS).root)
