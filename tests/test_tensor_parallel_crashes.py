@@ -21,7 +21,9 @@ from conftest import byte_tokenizer, write_jsonl
 from families import FAMILIES, tiny_model
 from killing import AFTER, BEFORE, HALFWAY, POINTS, Death, Ended, Processes, Started
 from qk_sniffer.cli import main
+from qk_sniffer.storage import earlier_run
 from qk_sniffer.storage.commits import read_commits
+from qk_sniffer.storage.moment_states import counted_ids
 from readers import assert_same_moments, assert_same_rows
 from test_crashes import BATCH_SIZE, N_TEXTS, TEXTS
 from test_ranks import Run
@@ -205,6 +207,7 @@ def die(run: SharedRun, layout: Layout, deaths: Deaths) -> list[Ended]:
 READING = Death("forward", BEFORE, 22)
 """In the second layer of the sixth batch: the others of the group wait for the output of the layer."""
 
+COMMITTING, COMMITTED = Death("commit", BEFORE, 6), Death("commit", AFTER, 6)
 HALF_READING = Death("forward", AFTER, 11)
 
 
@@ -213,8 +216,8 @@ HALF_READING = Death("forward", AFTER, 11)
     [
         (PAIR, {0: READING}, ONE),
         (PAIR, {1: READING}, PAIR),
-        (PAIR, {0: Death("commit", BEFORE, 6)}, TWO_PAIRS),
-        (PAIR, {1: Death("commit", AFTER, 6)}, PAIR),
+        (PAIR, {0: COMMITTING}, TWO_PAIRS),
+        (PAIR, {1: COMMITTED}, PAIR),
         (PAIR, {0: Death("row group", BEFORE, 9)}, PAIR),
         (PAIR, {1: Death("rename", AFTER, 9)}, ONE),
         (TWO_PAIRS, {1: HALF_READING}, PAIR),
@@ -229,7 +232,79 @@ def test_a_run_whose_processes_are_killed_goes_on(
 ) -> None:
     run = new_run()
     die(run, begun, deaths)
-    if all(death.point in ("forward", "commit") for death in deaths.values()):
-        done = len(captured(run.root))
-        assert 0 < done < N_TEXTS
+    done = len(captured(run.root)) // BATCH_SIZE
+    if begun == PAIR:
+        (death,) = deaths.values()
+        assert done == {READING: 5, COMMITTING: 5, COMMITTED: 6}.get(death, N_BATCHES)
+    else:
+        assert done > 0
     assert_goes_on(run, goes_on, undisturbed(ROWS).root)
+
+
+
+@pytest.mark.parametrize("seed", range(9))
+def test_a_run_whose_processes_are_killed_at_a_random_point_goes_on(
+    new_run: NewRun, undisturbed: UndisturbedOf, seed: int
+) -> None:
+    """Of rows, of moments, or of both; once or twice."""
+    draw = random.Random(seed)
+    variant = [*VARIANTS][seed % 3]
+    run, layout = new_run(variant), PAIR if draw.random() < 0.7 else TWO_PAIRS
+    for _ in range(draw.choice([1, 1, 2])):
+        rank = draw.randrange(layout.size)
+        passages = undisturbed(variant, layout).ended[rank].passages
+        point = draw.choice(sorted(point for point in POINTS if passages[point]))
+        moment = draw.choice(POINTS[point][2])
+        death = Death(point, moment, draw.randint(1, passages[point]))
+        started = run.begin(layout, {rank: death})
+        started[rank].join(100)
+        # The second time there may be less to do.
+        if started[rank].process.exitcode != 0:
+            let_others_end(started, [rank])
+    goes_on = layout if variant == BOTH else draw.choice(LAYOUTS)
+    assert_goes_on(run, goes_on, undisturbed(variant, layout if variant == BOTH else ONE).root)
+
+
+@pytest.mark.parametrize("moment", [BEFORE, AFTER])
+@pytest.mark.parametrize(("variant", "passage", "killed"), [(ALONE, 4, 0), (BOTH, 5, 1)])
+def test_a_death_between_the_saves_of_two_processes_costs_one_of_them(
+    new_run: NewRun, undisturbed: UndisturbedOf, variant: str, passage: int, killed: int, moment: str
+) -> None:
+    run = new_run(variant)
+    die(run, PAIR, {killed: Death("moments", moment, passage)})
+    found = [counted_by(run.root / ".journal" / f"rank-{rank:05d}-tp2") for rank in range(2)]
+    # Each keeps the newest that it has and those before, and they have some in common.
+    common = max(set(found[0]) & set(found[1]))
+    assert common >= passage - 1
+    earlier = earlier_run(run.root)
+    assert earlier is not None and earlier.counted_ids.size == BATCH_SIZE * common
+    expected = undisturbed(variant, PAIR).root
+    assert_goes_on(run, PAIR, expected)
+
+
+def counted_by(part: Path) -> list[int]:
+    """How many batches the moments of a process count, file by file."""
+    return [counted_ids(path).size // BATCH_SIZE for path in part.glob("moments-*.npz")]
+
+
+BUG = RuntimeError("something that is not so")
+IN_THE_PROBE, IN_THE_CHECK, IN_A_BATCH = 38, 66, 200
+"""Projections of the model, of which a forward has 28; the first are of the model without weights."""
+
+
+@pytest.mark.parametrize(
+    ("failing", "passage"), [(0, IN_THE_PROBE), (1, IN_THE_PROBE), (1, IN_THE_CHECK), (0, IN_A_BATCH)]
+)
+def test_a_bug_in_one_process_ends_all(new_run: NewRun, failing: int, passage: int) -> None:
+    run = new_run()
+    del run.config["sniffer"]["check"]
+    death = Death("projection", BEFORE, passage, error=BUG)
+    started = run.begin(PAIR, {failing: death})
+    began = time.monotonic()
+    ended = [process.wait(MOST_SECONDS) for process in started]
+    assert time.monotonic() - began < MOST_SECONDS
+    assert [end.exitcode for end in ended] == [1, 1]
+    assert f"rank {failing} (" in ended[1 - failing].printed
+    assert "): RuntimeError: something that is not so; the other" in ended[1 - failing].printed
+    assert "Traceback" not in ended[1 - failing].printed, ended[1 - failing].printed
+    assert ended[failing].printed.splitlines()[-1] == "RuntimeError: something that is not so"
