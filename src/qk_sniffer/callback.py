@@ -313,7 +313,8 @@ class SnifferCallback(pl.Callback):
             if self._recorder is not None:
                 self._recorder.close()
         except UserError as error:
-            log.warning("%s", error)
+            if error is not exception:
+                log.warning("%s", error)
         is_first, watched = self._ranks.is_first, self._ranks.lifeline is not None
         if isinstance(exception, UserError | Stopped) and watched and not is_first:
             exception.is_told = True
