@@ -4,6 +4,7 @@ Whatever ends them, the same command goes on with any number of processes, and t
 run that nobody disturbed.
 """
 
+import errno
 import os
 import random
 import signal
@@ -19,7 +20,7 @@ import torch
 
 from conftest import byte_tokenizer, write_jsonl
 from families import FAMILIES, tiny_model
-from killing import AFTER, BEFORE, HALFWAY, POINTS, Death, Ended, Processes, Started
+from killing import AFTER, BEFORE, HALFWAY, POINTS, Death, Ended, Processes, Started, until
 from qk_sniffer.cli import main
 from qk_sniffer.storage import earlier_run
 from qk_sniffer.storage.commits import read_commits
@@ -43,7 +44,10 @@ MOMENTS = dict.fromkeys(("enabled", "by_bucket", "pre_rope", "cross"), True)
 VARIANTS: dict[str, dict[str, Any]] = {
     "rows": {"capture": SAMPLED},
     "rows and moments": {"capture": SAMPLED, "moments": MOMENTS},
-    "moments": {"capture": SAMPLED | {"sampler": {"type": "none"}}, "moments": MOMENTS},
+    "moments": {
+        "capture": SAMPLED | {"sampler": {"type": "none"}, "capture_softmax": False},
+        "moments": MOMENTS,
+    },
 }
 """Of the section sniffer. Moments alone are of a model in float64, which are the same however many
 processes compute it."""
@@ -200,7 +204,6 @@ def die(run: SharedRun, layout: Layout, deaths: Deaths) -> list[Ended]:
     if len(deaths) < layout.size:
         assert printed.count("): died; the other processes stop after their batch") == 1, printed
     assert printed.count("qk-sniffer: error") <= 1, printed
-    assert not (run.root / "manifest.json").exists()
     return ended
 
 
@@ -232,6 +235,7 @@ def test_a_run_whose_processes_are_killed_goes_on(
 ) -> None:
     run = new_run()
     die(run, begun, deaths)
+    assert not (run.root / "manifest.json").exists()
     done = len(captured(run.root)) // BATCH_SIZE
     if begun == PAIR:
         (death,) = deaths.values()
@@ -239,7 +243,6 @@ def test_a_run_whose_processes_are_killed_goes_on(
     else:
         assert done > 0
     assert_goes_on(run, goes_on, undisturbed(ROWS).root)
-
 
 
 @pytest.mark.parametrize("seed", range(9))
@@ -308,3 +311,160 @@ def test_a_bug_in_one_process_ends_all(new_run: NewRun, failing: int, passage: i
     assert "): RuntimeError: something that is not so; the other" in ended[1 - failing].printed
     assert "Traceback" not in ended[1 - failing].printed, ended[1 - failing].printed
     assert ended[failing].printed.splitlines()[-1] == "RuntimeError: something that is not so"
+
+
+MANY = [{"text": TEXTS[i % N_TEXTS]["text"][i % 5 :] + "."} for i in range(400)]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A data section of more texts than are read before a signal comes."""
+    path = write_jsonl(tmp_path_factory.mktemp("many") / "texts.jsonl", MANY)
+    return {"path": str(path), "id_column": None}
+
+
+@pytest.fixture(scope="module")
+def many_alone(new_run: NewRun, many: dict[str, Any]) -> Path:
+    """The data root of one process that has read them."""
+    run = new_run(**many)
+    (ended,) = run.end(ONE)
+    assert ended.exitcode == 0
+    return run.root
+
+
+def batches_of(root: Path) -> list[list[tuple[int, ...]]]:
+    """The texts of each batch that each process has committed, by its part."""
+    parts = sorted((root / ".journal").glob("rank-*"))
+    return [[tuple(c.example_ids.tolist()) for c in read_commits(part).commits] for part in parts]
+
+
+def wait_for_batches(run: SharedRun, started: Sequence[Started], n_batches: int, size: int) -> None:
+    def has_come() -> bool:
+        found = batches_of(run.root)
+        return len(found) == size and all(len(batches) >= n_batches for batches in found)
+
+    until(has_come, lambda: all(process.is_alive() for process in started), lambda: started[0].printed)
+
+
+def assert_all_go_on(run: SharedRun, layout: Layout, many_alone: Path) -> None:
+    """No batch that any process has committed is read again."""
+    batches = batches_of(run.root)
+    for rank in range(0, len(batches), 2):
+        assert batches[rank] == batches[rank + 1]
+    done = len(captured(run.root))
+    assert done == sum(len(ids) for part in batches[::2] for ids in part)
+    ended = run.end(layout)
+    assert [end.exitcode for end in ended] == [0] * layout.size, ended
+    read = sum(end.passages["flush"] for end in ended[:: layout.count])
+    assert read == (len(MANY) - done) // BATCH_SIZE
+    assert_same(run.root, many_alone)
+
+
+@pytest.mark.parametrize(
+    ("begun", "told"), [(PAIR, [0]), (PAIR, [1]), (TWO_PAIRS, [0, 1, 2, 3])], ids=str
+)
+def test_processes_that_are_told_to_stop_end_after_the_same_batch(
+    new_run: NewRun, many: dict[str, Any], many_alone: Path, begun: Layout, told: list[int]
+) -> None:
+    run = new_run(**many)
+    started = run.begin(begun)
+    wait_for_batches(run, started, 5, begun.size)
+    for rank in told:
+        os.kill(started[rank].process.pid, signal.SIGTERM)
+    ended = [process.wait(MOST_SECONDS) for process in started]
+    assert [end.exitcode for end in ended] == [128 + signal.SIGTERM] * begun.size, ended
+    assert ended[0].printed.splitlines()[-1] == "qk-sniffer: stopped by SIGTERM"
+    assert f"qk-sniffer finalize {run.root}" in ended[0].printed
+    assert "Traceback" not in "".join(end.printed for end in ended)
+    assert_all_go_on(run, PAIR, many_alone)
+
+
+def test_a_process_of_another_group_ends_where_one_is_told_to_stop(
+    new_run: NewRun, many: dict[str, Any], many_alone: Path
+) -> None:
+    run = new_run(**many)
+    started = run.begin(TWO_PAIRS)
+    wait_for_batches(run, started, 3, 4)
+    os.kill(started[2].process.pid, signal.SIGTERM)
+    ended = [process.wait(MOST_SECONDS) for process in started]
+    assert [end.exitcode for end in ended] == [1, 1, 143, 143], ended
+    assert "): stopped by SIGTERM; the other processes stop" in ended[0].printed
+    assert "Traceback" not in "".join(end.printed for end in ended)
+    assert_all_go_on(run, ONE, many_alone)
+
+
+@pytest.mark.parametrize(
+    ("begun", "stopped"),
+    [
+        (PAIR, {1: Death("forward", AFTER, 30, signal.SIGSTOP)}),
+        (PAIR, {0: Death("commit", BEFORE, 8, signal.SIGSTOP)}),
+        (PAIR, {0: Death("loading", BEFORE, 1, signal.SIGSTOP)}),
+        (TWO_PAIRS, {}),
+    ],
+    ids=["reading", "committing", "loading", "two groups"],
+)
+def test_ctrl_c(
+    new_run: NewRun,
+    many: dict[str, Any],
+    many_alone: Path,
+    begun: Layout,
+    stopped: Deaths,
+) -> None:
+    """It reaches all processes, of which one may stand still for a moment."""
+    run = new_run(**many)
+    started = run.begin(begun, stopped)
+    if not stopped:
+        wait_for_batches(run, started, 5, begun.size)
+    for rank in stopped:
+        started[rank].wait_until_stopped()
+    for process in started:
+        os.kill(process.process.pid, signal.SIGINT)
+    for rank in stopped:
+        started[rank].go_on()
+    ended = [process.wait(MOST_SECONDS) for process in started]
+    printed = "".join(end.printed for end in ended)
+    assert [end.exitcode for end in ended] == [130] * begun.size, printed
+    assert printed.splitlines().count("qk-sniffer: interrupted") == 1
+    assert "Traceback" not in printed
+    done = len(captured(run.root))
+    assert (done > 0) == all(death.point != "loading" for death in stopped.values())
+    (again,) = run.end(ONE)
+    assert again.exitcode == 0, again.printed
+    assert again.passages["flush"] == (len(MANY) - done) // BATCH_SIZE
+    assert_same(run.root, many_alone)
+
+
+def test_a_full_disk_of_one_process_ends_all(new_run: NewRun, undisturbed: UndisturbedOf) -> None:
+    run, full = new_run(), OSError(errno.ENOSPC, "No space left on device")
+    started = run.begin(PAIR, {1: Death("append", BEFORE, 9, error=full)})
+    ended = [process.wait(MOST_SECONDS) for process in started]
+    printed = "".join(end.printed for end in ended)
+    assert [end.exitcode for end in ended] == [1, 2], printed
+    assert printed.count("rank-00001-tp2/segment-00000.arrow: No space left on device") == 1, printed
+    assert "Traceback" not in printed
+    assert len(captured(run.root)) == 4 * BATCH_SIZE
+    assert_goes_on(run, PAIR, undisturbed(ROWS).root)
+
+
+def test_texts_join_with_other_processes(new_run: NewRun, undisturbed: UndisturbedOf) -> None:
+    """A run that each time has more texts and is killed, and goes on with another layout."""
+    run, end = new_run(ALONE, max_samples=8), [0, 0]
+    assert [ended.exitcode for ended in run.end(PAIR)] == end
+    run.config["data"]["max_samples"] = 16
+    die(run, ONE, {0: Death("forward", AFTER, 6)})
+    die(run, PAIR, {1: Death("forward", AFTER, 6)})
+    assert [ended.exitcode for ended in run.end(PAIR)] == end
+    del run.config["data"]["max_samples"]
+    assert_goes_on(run, ONE, undisturbed(ALONE).root)
+
+
+def test_finalize_writes_what_all_processes_of_a_group_have(
+    new_run: NewRun, undisturbed: UndisturbedOf
+) -> None:
+    run = new_run(BOTH)
+    die(run, PAIR, {0: COMMITTING})
+    there = captured(run.root)
+    assert main(["finalize", str(run.root)]) == 0
+    assert captured(run.root) == there
+    assert main(["verify", str(run.root)]) == 0
+    assert_goes_on(run, PAIR, undisturbed(BOTH, PAIR).root)
