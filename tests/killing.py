@@ -54,6 +54,7 @@ POINTS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "manifest": (finalizing, "write_manifest", (BEFORE, AFTER)),
     "journal's end": (Path, "rename", (BEFORE, AFTER)),
     "removal": (shutil, "rmtree", (HALFWAY,)),
+    "moments": (journal, "write_state", (BEFORE, AFTER)),
     "clearing": (data_root, "_remove", (AFTER,)),
 }
 """Fault points: the function that passes through each, and the moments of it at which one can die."""
@@ -72,13 +73,15 @@ PRELOADED = ["qk_sniffer.predict", "transformers.models.llama.modeling_llama"]
 class Death:
     """Where a process kills itself: at a moment of one passage through a fault point, from 1.
 
-    Another signal than SIGKILL may let it live on: SIGSTOP until it is told to go on.
+    Another signal than SIGKILL may let it live on: SIGSTOP until it is told to go on. With ``error`` it
+    is not killed, and that is raised there.
     """
 
     point: str
     moment: str
     passage: int
     signum: int = signal.SIGKILL
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -272,6 +275,7 @@ def _process(
         passages.watch(point, owner, name)
     passages.watch("tokenizing", Encode, "__call__")
     passages.watch("loading", qk_sniffer.module, "load_model")
+    passages.watch("projection", torch.nn.Linear, "forward")
     passages.watch("pushing", push_module, "_push_branch")
     with with_hub:
         status = main(command)
@@ -305,6 +309,8 @@ class _Passages:
 
     def _die(self) -> None:
         assert self.death is not None
+        if self.death.error is not None:
+            raise self.death.error
         os.kill(os.getpid(), self.death.signum)
 
     def _moment(self, point: str, args: tuple[Any, ...]) -> str | None:

@@ -190,7 +190,7 @@ Deaths = list[tuple[str, str]]
 EVERY_POINT: list[tuple[str, Deaths]] = [
     (PLAIN, [(point, moment)])
     for point, (_, _, moments) in POINTS.items()
-    if point != "clearing"
+    if point not in ("clearing", "moments")
     for moment in moments
 ]
 ELSEWHERE: list[tuple[str, Deaths]] = [

@@ -132,14 +132,16 @@ class SnifferCallback(pl.Callback):
                 "sniffer.capture.capture_token_strings: the trainer has no TextDataModule to take the "
                 "tokenizer from; pass one as datamodule, or set it to false"
             )
-        attention = ranks.run(self._probe)
+        attention = ranks.run(self._probe, together=True)
         held = attention.layers
         if ranks.model_size > 1:
             module: Any = pl_module
             shares = ranks.gather_in_model(held)
             whole = ranks.run(lambda: module.whole_layers(shares))
             attention = replace(attention, layers=whole)
-        header, self._heads = ranks.run(lambda: self._describe(trainer, pl_module, attention))
+        header, self._heads = ranks.run(
+            lambda: self._describe(trainer, pl_module, attention), together=True
+        )
         ranks.require_same(header["fingerprint"])
         lengths, listed = texts.sequence_lengths(), texts.listed_positions()
         ranks.first(
@@ -223,9 +225,10 @@ class SnifferCallback(pl.Callback):
             number = int((fields.sequence_lengths > 0).nonzero()[0])
             length = int(fields.sequence_lengths[number])
             tokens = batch["input_ids"][number : number + 1, :length]
-            check_capture(self._backbone, tokens, list(self._heads))
-            if pl_module.hparams.get("prefill_chunk_size") is not None:
-                check_passages(self._backbone, tokens)
+            with self._ranks.reading_together():
+                check_capture(self._backbone, tokens, list(self._heads))
+                if pl_module.hparams.get("prefill_chunk_size") is not None:
+                    check_passages(self._backbone, tokens)
             self._checked = True
         self._recorder.begin_batch(fields)
 
@@ -312,13 +315,14 @@ class SnifferCallback(pl.Callback):
             if self._recorder is not None:
                 self._recorder.close()
         except UserError as error:
-            log.warning("%s", error)
+            if error is not exception:
+                log.warning("%s", error)
         is_first, watched = self._ranks.is_first, self._ranks.lifeline is not None
         if isinstance(exception, UserError | Stopped) and watched and not is_first:
             exception.is_told = True
         holds_rows = self._recorder is not None and self.own_data_root.holds_rows
         self._leave(reason_of(exception))
-        await_launched(trainer)
+        await_launched(trainer, self._ranks.model_size)
         self.own_data_root.ownership.release()
         if (bar := progress_bar(trainer)) is not None:
             bar.close()

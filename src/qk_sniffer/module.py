@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -428,7 +427,8 @@ class SnifferModule(pl.LightningModule):
         longest = max(lengths) + self.max_new_tokens
         require_room(covered_positions(self.backbone.config), longest, self.max_new_tokens)
         texts = [row[:length] for row, length in zip(batch["input_ids"], lengths, strict=True)]
-        return batch_with(batch, self.continuation(texts, fields.example_ids.tolist()))
+        with Ranks.of(self._trainer).reading_together():
+            return batch_with(batch, self.continuation(texts, fields.example_ids.tolist()))
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> int:
         """Run the backbone; an active sniffer captures what its attention sees.
@@ -450,9 +450,7 @@ class SnifferModule(pl.LightningModule):
             UserError: The sequences are longer than the model's learned positions, or one of them
                 does not fit into the device's memory.
         """
-        ranks = Ranks.of(self._trainer)
-        # Without the others a process can't go on in the middle of a forward.
-        with ranks.exiting_where_one_died() if ranks.model_size > 1 else nullcontext():
+        with Ranks.of(self._trainer).reading_together():
             self._read_batch(batch)
         return int(batch["input_ids"].numel())
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -22,6 +22,10 @@ _NO_LIMIT = timedelta(days=365)
 """How long one process waits for another that works longer; a lifeline notices when one has died."""
 
 _SECONDS_TO_LEARN = 10.0
+
+_SECONDS_WITHOUT_US = 5.0
+"""How long processes that share a model with one that ends are waited for: they may themselves wait for
+it, in the middle of a forward, until its connections close."""
 
 
 class Ranks:
@@ -115,14 +119,14 @@ class Ranks:
         """
         return self._gather(value, self.model_size, self._model_group)
 
-    def _gather(self, value: T, size: int, group: Any) -> list[T]:
+    def _gather(self, value: T, size: int, group: Any, seconds: float | None = None) -> list[T]:
         if size == 1:
             return [value]
         import torch.distributed as dist
 
         values: list[Any] = [None] * size
         with self.exiting_where_one_died():
-            _interruptible(lambda: dist.all_gather_object(values, value, group=group))
+            _interruptible(lambda: dist.all_gather_object(values, value, group=group), seconds)
         return values
 
     @contextmanager
@@ -139,8 +143,23 @@ class Ranks:
                 raise SystemExit(1) from error
             raise
 
-    def run(self, task: Callable[[], T]) -> T:
+    @contextmanager
+    def reading_together(self) -> Iterator[None]:
+        """Forwards of a model, in which processes that share it wait for each other.
+
+        Raises:
+            SystemExit: One of them has died.
+        """
+        with self.exiting_where_one_died() if self.model_size > 1 else nullcontext():
+            yield
+
+    def run(self, task: Callable[[], T], *, together: bool = False) -> T:
         """Do something that may fail, in every process; where it fails in one, it fails in all.
+
+        Args:
+            task: What to do.
+            together: Whether processes that share a model wait for each other in it. Where it fails in
+                one of them alone, that one raises the error and ends, and the others notice.
 
         Returns:
             What it gave in this process.
@@ -154,7 +173,15 @@ class Ranks:
             result = task()
         except Exception as caught:
             error = caught
-        failures = self.gather(None if error is None else (isinstance(error, UserError), str(error)))
+        failure = None if error is None else (isinstance(error, UserError), str(error))
+        is_awaited = error is not None and together and self.model_size > 1
+        try:
+            failures = self._gather(
+                failure, self.size, self._group, _SECONDS_TO_LEARN if is_awaited else None
+            )
+        except TimeoutError:
+            assert error is not None
+            raise error from None
         if not any(failures):
             return result
         self.leave()
@@ -243,8 +270,12 @@ def _model_size(trainer: Any) -> int:
     return wanted if trainer.num_devices % wanted == 0 else 1
 
 
-def _interruptible(task: Callable[[], None]) -> None:
-    """Run a task that may wait for long outside of Python, where it would keep signals from us."""
+def _interruptible(task: Callable[[], None], seconds: float | None = None) -> None:
+    """Run a task that may wait for long outside of Python, where it would keep signals from us.
+
+    Raises:
+        TimeoutError: It takes longer than ``seconds``, and goes on.
+    """
     errors: list[BaseException] = []
 
     def work() -> None:
@@ -255,7 +286,9 @@ def _interruptible(task: Callable[[], None]) -> None:
 
     thread = threading.Thread(target=work, name="gather", daemon=True)
     thread.start()
-    thread.join()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError
     if errors:
         raise errors[0]
 
@@ -269,12 +302,18 @@ def reason_of(exception: BaseException) -> str:
     return f"{type(exception).__name__}: {first_line(exception)}"
 
 
-def await_launched(trainer: Any) -> None:
-    """Let the processes that a trainer has launched end, as all do when one of them does."""
-    for process in getattr(trainer.strategy.launcher, "procs", ()):
+def await_launched(trainer: Any, model_size: int = 1) -> None:
+    """Let the processes that a trainer has launched end, as all do when one of them does.
+
+    Args:
+        trainer: The trainer, in the first process of a host.
+        model_size: How many neighbours share a model.
+    """
+    launched = [*enumerate(getattr(trainer.strategy.launcher, "procs", ()), start=1)]
+    for number, process in reversed(launched):
         if isinstance(process, subprocess.Popen):
             with suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_SECONDS)
+                process.wait(STOP_SECONDS if number >= model_size else _SECONDS_WITHOUT_US)
 
 
 class Dealer:
