@@ -20,7 +20,7 @@ from smollm2 import checkpoint
 
 TEXTS, TOKENS = 3, 2048
 NAMES = ("one process", "two processes, the first", "two processes, the second")
-_EVERY = 0.005
+_EVERY = 0.02
 """Seconds between two looks at the memory."""
 
 
@@ -105,17 +105,16 @@ def measure_share(dtype: str, size: int, n_texts: int) -> None:
     print(json.dumps(watch.seen()._asdict()))
 
 
-def run_shares(dtype: str, size: int, n_texts: int) -> list[Seen]:
+def run_shares(dtype: str, size: int, n_texts: int, **environment: str) -> list[Seen]:
     """What each of ``size`` processes sees of some texts, with one thread of torch each."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = int(server.getsockname()[1])
     single = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     with long_files(TEXTS) as texts, tempfile.TemporaryDirectory() as root:
-        # So that freed memory is given back at once, and the peak is that of what is needed.
         variables = (
             os.environ
+            | environment
             | dict.fromkeys(single, "1")
-            | dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "65536")
             | {
                 "BENCH_ROOT": root,
                 "BENCH_TEXTS": texts,
@@ -143,7 +142,9 @@ def run_shares(dtype: str, size: int, n_texts: int) -> list[Seen]:
 def time_shares(repetitions: int) -> str:
     """Read texts with a model in one process and in two, in turn; memory once, as it hardly varies."""
     checkpoint()
-    memory = [seen.bytes for size in (1, 2) for seen in run_shares("bfloat16", size, 1)]
+    # So that freed memory is given back at once, and the peak is that of what is needed.
+    giving_back = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "65536")
+    memory = [seen.bytes for size in (1, 2) for seen in run_shares("bfloat16", size, 1, **giving_back)]
     pairs = [
         [max(seen.seconds for seen in run_shares("float32", size, TEXTS)) for size in (1, 2)]
         for _ in range(repetitions)
