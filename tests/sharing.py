@@ -58,15 +58,6 @@ OTHER_DIGEST = {"inkling2_text"}
 """Architectures whose weights transformers puts in another order where they are shared, though it says
 otherwise: such a run can't go on with another number of processes."""
 
-_TWO_GLOBAL = {"num_global_key_value_heads": 2}
-CHANGES: dict[str, dict[str, Any]] = {
-    "gemma4": {"text_config": _TWO_GLOBAL},
-    "gemma4_text": _TWO_GLOBAL,
-    "gemma4_unified": {"text_config": _TWO_GLOBAL},
-    "gemma4_unified_text": _TWO_GLOBAL,
-}
-"""What the tiny model of an architecture needs to be shared: a key head for each process."""
-
 _SECTION = "\n## Tensor parallel\n"
 
 
@@ -157,7 +148,7 @@ def examine_sharing(
         directory: Where the model is saved, for all processes.
         changes: Of its config.
     """
-    config = tiny_config(name, CHANGES.get(name, {}) | dict(changes))
+    config = tiny_config(name, dict(changes))
     model = tiny_causal_lm(name, config)
     whole = probe_attention(decoder_backbone(model))
     try:
@@ -222,14 +213,14 @@ def _own(
     """What a process is to have of the states of all heads."""
     own = {}
     for layer, share in zip(layers, held, strict=True):
-        of_queries, of_keys = shard.query_heads(layer), shard.key_heads(layer)
+        of_queries, of_keys = shard.query_heads(layer), shard.computed_keys(layer)
         for (layer_idx, part), values in states.items():
             if layer_idx != layer.layer_idx:
                 continue
             is_key = part in KINDS and KINDS[part].heads == "num_key_value_heads"
             heads = of_keys if is_key else of_queries
             if share.num_attention_heads < layer.num_attention_heads:
-                values = values[:, heads.start : heads.stop]
+                values = values[:, list(heads)]
             own[layer_idx, part] = values
     return own
 

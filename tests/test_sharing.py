@@ -71,9 +71,8 @@ def test_more_than_two_processes(processes: Processes, count: int) -> None:
         for name in ("llama", "qwen3", "gemma3_text", "qwen3_moe"):
             kinds[name] = examine(group, name, FOUR_KEY_HEADS).kind
         kinds["deepseek_v3"] = examine(group, "deepseek_v3", {"moe_intermediate_size": 48}).kind
-        few = examine(group, "mistral", {})
+        kinds["mistral"] = examine(group, "mistral", {}).kind
     assert kinds == dict.fromkeys(kinds, "share") | {"deepseek_v3": "whole"}
-    assert few.problem.endswith(f"has 2 key heads, too few for {count} processes; set it to 2")
 
 
 def refusal_of_ones_own(shard: ModelShard, directory: Path) -> str:

@@ -300,7 +300,6 @@ if __name__ == "__main__":
     [
         ("llama", 1, 2, "2 processes share a model, and the trainer has 1 on each host; set"),
         ("llama", 3, 2, "2 processes share a model, and the trainer has 3 on each host; set"),
-        ("llama", 4, 4, "has 2 key heads, too few for 4 processes; set it to 2"),
         ("bloom", 2, 2, "transformers has no plan by which processes share BloomForCausalLM"),
     ],
 )
@@ -326,7 +325,7 @@ def test_a_run_that_is_refused(new_run: NewRun, family: str, size: int, count: i
             "model.quantization: processes that share a model can't use it",
         ),
         ("llama", 2, {"device_map": "auto"}, "model.device_map: auto gives one process all devices"),
-        ("uneven", 4, {}, "has 3 key heads, too few for 4 processes; set it to 3"),
+        ("llama", 5, {}, "has 4 query heads, too few for 5 processes; set it to 4 or less"),
         ("gpt_neox", 3, {}, "3 processes can't share the 4 key heads of"),
         ("hrm_text", 2, {}, "the plan by which transformers shares HrmTextForCausalLM"),
         ("opt", 2, {}, "transformers has no plan by which processes share OPTForCausalLM"),

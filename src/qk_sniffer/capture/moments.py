@@ -226,7 +226,9 @@ def _heads_of_calls(streams: Iterable[CapturedStream], *, cross: bool) -> dict[i
         for kinds in _TOGETHER:
             numbers = {kind: own[kind].heads for kind in kinds if kind in own}
             if numbers:
-                keys = _key_rows(own["q"], own["k"]) if cross and kinds == ("q", "k") else None
+                # One of several processes that share a model may have no query head of a layer.
+                has_both = kinds == ("q", "k") and numbers.keys() == set(kinds)
+                keys = _key_rows(own["q"], own["k"]) if cross and has_both else None
                 heads.setdefault(layer_idx, []).append(_Heads(layer_idx, numbers, keys))
     return heads
 

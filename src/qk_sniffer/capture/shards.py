@@ -9,9 +9,9 @@ from qk_sniffer.capture.heads import AttentionLayer, CapturedHeads
 class ModelShard:
     """The place of a process among those that share a model.
 
-    Neighbouring key heads fall to one process, with the query heads that they serve, and to as many
-    processes as there are as evenly as they can be divided. That holds where each process computes its
-    own heads alone, and where each computes all of them.
+    Neighbouring query heads fall to one process, as evenly as they can be divided, and a key head falls
+    to the process that has the first query head that it serves. That holds where each process computes
+    its own heads alone, and where each computes all of them.
 
     Attributes:
         number: Of the process, from 0.
@@ -21,18 +21,28 @@ class ModelShard:
     number: int = 0
     count: int = 1
 
-    def key_heads(self, layer: AttentionLayer) -> range:
-        """The key heads of a layer that fall to it.
+    def query_heads(self, layer: AttentionLayer) -> range:
+        """The query heads of a layer that fall to it.
 
         Args:
             layer: The whole layer.
         """
-        return self._share(layer.num_key_value_heads)
+        n_heads = layer.num_attention_heads
+        return range(self.number * n_heads // self.count, (self.number + 1) * n_heads // self.count)
 
-    def query_heads(self, layer: AttentionLayer) -> range:
-        """The query heads of a layer that fall to it; the argument is that of ``key_heads``."""
-        keys, group = self.key_heads(layer), layer.num_attention_heads // layer.num_key_value_heads
-        return range(keys.start * group, keys.stop * group)
+    def key_heads(self, layer: AttentionLayer) -> range:
+        """The key heads of a layer that fall to it; the argument is that of ``query_heads``."""
+        queries, group = self.query_heads(layer), layer.num_attention_heads // layer.num_key_value_heads
+        return range(-(-queries.start // group), -(-queries.stop // group))
+
+    def computed_keys(self, layer: AttentionLayer) -> tuple[int, ...]:
+        """The key heads of its attention calls, where it computes its own heads alone.
+
+        Where the key heads can't be divided evenly, each query head has a copy of its own.
+        """
+        if layer.num_key_value_heads % self.count == 0:
+            return tuple(self.key_heads(layer))
+        return tuple(layer.key_head(head) for head in self.query_heads(layer))
 
     def of(self, captured: CapturedHeads) -> CapturedHeads:
         """The captured heads that fall to it, by their numbers in the whole layer."""
@@ -54,15 +64,12 @@ class ModelShard:
         own, whole = self.of(captured), captured.layer
         if layer.num_attention_heads == whole.num_attention_heads:
             return CapturedHeads(layer, own.query, own.key)
-        first_query, first_key = self.query_heads(whole).start, self.key_heads(whole).start
+        first, keys = self.query_heads(whole).start, self.computed_keys(whole)
         return CapturedHeads(
             layer,
-            tuple(head - first_query for head in own.query),
-            tuple(head - first_key for head in own.key),
+            tuple(head - first for head in own.query),
+            tuple(keys.index(head) for head in own.key),
         )
-
-    def _share(self, n_heads: int) -> range:
-        return range(self.number * n_heads // self.count, (self.number + 1) * n_heads // self.count)
 
 
 WHOLE_MODEL = ModelShard()

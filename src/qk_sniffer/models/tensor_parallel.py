@@ -1,8 +1,8 @@
 """One model over several processes, each of which computes some of its attention heads.
 
 transformers shards the projections by the model's plan, evenly. Where the key heads can't be divided
-evenly, its plan would cut a head in two: then the attention projections are loaded whole, and each
-process keeps the rows and columns of the heads that fall to it.
+evenly, its plan would cut a head in two: then the attention projections are loaded whole, each process
+keeps the rows and columns of the query heads that fall to it, and of keys and values a copy for each.
 """
 
 import re
@@ -71,21 +71,21 @@ def require_plan(
             f"{type(skeleton).__name__} ({name}); set it to 1, and spread the model with "
             "model.device_map: auto if it is larger than a device"
         )
-    fewest = min(layer.num_key_value_heads for layer in layers)
     if _is_even(plan, layers, count):
         return
     rules = _attention_rules(plan)
     if {
         key.rpartition(".")[2]: style for key, style in rules.items() if "wise" in style
     } != _CAN_BE_CUT:
+        fewest = min(layer.num_key_value_heads for layer in layers)
         raise UserError(
             f"model.tensor_parallel: {count} processes can't share the {fewest} key heads of {name} "
             "evenly; set it to a number that divides them"
         )
-    if fewest < count:
+    if (fewest := min(layer.num_attention_heads for layer in layers)) < count:
         raise UserError(
-            f"model.tensor_parallel: {name} has {fewest} key heads, too few for {count} processes; set "
-            f"it to {fewest}"
+            f"model.tensor_parallel: {name} has {fewest} query heads, too few for {count} processes; "
+            f"set it to {fewest} or less"
         )
 
 
@@ -213,14 +213,19 @@ class SharedModel:
             model: The model, as ``load`` has given it.
         """
         for key in self._rules:
-            for number, module in _modules(model, key):
-                self._cut_projection(module, key.rpartition(".")[2], self._layers[number])
+            for number, owner, name in _modules(model, key):
+                self._cut_projection(getattr(owner, name), name, self._layers[number])
+                if name == "k_proj" and hasattr(owner, "num_key_value_groups"):
+                    layer = self._layers[number]
+                    n_keys = len(self._shard.computed_keys(layer))
+                    owner.num_key_value_groups = len(self._shard.query_heads(layer)) // n_keys
 
     def _cut_projection(self, module: Any, name: str, layer: AttentionLayer) -> None:
+        heads: Sequence[int]
         if name in ("q_proj", "o_proj"):
             heads, n_heads = self._shard.query_heads(layer), layer.num_attention_heads
         elif name in ("k_proj", "v_proj"):
-            heads, n_heads = self._shard.key_heads(layer), layer.num_key_value_heads
+            heads, n_heads = self._shard.computed_keys(layer), layer.num_key_value_heads
         else:
             # A norm of single heads.
             return
@@ -237,25 +242,25 @@ def _read_beside_its_module(config: Any) -> list[str]:
     return []
 
 
-def _modules(model: nn.Module, key: str) -> Iterator[tuple[int, Any]]:
-    """The modules that a rule of a plan names, each with the number of its layer."""
+def _modules(model: nn.Module, key: str) -> Iterator[tuple[int, Any, str]]:
+    """The modules that a rule of a plan names: number of the layer, who has it, and its name there."""
     name_of = re.compile(re.escape(key).replace(r"\*", r"(\d+)"))
-    for name, module in model.named_modules():
+    for name, _ in model.named_modules():
         if match := name_of.fullmatch(name):
-            yield int(match[1]), module
+            owner, _, last = name.rpartition(".")
+            yield int(match[1]), model.get_submodule(owner), last
 
 
-def _keep_heads(projection: nn.Linear, heads: range, n_heads: int, *, dim: int) -> None:
+def _keep_heads(projection: Any, heads: Sequence[int], n_heads: int, *, dim: int) -> None:
     """Keep some heads of a projection, whose rows (``dim`` 0) or columns (1) are those of all heads."""
-    width = projection.weight.shape[dim] // n_heads
-    own = slice(heads.start * width, heads.stop * width)
-    weight = projection.weight.detach()
-    # A copy, since what the slice is of would stay in memory.
-    kept = (weight[own] if dim == 0 else weight[:, own]).clone()
-    projection.weight = nn.Parameter(kept, requires_grad=False)
-    projection.out_features, projection.in_features = kept.shape
-    if dim == 0 and projection.bias is not None:
-        projection.bias = nn.Parameter(projection.bias.detach()[own].clone(), requires_grad=False)
+    weight, bias = projection.weight.detach(), projection.bias
+    width = weight.shape[dim] // n_heads
+    starts = torch.tensor(heads, device=weight.device)[:, None] * width
+    own = (starts + torch.arange(width, device=weight.device)).view(-1)
+    projection.weight = nn.Parameter(weight.index_select(dim, own), requires_grad=False)
+    projection.out_features, projection.in_features = projection.weight.shape
+    if dim == 0 and bias is not None:
+        projection.bias = nn.Parameter(bias.detach()[own], requires_grad=False)
 
 
 def _sum_outputs(projection: Any, group: Any) -> None:
@@ -285,7 +290,7 @@ def whole_layers(
     whole = []
     for layer, parts in zip(layers, zip(*held, strict=True), strict=True):
         shards = [ModelShard(number, len(parts)) for number in range(len(parts))]
-        shares = [(len(s.query_heads(layer)), len(s.key_heads(layer))) for s in shards]
+        shares = [(len(s.query_heads(layer)), len(s.computed_keys(layer))) for s in shards]
         found = [(part.num_attention_heads, part.num_key_value_heads) for part in parts]
         all_heads = layer.num_attention_heads, layer.num_key_value_heads
         if found not in (shares, [all_heads] * len(parts)):

@@ -37,7 +37,8 @@ class Counting:
         is_left: ExampleFilter,
     ) -> None:
         buckets = sampler if config.by_bucket else None
-        self.sums = MomentSums(own.streams, buckets, pre_rope=config.pre_rope, cross=config.cross)
+        streams = own.with_served_keys() if config.cross else own.streams
+        self.sums = MomentSums(streams, buckets, pre_rope=config.pre_rope, cross=config.cross)
         self._own = own
         self._journal = journal
         self._is_left = is_left

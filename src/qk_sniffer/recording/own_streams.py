@@ -5,7 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from qk_sniffer.capture import AttentionLayer, CapturedHeads, ModelShard, captured_streams
+from qk_sniffer.capture import (
+    AttentionLayer,
+    CapturedHeads,
+    CapturedStream,
+    ModelShard,
+    captured_streams,
+)
 from qk_sniffer.kinds import Kind, Part
 from qk_sniffer.moments import MomentTable
 from qk_sniffer.storage import Shard
@@ -39,14 +45,34 @@ class OwnStreams:
             return
         own = captured_streams({number: shard.of(h) for number, h in heads.items()}, parts)
         held_layers = {layer.layer_idx: layer for layer in layers}
-        held = {number: shard.held(h, held_layers[number]) for number, h in heads.items()}
-        self.streams = [stream for stream in captured_streams(held, parts) if stream.heads]
+        self._held = captured_streams(
+            {number: shard.held(h, held_layers[number]) for number, h in heads.items()}, parts
+        )
+        self.streams = [stream for stream in self._held if stream.heads]
         self.shard = Shard(shard.number, shard.count, tuple(stream.heads for stream in own))
-        self._numbers = {stream.key: stream.heads for stream in own}
-        self._held = {stream.key: stream.heads for stream in self.streams}
+        self._numbers = {
+            (*stream.key, head): number
+            for stream, whole in zip(self._held, own, strict=True)
+            for head, number in zip(stream.heads, whole.heads, strict=True)
+        }
+
+    def with_served_keys(self) -> list[CapturedStream]:
+        """The streams, with the key heads of all their query heads; some may fall to other processes."""
+        if self.shard is None:
+            return self.streams
+        queries = {s.layer.layer_idx: s.heads for s in self._held if s.kind == "q"}
+        streams = [
+            replace(
+                s, heads=tuple(sorted({*s.heads, *map(s.layer.key_head, queries[s.layer.layer_idx])}))
+            )
+            if s.kind == "k"
+            else s
+            for s in self._held
+        ]
+        return [stream for stream in streams if stream.heads]
 
     def as_whole(self, tables: Mapping[Kind, Sequence[MomentTable]]) -> dict[Kind, list[MomentTable]]:
-        """Moments with the numbers that their heads have in the whole model.
+        """Moments with the numbers that their heads have in the whole model, of those that are its own.
 
         Args:
             tables: With the numbers of this process's attention calls, by kind.
@@ -58,9 +84,7 @@ class OwnStreams:
         }
 
     def _renumbered(self, kind: Kind, table: MomentTable) -> MomentTable:
-        # The heads of a layer are neighbours, in one numbering as in the other.
-        steps = [
-            self._numbers[layer, kind][0] - self._held[layer, kind][0]
-            for layer in table.layer_idx.tolist()
-        ]
-        return replace(table, head=table.head + np.array(steps, np.int32))
+        heads = zip(table.layer_idx.tolist(), table.head.tolist(), strict=True)
+        numbers = np.array([self._numbers.get((layer, kind, head), -1) for layer, head in heads])
+        own = table.select(numbers >= 0)
+        return replace(own, head=numbers[numbers >= 0].astype(np.int32))
