@@ -57,7 +57,7 @@ class OwnStreams:
         }
 
     def with_served_keys(self) -> list[CapturedStream]:
-        """The streams, with the key heads of all their query heads; some may fall to other processes."""
+        """The streams, with the key heads of all their query heads; some may fall to others."""
         if self.shard is None:
             return self.streams
         queries = {s.layer.layer_idx: s.heads for s in self._held if s.kind == "q"}
