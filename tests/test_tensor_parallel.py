@@ -89,6 +89,9 @@ CASES = {
         MOMENTS,
         model={"generate": GENERATE},
     ),
+    "a key head in one process, and its query head in another": Case(
+        "uneven", {"type": "all"}, EVERYTHING | {"heads": [5]}, MOMENTS
+    ),
     "moments alone": Case(
         "uneven", {"type": "none"}, {"capture_values": True, "capture_outputs": True}, MOMENTS
     ),
