@@ -65,6 +65,15 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     return directory
 
 
+@pytest.fixture(scope="session")
+def in_float64(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of the tiny Llama in float64, whose vectors don't show what was read together."""
+    directory = tmp_path_factory.mktemp("llama-float64")
+    tiny_model(FAMILIES["llama"]).to(torch.float64).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<pad>": 0, "<bos>": 1} | {byte: 2 + i for i, byte in enumerate(alphabet)}

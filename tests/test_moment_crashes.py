@@ -11,10 +11,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 
-from conftest import byte_tokenizer, write_jsonl
-from families import FAMILIES, tiny_model
+from conftest import write_jsonl
 from killing import AFTER, BEFORE, POINTS, Death, Processes
 from qk_sniffer.cli import main
 from readers import assert_same_moments
@@ -46,13 +44,11 @@ together, so that all of them have the same moments. Others keep rows, and batch
 def new_run(
     processes: Processes,
     model_dir: Callable[[str], Path],
+    in_float64: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> NewRun:
     """A run of the tiny Llama over the texts, with moments of all that there is."""
     texts = write_jsonl(tmp_path_factory.mktemp("texts") / "texts.jsonl", TEXTS)
-    in_float64 = tmp_path_factory.mktemp("llama-float64")
-    tiny_model(FAMILIES["llama"]).to(torch.float64).save_pretrained(in_float64)
-    byte_tokenizer().save_pretrained(in_float64)
 
     def new(variant: str, *, precise: bool = False) -> Run:
         directory, sections = tmp_path_factory.mktemp("run"), VARIANTS[variant]

@@ -16,10 +16,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 
-from conftest import byte_tokenizer, write_jsonl
-from families import FAMILIES, tiny_model
+from conftest import write_jsonl
 from killing import AFTER, BEFORE, HALFWAY, POINTS, Death, Ended, Processes, Started, until
 from qk_sniffer.cli import main
 from qk_sniffer.storage import earlier_run
@@ -98,13 +96,11 @@ NewRun = Callable[..., SharedRun]
 def new_run(
     processes: Processes,
     model_dir: Callable[[str], Path],
+    in_float64: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> NewRun:
     """A run of the tiny Llama over the texts of a variant."""
     texts = write_jsonl(tmp_path_factory.mktemp("texts") / "texts.jsonl", TEXTS)
-    in_float64 = tmp_path_factory.mktemp("llama-float64")
-    tiny_model(FAMILIES["llama"]).to(torch.float64).save_pretrained(in_float64)
-    byte_tokenizer().save_pretrained(in_float64)
 
     def new(variant: str = ROWS, **data: Any) -> SharedRun:
         directory = tmp_path_factory.mktemp("run")

@@ -248,7 +248,7 @@ class SnifferModule(pl.LightningModule):
         if self._is_loaded or (capture["layers"] is None and capture["heads"] is None):
             return
         try:
-            layers = attention_geometry(decoder_backbone(self.skeleton())).layers
+            layers = self._whole_layers or attention_geometry(decoder_backbone(self.skeleton())).layers
         # Where a model's code needs the weights' values, the heads are looked up once they are loaded.
         except Exception:
             return

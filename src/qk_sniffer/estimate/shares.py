@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from qk_sniffer.capture import AttentionLayer, ModelShard
+from qk_sniffer.capture import WHOLE_MODEL, AttentionLayer, ModelShard
 from qk_sniffer.estimate.capture import parameter_bytes
 from qk_sniffer.models import attention_geometry, decoder_backbone, local_weights, model_share
 from qk_sniffer.module import SnifferModule
@@ -64,7 +64,7 @@ def largest_share(
     """
     count = module.tensor_parallel
     if count == 1:
-        return Share(ModelShard(), layers, layers, parameter_bytes([*skeleton.parameters()]))
+        return Share(WHOLE_MODEL, layers, layers, parameter_bytes([*skeleton.parameters()]))
     shares = [_share(skeleton, ModelShard(number, count), layers) for number in range(count)]
     module.whole_layers([share.held for share in shares])
     return max(shares, key=lambda share: share.weight_bytes)
