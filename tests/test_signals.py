@@ -67,33 +67,52 @@ def test_while_python_imports(
 
 
 HELD = """
-import pathlib, time
+import pathlib, time, weakref
 from transformers import LlamaForCausalLM
+
+class Part:
+    pass
+
+class Removed:
+    def __del__(self):
+        hold()
+
+def hold(_=None):
+    pathlib.Path({marker!r}).touch()
+    time.sleep(100)
 
 class Held(LlamaForCausalLM):
     def __init__(self, config):
-        pathlib.Path({marker!r}).touch()
+        {way}
         time.sleep(100)
 """
+WAYS = {
+    "at once": "hold()",
+    "in a __del__": "Removed()",
+    "in a callback": "part = Part(); reference = weakref.ref(part, hold); del part",
+}
+"""What a model is at as the signal comes: Python drops what is raised in the last two."""
 
 
 @each_signal
+@pytest.mark.parametrize("way", WAYS)
 def test_while_the_model_is_loaded(
     sent: signal.Signals,
+    way: str,
     model_dir: ModelDir,
     processes: Processes,
     write_run: WriteRun,
     tmp_path: Path,
 ) -> None:
     """A model with code of its own, which takes its time."""
-    model, marker = tmp_path / f"held_{sent.name}", tmp_path / "loading"
+    model, marker = tmp_path / f"held_{sent.name}_{[*WAYS].index(way)}", tmp_path / "loading"
     model.mkdir()
     for file in model_dir("llama").iterdir():
         (model / file.name).write_bytes(file.read_bytes())
     config = json.loads((model / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "held.Held"}
     (model / "config.json").write_text(json.dumps(config))
-    (model / "held.py").write_text(HELD.format(marker=str(marker)))
+    (model / "held.py").write_text(HELD.format(marker=str(marker), way=WAYS[way]))
     run = write_run(model={"name": str(model), "trust_remote_code": True})
     ended = stopped_at(processes.start(run), sent, marker.exists)
     assert "is safe" not in ended.printed

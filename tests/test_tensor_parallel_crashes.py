@@ -206,6 +206,7 @@ def die(run: SharedRun, layout: Layout, deaths: Deaths) -> list[Ended]:
 READING = Death("forward", BEFORE, 22)
 """In the second layer of the sixth batch: the others of the group wait for the output of the layer."""
 
+READING_SLOWLY = Death("forward", AFTER, 30, signal.SIGSTOP)
 COMMITTING, COMMITTED = Death("commit", BEFORE, 6), Death("commit", AFTER, 6)
 HALF_READING = Death("forward", AFTER, 11)
 
@@ -375,6 +376,27 @@ def test_processes_that_are_told_to_stop_end_after_the_same_batch(
     assert_all_go_on(run, PAIR, many_alone)
 
 
+@pytest.mark.parametrize("slow", [Death("commit", BEFORE, 8, signal.SIGSTOP), READING_SLOWLY], ids=str)
+def test_processes_that_hear_of_the_end_of_others_were_told_to_stop_too(
+    new_run: NewRun, many: dict[str, Any], many_alone: Path, slow: Death
+) -> None:
+    """The signal reaches all, and one pair has ended before the other is done with its batch."""
+    run = new_run(**many)
+    started = run.begin(TWO_PAIRS, {0: slow})
+    started[0].wait_until_stopped()
+    for process in started:
+        os.kill(process.process.pid, signal.SIGTERM)
+    ended = [process.wait(MOST_SECONDS) for process in started[2:]]
+    started[0].go_on()
+    ended = [process.wait(MOST_SECONDS) for process in started[:2]] + ended
+    printed = "".join(end.printed for end in ended)
+    assert [end.exitcode for end in ended] == [128 + signal.SIGTERM] * 4, printed
+    assert ended[0].printed.splitlines()[-1] == "qk-sniffer: stopped by SIGTERM"
+    assert printed.splitlines().count("qk-sniffer: stopped by SIGTERM") == 1
+    assert "Traceback" not in printed
+    assert_all_go_on(run, PAIR, many_alone)
+
+
 def test_a_process_of_another_group_ends_where_one_is_told_to_stop(
     new_run: NewRun, many: dict[str, Any], many_alone: Path
 ) -> None:
@@ -392,7 +414,7 @@ def test_a_process_of_another_group_ends_where_one_is_told_to_stop(
 @pytest.mark.parametrize(
     ("begun", "stopped"),
     [
-        (PAIR, {1: Death("forward", AFTER, 30, signal.SIGSTOP)}),
+        (PAIR, {1: READING_SLOWLY}),
         (PAIR, {0: Death("commit", BEFORE, 8, signal.SIGSTOP)}),
         (PAIR, {0: Death("loading", BEFORE, 1, signal.SIGSTOP)}),
         (TWO_PAIRS, {}),

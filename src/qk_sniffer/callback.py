@@ -35,6 +35,7 @@ from qk_sniffer.processes import (
     Stopped,
     await_launched,
     end_in_order,
+    end_with_another,
     reason_of,
 )
 from qk_sniffer.recording import (
@@ -245,7 +246,7 @@ class SnifferCallback(pl.Callback):
 
         Raises:
             Stopped: A SIGTERM came.
-            SystemExit: Another process died.
+            SystemExit: Another process ended.
         """
         assert self._recorder is not None
         self._recorder.end_batch(
@@ -258,7 +259,7 @@ class SnifferCallback(pl.Callback):
         if lifeline is not None:
             lifeline.progress = self._recorder.progress
             if lifeline.failure is not None:
-                raise SystemExit(1)
+                end_with_another()
         if self._ranks.is_first:
             progress = self._recorder.progress
             if lifeline is not None:

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from qk_sniffer.errors import UserError, first_line
 from qk_sniffer.processes.lifeline import STOP_SECONDS, Lifeline, stand_in_for_the_observer
-from qk_sniffer.processes.signals import Stopped
+from qk_sniffer.processes.signals import Stopped, end_with_another
 
 T = TypeVar("T")
 
@@ -134,13 +134,14 @@ class Ranks:
         """Turn the error of a connection into the end of this process, where the other one has died.
 
         Raises:
+            Stopped: It has, and a signal has come to this one.
             SystemExit: It has.
         """
         try:
             yield
-        except RuntimeError as error:
+        except RuntimeError:
             if self.lifeline is not None and self.lifeline.wait_for_failure(_SECONDS_TO_LEARN):
-                raise SystemExit(1) from error
+                end_with_another()
             raise
 
     @contextmanager

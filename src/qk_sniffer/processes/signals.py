@@ -1,17 +1,23 @@
 """Ctrl-C and SIGTERM: a command ends in order, once, with the status that a shell expects of them."""
 
+import _thread
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 _USUAL: dict[signal.Signals, Any] = {
     signal.SIGINT: signal.default_int_handler,
     signal.SIGTERM: signal.SIG_DFL,
 }
 """The signals that stop a command, and what Python does with them by itself."""
+
+_SECONDS_TO_RETURN = 0.01
+"""How long a function has to return in which Python drops whatever is raised."""
 
 
 class Stopped(SystemExit):
@@ -25,15 +31,20 @@ class Stopped(SystemExit):
 
     def __init__(self, signum: int) -> None:
         super().__init__(128 + signum)
+        self.signum = signum
 
     def __str__(self) -> str:
-        if self.code == 128 + signal.SIGINT:
+        if self.signum == signal.SIGINT:
             return "interrupted"
-        return f"stopped by {signal.Signals(int(self.code or 0) - 128).name}"
+        return f"stopped by {signal.Signals(self.signum).name}"
 
 
 class _Interrupt(KeyboardInterrupt):
     """What a signal raises where libraries tidy up after a ``KeyboardInterrupt`` alone."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__()
+        self.signum = signum
 
 
 class _Handler:
@@ -43,6 +54,10 @@ class _Handler:
     raised: type[Stopped] | type[_Interrupt] = Stopped
     signum: int | None = None
     """The signal that has come."""
+    deferred: "DeferredSigterm | None" = None
+    """Of the run at work."""
+    usual_hook = staticmethod(sys.__unraisablehook__)
+    """What Python does elsewhere with what it drops."""
 
     def __call__(self, signum: int, frame: Any) -> None:
         # A library may swallow what is raised: the next signal is heard too.
@@ -56,8 +71,41 @@ class _Handler:
             return error
         return None if self.signum is None else Stopped(self.signum)
 
+    def deliver_again(self, unraisable: Any) -> None:
+        """Send a signal anew that came in a ``__del__`` or in the callback of a weak reference.
+
+        Python drops what is raised there, and the command would go on.
+        """
+        dropped = unraisable.exc_value
+        if isinstance(dropped, Stopped | _Interrupt):
+            # One of threading's own locks may be held here.
+            _thread.start_new_thread(_send_soon, (dropped.signum,))
+        else:
+            self.usual_hook(unraisable)
+
+
+def _send_soon(signum: int) -> None:
+    time.sleep(_SECONDS_TO_RETURN)
+    main = threading.main_thread().ident
+    assert main is not None
+    signal.pthread_kill(main, signum)
+
 
 _handler = _Handler()
+
+
+def end_with_another() -> NoReturn:
+    """End this process, since another of its run has ended: by the same signal, where it came here too.
+
+    Raises:
+        Stopped: It did.
+        SystemExit: It did not.
+    """
+    if _handler.signum is not None:
+        raise Stopped(_handler.signum)
+    if _handler.deferred is not None:
+        _handler.deferred.raise_where_it_came()
+    raise SystemExit(1)
 
 
 @contextmanager
@@ -74,6 +122,7 @@ def stopping_on_signals() -> Iterator[None]:
     installed = [s for s, usual in _USUAL.items() if signal.getsignal(s) == usual]
     for signum in installed:
         signal.signal(signum, _handler)
+    _handler.usual_hook, sys.unraisablehook = sys.unraisablehook, _handler.deliver_again
     stopped: Stopped | None = None
     try:
         yield
@@ -85,6 +134,7 @@ def stopping_on_signals() -> Iterator[None]:
     finally:
         if stopped is None:
             _handler.is_installed = _handler.is_ending = False
+            sys.unraisablehook = _handler.usual_hook
             for signum in installed:
                 signal.signal(signum, _USUAL[signum])
 
@@ -130,6 +180,8 @@ class DeferredSigterm:
             launcher: Of the trainer's strategy; it passes the signal on to the processes that it has
                 launched. None where there are none.
         """
+
+        _handler.deferred = self
 
         def note(signum: int, frame: Any) -> None:
             if not self.is_deferred:
