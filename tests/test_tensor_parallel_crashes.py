@@ -343,6 +343,13 @@ def wait_for_batches(run: SharedRun, started: Sequence[Started], n_batches: int,
     until(has_come, lambda: all(process.is_alive() for process in started), lambda: started[0].printed)
 
 
+def send_at_once(started: Sequence[Started], signum: signal.Signals) -> None:
+    """Send a signal as a terminal does: no process can hear of the end of another before it."""
+    for each in (signal.SIGSTOP, signum, signal.SIGCONT):
+        for process in started:
+            os.kill(process.process.pid, each)
+
+
 def assert_all_go_on(run: SharedRun, layout: Layout, many_alone: Path) -> None:
     """No batch that any process has committed is read again."""
     batches = batches_of(run.root)
@@ -366,8 +373,7 @@ def test_processes_that_are_told_to_stop_end_after_the_same_batch(
     run = new_run(**many)
     started = run.begin(begun)
     wait_for_batches(run, started, 5, begun.size)
-    for rank in told:
-        os.kill(started[rank].process.pid, signal.SIGTERM)
+    send_at_once([started[rank] for rank in told], signal.SIGTERM)
     ended = [process.wait(MOST_SECONDS) for process in started]
     assert [end.exitcode for end in ended] == [128 + signal.SIGTERM] * begun.size, ended
     assert ended[0].printed.splitlines()[-1] == "qk-sniffer: stopped by SIGTERM"
@@ -435,8 +441,9 @@ def test_ctrl_c(
         wait_for_batches(run, started, 5, begun.size)
     for rank in stopped:
         started[rank].wait_until_stopped()
-    for process in started:
-        os.kill(process.process.pid, signal.SIGINT)
+    for rank in stopped:
+        os.kill(started[rank].process.pid, signal.SIGINT)
+    send_at_once([started[rank] for rank in range(begun.size) if rank not in stopped], signal.SIGINT)
     for rank in stopped:
         started[rank].go_on()
     ended = [process.wait(MOST_SECONDS) for process in started]
